@@ -59,6 +59,7 @@ import queue
 import re
 import secrets
 import select
+import selectors
 import shutil
 import signal
 import socket
@@ -2557,12 +2558,13 @@ class Transaction:
 class Session:
     """One SMTP session.
 
-    receive() takes octets however they were cut, and returns what to send back.  Then look at
-    `ended` (close the connection) and `wants_tls` (start TLS, then call tls_started()).
+    receive() takes octets however they were cut, and returns what to send back.  Look then at
+    `ended` (close the connection), `wants_tls` (start TLS, then call tls_started()), and `pause`
+    (wait for so many seconds before you send, set it to 0, and go on with receive(b"")).
     """
 
     def __init__(self, store: Store, policy: SmtpPolicy = SmtpPolicy(), client: str = "",
-                 tls: bool = False, sleep: Callable[[float], Any] = time.sleep):
+                 tls: bool = False):
         self.store = store
         self.policy = policy
         self.client = client
@@ -2573,7 +2575,7 @@ class Session:
         self.ended = False
         self.cut_off = False             # it ended while the client may still be talking
         self.wants_tls = False
-        self._sleep = sleep              # for scripted delays
+        self.pause = 0.0
         self._take = self._take_line     # what reads the octets that come next
         self._buffer = b""
         self._replies: List[bytes] = []
@@ -2630,7 +2632,7 @@ class Session:
         """Takes what arrived; returns all replies that it caused, to be sent at once."""
         self._replies = []
         self._buffer = self._buffer + octets if self._buffer else octets
-        while self._buffer and not self.ended and not self.wants_tls:
+        while self._buffer and not (self.ended or self.wants_tls or self.pause):
             try:
                 reply = self._take()
             except Refuse as refusal:
@@ -2906,7 +2908,7 @@ class Session:
         if failure.code:
             kind = failure.code // 100
             raise Refuse(failure.code, f"{kind}.0.0", f"Scripted: fail={failure.text}")
-        self._sleep(failure.delay)
+        self.pause += failure.delay
 
     @command("DATA", needs="has_recipients")
     def _data(self, argument: str) -> Reply:
@@ -3067,6 +3069,9 @@ class Connection:
 
     def __init__(self, sock: socket.socket, address: Any):
         self.socket = sock
+        self.parked = False              # waits among others for octets; never blocks
+        self.active = time.monotonic()
+        self.session: Optional[Session] = None       # of an SMTP connection
         self.client: str = address[0].partition("%")[0]
         if self.client.startswith("::ffff:"):        # IPv4 on a dual-stack socket
             self.client = self.client[7:]
@@ -3085,6 +3090,25 @@ class Connection:
             self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, value)
         else:
             self.socket.settimeout(seconds)
+
+    def park(self) -> None:
+        """From now on receive() and try_send() never block."""
+        self.socket.setblocking(False)
+        self.parked = True
+
+    def unpark(self) -> None:
+        """From now on they do; set_timeout() says for how long."""
+        self.socket.setblocking(True)
+        self.parked = False
+
+    def try_send(self, octets: bytes) -> bytes:
+        """Sends what can be sent without blocking; returns the rest."""
+        try:
+            return octets[self.socket.send(octets):]
+        except BlockingIOError:
+            return octets
+        except OSError:
+            raise Hangup("broke the connection") from None
 
     def receive(self, most: int = 65_536) -> bytes:
         """What arrived, b"" at the end of it."""
@@ -3167,113 +3191,275 @@ def _has_input(sock: socket.socket) -> bool:
 
 
 class Listener:
-    """Serves connections with threads that each accept for themselves.
+    """Serves the connections of one port with threads that take turns at the lead.
 
-    Eight are there before; the last idle one that takes a connection starts another, and one
-    that finds eight idle ends.  `serve` is called with each Connection; `refusal` is sent to
-    those beyond the bounds, in place of it.
+    The leader accepts, waits for whichever connection has octets, and serves it at once.  Before
+    it does what may block it steps down: another thread leads, and it stays with its connection.
+    So a thousand silent connections cost no thread, short turns cost no switch between threads
+    (which costs more than the turn, since all of them share one interpreter), and nobody waits
+    for anybody else's slow peer.
+
+    A protocol overrides opened(), ready(), is_busy(), farewell() and closed().
     """
 
-    def __init__(self, name: str, host: str, port: int, limits: Limits,
-                 serve: Callable[[Connection], None], refusal: bytes):
+    refusal = b""                        # sent to those beyond the bounds
+
+    def __init__(self, name: str, host: str, port: int, limits: Limits, silence: float):
         self.name = name
-        self._limits = limits
-        self._serve = serve
-        self._refusal = refusal
-        self._guard = threading.Lock()               # of the counts here; never held with another
-        self._idle = 0
+        self.limits = limits
+        self.stopping = threading.Event()
+        self._silence = silence          # seconds, then farewell()
+        self._lead = threading.Lock()    # held by the leader
+        self._leader = 0                 # its thread's ident
+        self._guard = threading.Lock()   # of the counts here; never held with another
+        self._followers = 0              # threads that wait for the lead, or are on their way
         self._threads: "set[threading.Thread]" = set()
         self._clients: Dict[str, int] = {}           # connections of each client address
         self._connections: "set[Connection]" = set()
-        self.stopping = threading.Event()
         self._socket = _bind(host, port, limits.backlog)
+        self._socket.setblocking(False)
         self.host, self.port = self._socket.getsockname()[:2]
+        self._waker, self._woken = socket.socketpair()
+        self._selector = selectors.DefaultSelector()
+        self._selector.register(self._socket, selectors.EVENT_READ)
+        self._selector.register(self._woken, selectors.EVENT_READ)
+        self._swept = time.monotonic()
+
+    # -- what a protocol does
+
+    def opened(self, connection: Connection) -> bool:
+        """Greets; whether ready() should be called for what the client sends."""
+        raise NotImplementedError
+
+    def ready(self, connection: Connection) -> bool:
+        """Takes what arrived; whether to go on."""
+        raise NotImplementedError
+
+    def is_busy(self, connection: Connection) -> bool:
+        """Whether a stop should let the connection end what it does."""
+        return False
+
+    def farewell(self, connection: Connection) -> None:
+        """Says why the connection ends: it was silent for too long, or this is the stop."""
+
+    def closed(self, connection: Connection, why: str) -> None:
+        """The connection has ended; `why` is empty if the protocol ended it."""
+
+    # -- from outside
 
     def start(self) -> None:
         """Begins to accept."""
-        for _ in range(self._limits.workers_idle):
-            self._add_worker()
+        self._add_worker()
+        self._add_worker()
 
-    def connections(self) -> List[Connection]:
-        """Those that are open now."""
+    def connection_count(self) -> int:
+        """How many connections are open."""
+        return len(self._connections)
+
+    def step_down(self, connection: Connection) -> None:
+        """Gives up the lead before blocking; from now on this thread serves that connection."""
+        if self._leader != threading.get_ident():
+            return
+        self._unpark(connection)
         with self._guard:
-            return list(self._connections)
+            alone = not self._followers
+        if alone:
+            self._add_worker()
+        self._leader = 0
+        self._lead.release()
 
-    def stop_accepting(self) -> None:
-        """Takes no further connection; those that are open go on."""
+    def stop(self) -> None:
+        """Takes no further connection, ends the others; what is_busy() may end first, for some
+        seconds.  No thread is left, unless its peer blocks it for longer than that."""
         self.stopping.set()
-        with contextlib.suppress(OSError):           # macOS: ENOTCONN, and close() is enough
-            self._socket.shutdown(socket.SHUT_RDWR)
-        self._socket.close()
-
-    def join(self, seconds: float) -> bool:
-        """Waits for all threads to end; False if some have not."""
-        until = time.monotonic() + seconds
-        while True:
+        self._wake()
+        until = time.monotonic() + self.limits.stop_time
+        while self._threads and time.monotonic() < until:
             with self._guard:
-                threads = list(self._threads)
-            if not threads:
-                return True
-            threads[0].join(max(0.0, until - time.monotonic()))
-            if threads[0].is_alive():
-                return False
+                open_now, threads = list(self._connections), list(self._threads)
+            for connection in open_now:
+                if not connection.parked and not self.is_busy(connection):
+                    connection.shut(socket.SHUT_RD)          # its thread can still say why
+            if threads:
+                threads[0].join(0.02)
+        with self._guard:
+            open_now, threads = list(self._connections), list(self._threads)
+        for connection in open_now:
+            connection.shut()
+        for thread in threads:
+            thread.join(1.0)
+        self._socket.close()
+        self._waker.close()
+        self._woken.close()
+        self._selector.close()
+
+    def abandon(self) -> None:
+        """Gives back the port of a listener that was never started."""
+        self.stop()
+
+    # -- the threads
+
+    def _wake(self) -> None:
+        with contextlib.suppress(OSError):           # stopped twice
+            self._waker.send(b"!")
 
     def _add_worker(self) -> None:
         thread = threading.Thread(target=self._work, name=self.name, daemon=True)
         with self._guard:
-            self._idle += 1
+            self._followers += 1
             self._threads.add(thread)
         thread.start()
 
     def _work(self) -> None:
         try:
-            while not self.stopping.is_set():
+            while True:
+                self._lead.acquire()
+                with self._guard:
+                    self._followers -= 1
+                self._leader = threading.get_ident()
                 try:
-                    sock, address = self._socket.accept()
-                except OSError as error:
-                    if self.stopping.is_set() or error.errno in (errno.EBADF, errno.EINVAL):
+                    self._rounds()
+                finally:
+                    if self._leader == threading.get_ident():
+                        self._leader = 0
+                        self._lead.release()
+                with self._guard:
+                    if self.stopping.is_set() or self._followers >= self.limits.workers_idle:
                         return
-                    self.stopping.wait(0.05)         # out of descriptors: others will end
-                    continue
-                if not self._handle(sock, address):
-                    return
+                    self._followers += 1
         finally:
             with self._guard:
                 self._threads.discard(threading.current_thread())
 
-    def _handle(self, sock: socket.socket, address: Any) -> bool:
-        """Serves one connection; whether this thread should accept another."""
-        connection = Connection(sock, address)
-        with self._guard:
-            self._idle -= 1
-            alone = not self._idle
-            open_here = self._clients.get(connection.client, 0)
-            welcome = (len(self._connections) < self._limits.connections
-                       and open_here < self._limits.connections_per_client)
-            self._connections.add(connection)
-            self._clients[connection.client] = open_here + 1
-        if alone:
-            self._add_worker()
+    def _rounds(self) -> None:
+        """Leads, until this thread steps down or the listener stops."""
+        me = threading.get_ident()
+        while not self.stopping.is_set():
+            for key, _ in self._selector.select(1.0):
+                if key.data is not None:
+                    self._turn(key.data)
+                elif key.fileobj is self._socket:
+                    self._accept()
+                if self._leader != me:
+                    return
+            self._sweep()
+        self._last_rounds()
+
+    def _turn(self, connection: Connection) -> None:
+        """Lets the protocol serve a connection; closes it if that was the last turn."""
+        why = ""
         try:
-            if welcome:
-                self._serve(connection)
-            else:
-                connection.set_timeout(1.0)
-                connection.send(self._refusal)
-        except Hangup:
-            pass
-        except Exception:                # the edge of the thread: the next client is served
+            connection.active = time.monotonic()
+            if self.ready(connection):
+                return
+        except Hangup as hangup:
+            why = str(hangup)
+        except Exception:                # the edge of a thread: the next client is served
             log.exception("%s: a connection from %s failed", self.name, connection.client)
-        finally:
-            connection.close()
-            with self._guard:
-                self._connections.discard(connection)
-                self._clients[connection.client] -= 1
-                if not self._clients[connection.client]:
-                    del self._clients[connection.client]
-                stay = self._idle < self._limits.workers_idle
-                self._idle += stay
-        return stay
+            why = "failed"
+        self._close(connection, why)
+
+    def _accept(self) -> None:
+        """Takes the connections that wait, and serves those that may not be parked."""
+        for _ in range(64):
+            try:
+                sock, address = self._socket.accept()
+            except BlockingIOError:
+                return
+            except OSError:              # the peer is gone; or no descriptor is free:
+                self.stopping.wait(0.01)             # others will end
+                return
+            connection = Connection(sock, address)
+            if not self._admit(connection):
+                continue
+            if not self._open(connection):
+                return
+
+    def _open(self, connection: Connection) -> bool:
+        """Begins a connection; whether this thread still leads."""
+        why = ""
+        try:
+            if self.opened(connection):
+                self._park(connection)
+                return True
+        except Hangup as hangup:
+            why = str(hangup)
+        except Exception:                # as in _turn()
+            log.exception("%s: a connection from %s failed", self.name, connection.client)
+            why = "failed"
+        self._close(connection, why)
+        return self._leader == threading.get_ident()
+
+    def _admit(self, connection: Connection) -> bool:
+        """Counts a connection, or refuses it."""
+        with self._guard:
+            here = self._clients.get(connection.client, 0)
+            if (len(self._connections) < self.limits.connections
+                    and here < self.limits.connections_per_client):
+                self._connections.add(connection)
+                self._clients[connection.client] = here + 1
+                return True
+        with contextlib.suppress(Hangup):
+            connection.try_send(self.refusal)
+        connection.close()
+        return False
+
+    def _park(self, connection: Connection) -> None:
+        connection.park()
+        self._selector.register(connection.socket, selectors.EVENT_READ, connection)
+
+    def _unpark(self, connection: Connection) -> None:
+        if connection.parked:
+            self._selector.unregister(connection.socket)
+            connection.unpark()
+
+    def _close(self, connection: Connection, why: str) -> None:
+        if connection.parked:
+            self._selector.unregister(connection.socket)
+        connection.close()
+        with self._guard:
+            self._connections.discard(connection)
+            self._clients[connection.client] -= 1
+            if not self._clients[connection.client]:
+                del self._clients[connection.client]
+        self.closed(connection, why)
+
+    def _parked(self) -> List[Connection]:
+        return [key.data for key in list(self._selector.get_map().values())
+                if key.data is not None]
+
+    def _sweep(self) -> None:
+        """Ends the parked connections that were silent for too long."""
+        now = time.monotonic()
+        if now < self._swept + min(5.0, self._silence):
+            return
+        self._swept = now
+        for connection in self._parked():
+            if connection.active < now - self._silence:
+                self._end(connection, "was silent for too long")
+
+    def _end(self, connection: Connection, why: str) -> None:
+        with contextlib.suppress(Hangup):
+            self.farewell(connection)
+        self._close(connection, why)
+
+    def _last_rounds(self) -> None:
+        """The stop: ends the parked connections, those that are busy as soon as they are not."""
+        self._selector.unregister(self._socket)
+        self._selector.unregister(self._woken)
+        self._socket.close()
+        until = time.monotonic() + self.limits.stop_time - 0.2
+        while True:
+            late = time.monotonic() >= until
+            for connection in self._parked():
+                if late or not self.is_busy(connection):
+                    self._end(connection, "was ended by the stop")
+            if not self._parked():
+                return
+            for key, _ in self._selector.select(0.05):
+                self._turn(key.data)
+                if self._leader != threading.get_ident():
+                    return
 
 
 def _bind(host: str, port: int, backlog: int) -> socket.socket:
@@ -3340,79 +3526,90 @@ def make_certificate(folder: str, names: Iterable[str]) -> Tuple[str, str]:
 # ---- SMTP server -----------------------------------------------------------
 # Drives a session over a connection: one receive and one send a turn.
 
-class SmtpServer:
+class SmtpServer(Listener):
     """SMTP on one port.  With `implicit`, TLS begins before the greeting (RFC 8314 3.3)."""
+
+    refusal = Reply(421, "4.7.0", "Too many connections: try again later").octets()
 
     def __init__(self, host: str, port: int, store: Store, policy: SmtpPolicy,
                  tls: Optional[ssl.SSLContext] = None, implicit: bool = False):
+        super().__init__("smtp", host, port, store.limits, store.limits.smtp_timeout)
         self._store = store
         self._policy = policy
         self._tls = tls
         self._implicit = implicit
-        self._sessions: Dict[Connection, Session] = {}
-        busy = Reply(421, "4.7.0", "Too many connections: try again later")
-        self._listener = Listener("smtp", host, port, store.limits, self._serve, busy.octets())
-        self.host, self.port = self._listener.host, self._listener.port
 
-    def start(self) -> None:
-        """Begins to accept."""
-        self._listener.start()
-
-    def stop(self) -> None:
-        """Ends every session; mail data that is arriving may end first, for some seconds."""
-        self._listener.stop_accepting()
-        until = time.monotonic() + self._store.limits.stop_time
-        while True:
-            open_now = self._listener.connections()
-            late = time.monotonic() >= until
-            for connection in open_now:
-                session = self._sessions.get(connection)
-                if late:
-                    connection.shut()
-                elif session is None or not session.in_data:
-                    connection.shut(socket.SHUT_RD)          # its thread can still say 421
-            if self._listener.join(0.02) or late:
-                self._listener.join(1.0)
-                return
-
-    def _serve(self, connection: Connection) -> None:
+    def opened(self, connection: Connection) -> bool:
+        """Greets; with implicit TLS serves the connection to its end."""
+        session = Session(self._store, self._policy, connection.client, self._implicit)
+        connection.session = session
         if self._implicit:
+            self.step_down(connection)
             connection.start_tls(self._tls)
-        connection.set_timeout(self._store.limits.smtp_timeout)
-        session = Session(self._store, self._policy, connection.client, self._implicit,
-                          sleep=self._listener.stopping.wait)
-        self._sessions[connection] = session
-        try:
-            self._converse(connection, session)
-        except Hangup as why:
-            session.end(str(why))
-        finally:
-            session.end("failed")        # only if it has not ended otherwise
-            del self._sessions[connection]
+            self._converse(connection, session, session.greet())
+            return False
+        return not connection.try_send(session.greet())
 
-    def _converse(self, connection: Connection, session: Session) -> None:
-        stopping = self._listener.stopping
-        receive, send = connection.receive, connection.send
-        send(session.greet())
+    def ready(self, connection: Connection) -> bool:
+        """One turn: one receive, one send."""
+        session = connection.session
+        octets = connection.receive()
+        if not octets:
+            raise Hangup("left without QUIT")
+        replies = session.receive(octets)
+        if session.pause or session.wants_tls:
+            self.step_down(connection)
+            self._converse(connection, session, replies)
+            return False
+        if replies:
+            replies = connection.try_send(replies)
+            if replies:                  # the client does not read
+                self.step_down(connection)
+                self._converse(connection, session, replies)
+                return False
+        if session.ended and session.cut_off:
+            self.step_down(connection)
+            connection.linger()
+        return not session.ended
+
+    def is_busy(self, connection: Connection) -> bool:
+        """A stop waits for mail data that is arriving."""
+        return connection.session is not None and connection.session.in_data
+
+    def farewell(self, connection: Connection) -> None:
+        """421: RFC 5321 3.8 allows it at any time."""
+        text = "Shutting down" if self.stopping.is_set() else "Silent for too long"
+        code = "4.3.2" if self.stopping.is_set() else "4.4.2"
+        connection.try_send(connection.session.refuse(Reply(421, code, text)))
+
+    def closed(self, connection: Connection, why: str) -> None:
+        """Makes the session end in the records too."""
+        connection.session.end(why or "quit")
+
+    def _converse(self, connection: Connection, session: Session, replies: bytes) -> None:
+        """Serves a connection to its end, by a thread that may block."""
+        connection.set_timeout(self.limits.smtp_timeout)
         while True:
-            octets = b"" if stopping.is_set() and not session.in_data else receive()
-            if not octets:
-                if stopping.is_set():
-                    send(session.refuse(Reply(421, "4.3.2", "Shutting down")))
-                session.end("left without QUIT")
-                return
-            replies = session.receive(octets)
+            if session.pause:
+                self.stopping.wait(session.pause)
+                session.pause = 0.0
             if replies:
-                send(replies)
+                connection.send(replies)
             if session.ended:
                 if session.cut_off:
                     connection.linger()
                 return
             if session.wants_tls:
                 connection.start_tls(self._tls)
-                connection.set_timeout(self._store.limits.smtp_timeout)
-                receive, send = connection.receive, connection.send
+                connection.set_timeout(self.limits.smtp_timeout)
                 session.tls_started()
+            octets = b""
+            if not self.stopping.is_set() or session.in_data:
+                octets = connection.receive()
+            if not octets and not self.stopping.is_set():
+                raise Hangup("left without QUIT")
+            replies = session.receive(octets) if octets else session.refuse(
+                Reply(421, "4.3.2", "Shutting down"))
 
 
 # ---- HTTP API --------------------------------------------------------------
@@ -4972,37 +5169,30 @@ class HttpHandler(http.server.BaseHTTPRequestHandler):
             self.request.send(b"0\r\n\r\n")
 
 
-class HttpServer:
-    """HTTP on one port, and with `https` HTTP over TLS alone."""
+_BUSY = _json({"error": "busy", "detail": "Too many connections: try again later"})
+
+
+class HttpServer(Listener):
+    """HTTP on one port; with `https` HTTP over TLS alone.  Each connection has a thread, since
+    an answer may wait for mail."""
+
+    refusal = (b"HTTP/1.1 503 Service Unavailable\r\nRetry-After: 1\r\nConnection: close\r\n"
+               b"Content-Type: application/json\r\nContent-Length: %d\r\n\r\n%b"
+               % (len(_BUSY), _BUSY))
 
     def __init__(self, host: str, port: int, api: Api, tls: Optional[ssl.SSLContext] = None,
                  https: bool = False):
+        super().__init__("http", host, port, api.store.limits, api.store.limits.http_idle)
         self.api = api
-        self.limits = api.store.limits
         self.tls = tls
         self.https = https
-        busy = _json({"error": "busy", "detail": "Too many connections: try again later"})
-        self._listener = Listener(
-            "http", host, port, self.limits, self._serve,
-            b"HTTP/1.1 503 Service Unavailable\r\nRetry-After: 1\r\nConnection: close\r\n"
-            b"Content-Type: application/json\r\nContent-Length: %d\r\n\r\n%b" % (len(busy), busy))
-        self.host, self.port = self._listener.host, self._listener.port
-        self.stopping = self._listener.stopping
         self._date = (0, b"")
 
-    def start(self) -> None:
-        """Begins to accept."""
-        self._listener.start()
-
-    def stop(self) -> None:
-        """Ends every connection once its response is sent; the Store must be closed before."""
-        self._listener.stop_accepting()
-        for connection in self._listener.connections():
-            connection.shut(socket.SHUT_RD)
-        if not self._listener.join(self.limits.stop_time):
-            for connection in self._listener.connections():
-                connection.shut()
-            self._listener.join(1.0)
+    def opened(self, connection: Connection) -> bool:
+        """Serves the connection to its end."""
+        self.step_down(connection)
+        HttpHandler(connection, connection.client, self)
+        return False
 
     def date(self) -> bytes:
         """The Date field's value, made once a second."""
@@ -5010,9 +5200,6 @@ class HttpServer:
         if self._date[0] != now:
             self._date = (now, email.utils.formatdate(now, usegmt=True).encode("ascii"))
         return self._date[1]
-
-    def _serve(self, connection: Connection) -> None:
-        HttpHandler(connection, connection.client, self)
 
 
 # ---- Web page --------------------------------------------------------------
