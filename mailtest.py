@@ -69,6 +69,7 @@ import sys
 import tempfile
 import threading
 import time
+import types
 import urllib.parse
 from typing import Any, Callable, Dict, Iterable, Iterator, List, NamedTuple, Optional, Tuple
 
@@ -1693,10 +1694,11 @@ def parse_failure(text: str, limits: Limits) -> Failure:
 class _Inbox:
     """An address and its mail.  The Store's own; others see snapshots."""
 
-    __slots__ = ("address", "acquired", "expires", "messages", "failures", "attempts")
+    __slots__ = ("key", "address", "acquired", "expires", "messages", "failures", "attempts")
 
-    def __init__(self, address: str, acquired: bool, expires: float,
+    def __init__(self, key: str, address: str, acquired: bool, expires: float,
                  failures: Tuple[Failure, ...] = ()):
+        self.key = key
         self.address = address
         self.acquired = acquired         # by a request; else it came with a mail
         self.expires = expires           # on the Store's clock
@@ -1795,7 +1797,8 @@ class Store:
         self._waiters = 0
         self._closed = False
         self._inboxes: Dict[str, _Inbox] = {}
-        self._due: List[Tuple[float, str]] = []                # heap of (expires, inbox key)
+        self._due: List[Tuple[float, int, _Inbox]] = []        # heap of (expires, a tick, inbox)
+        self._ticks = itertools.count()
         self._ended: "collections.OrderedDict[str, Tuple[float, str]]" = collections.OrderedDict()
         self._messages: Dict[str, Message] = {}                # in the order of arrival
         self._servers: Dict[str, Dict[str, Message]] = {}
@@ -1810,6 +1813,7 @@ class Store:
             maxlen=limits.sessions)
         self._session_count = 0
         self._accepted = {"Email": 0, "SMS": 0}
+        self._hours: Dict[int, Dict[str, int]] = {}            # the same for each hour since 1970
         self._rendered: "collections.OrderedDict[str, Message]" = collections.OrderedDict()
         self._rendered_octets = 0
         self._polls: "collections.OrderedDict[Any, float]" = collections.OrderedDict()
@@ -1823,7 +1827,7 @@ class Store:
         """A new inbox with an unguessable address that was never handed out before."""
         with self._changed:
             self._expire()
-            self._room(self.limits.inbox_cost)
+            self._room(self.limits.inbox_cost, inboxes=1)
             address = ""
             while not address or inbox_key(address) in self._inboxes:
                 name = "".join(secrets.choice(_LETTERS) for _ in range(11))
@@ -1898,9 +1902,7 @@ class Store:
             now = self._expire()
             places = message.inboxes = tuple(dict.fromkeys(map(self._target, keys)))
             new = [place for place in places if place not in self._inboxes]
-            self._room(cost + len(new) * self.limits.inbox_cost)
-            if len(self._inboxes) + len(new) > self.limits.inboxes:
-                raise Full(f"{self.limits.inboxes} inboxes are open")
+            self._room(cost + len(new) * self.limits.inbox_cost, len(new))
             for place in new:
                 self._open(place, place)
             self._number = message.number = self._number + 1
@@ -1917,6 +1919,7 @@ class Store:
             self._messages[id] = message
             self._octets += cost
             self._accepted[message.kind] += 1
+            self._count_hour(message)
             self._events.append(Event(message.number, "message", {"id": id}))
             self._wake(places, message.servers)
         for keeper in self.keepers:
@@ -2132,16 +2135,16 @@ class Store:
         with self._changed:
             self._names.pop(server, None)
 
-    def is_ours(self, address: str) -> bool:
+    def is_ours(self, address: str, server: str = "") -> bool:
         """Whether mail to the address belongs into this catcher: an open acquired inbox, our
-        domain, or a named server's."""
+        domain, that server's or a named one's."""
         key = inbox_key(address)
         with self._changed:
             self._expire()
             inbox = self._inboxes.get(self._target(key))
             return bool(inbox is not None and inbox.acquired
                         or key.rpartition("@")[2] == self.domain.lower()
-                        or any(server in self._names for server in servers_of(key)))
+                        or any(each == server or each in self._names for each in servers_of(key)))
 
     def devices(self) -> List[Dict[str, str]]:
         """The devices: id, name, sharedSecret."""
@@ -2173,9 +2176,27 @@ class Store:
                     "sessions": self._session_count, "events": self._number,
                     "waiters": self._waiters}
 
+    def transactions(self) -> List[Tuple[float, int, int]]:
+        """The last 24 hours, newest first: when each began, mails and SMS accepted in it."""
+        with self._changed:
+            this = int(self.wall() // 3600)
+            none = {"Email": 0, "SMS": 0}
+            return [(hour * 3600.0, self._hours.get(hour, none)["Email"],
+                     self._hours.get(hour, none)["SMS"]) for hour in range(this, this - 24, -1)]
+
     # -- the lock is held from here on
 
-    def _room(self, octets: int) -> None:
+    def _count_hour(self, message: Message) -> None:
+        hour = int(message.received // 3600)
+        if hour not in self._hours:
+            self._hours[hour] = {"Email": 0, "SMS": 0}
+            for old in [each for each in self._hours if each <= hour - 24]:
+                del self._hours[old]
+        self._hours[hour][message.kind] += 1
+
+    def _room(self, octets: int, inboxes: int = 0) -> None:
+        if inboxes and len(self._inboxes) + inboxes > self.limits.inboxes:
+            raise Full(f"{self.limits.inboxes} inboxes are open")
         if self._octets + self._reserved + octets > self.limits.max_memory:
             raise Full(f"the {self.limits.max_memory} octets of --max-memory are in use")
 
@@ -2189,11 +2210,11 @@ class Store:
 
     def _open(self, key: str, address: str, failures: Tuple[Failure, ...] = (),
               acquired: bool = False) -> _Inbox:
-        inbox = _Inbox(address, acquired, self._clock() + self.limits.ttl, failures)
+        inbox = _Inbox(key, address, acquired, self._clock() + self.limits.ttl, failures)
         self.scripts += bool(failures)
         self._inboxes[key] = inbox
         self._octets += self.limits.inbox_cost
-        heapq.heappush(self._due, (inbox.expires, key))
+        heapq.heappush(self._due, (inbox.expires, next(self._ticks), inbox))
         return inbox
 
     def _find(self, address: str) -> _Inbox:
@@ -2241,14 +2262,13 @@ class Store:
         inbox's end."""
         now = self._clock()
         while self._due and self._due[0][0] <= now:
-            _, key = heapq.heappop(self._due)
-            inbox = self._inboxes.get(key)
-            if inbox is None:
-                continue
-            if inbox.expires > now:
-                heapq.heappush(self._due, (inbox.expires, key))
+            _, _, inbox = heapq.heappop(self._due)
+            if self._inboxes.get(inbox.key) is not inbox:
+                continue                 # it was deleted
+            if inbox.expires > now:      # it got mail since
+                heapq.heappush(self._due, (inbox.expires, next(self._ticks), inbox))
             else:
-                self._close_inbox(key, "expired")
+                self._close_inbox(inbox.key, "expired")
         return now
 
     def _close_inbox(self, key: str, how: str) -> None:
@@ -2262,6 +2282,11 @@ class Store:
             message.inboxes = tuple(place for place in message.inboxes if place != key)
             if not message.inboxes:
                 self._drop(message)
+        inbox.messages = {}              # the heap may still know the inbox
+        if len(self._due) > 2 * len(self._inboxes) + 1_000:
+            self._due = [entry for entry in self._due
+                         if self._inboxes.get(entry[2].key) is entry[2]]
+            heapq.heapify(self._due)
         self._happened("expired" if how == "expired" else "deleted", {"address": inbox.address})
         self._wake((key,), ())
 
@@ -2386,14 +2411,14 @@ class Command(NamedTuple):
 
 COMMANDS: Dict[bytes, Command] = {}
 _ATOM = r'[^\s<>()\[\]\\,;:@"]'
-_PATH = (rf'<(?:@[^\s:<>]*:)?((?:"(?:[^"\\]|\\.)*"|{_ATOM}+)(?:@(?:\[[^\s\[\]\\<>]*\]|{_ATOM}*))?)?>'
+_PATH = (rf'<(?:(?:@[^\s:<>]*:)?((?:"(?:[^"\\]|\\.)*"|{_ATOM}+)'
+         rf'(?:@(?:\[[^\s\[\]\\<>]*\]|{_ATOM}*))?))?>'
          r'(?: +(.*?))? *')
 _MAIL = re.compile("FROM: *" + _PATH, re.I)
 _RCPT = re.compile("TO: *" + _PATH, re.I)
 _LABEL = re.compile(r"(?!-)[A-Za-z0-9_\-\u0080-\U0010ffff]{1,63}")
 _FORBIDDEN = re.compile(rb"[\x00-\x1f\x7f]")
-_HTTP = re.compile(rb"[A-Z]+ \S+ HTTP/\d")
-_SECRET = re.compile(rb"(\S*\s+\S+)\s+.*", re.S)
+_HTTP = re.compile(rb"[A-Z]{3,20} (?:/|https?:)|Host:", re.I)
 _END = b"\r\n.\r\n"
 _NEEDS = {
     "greeted": "Send EHLO first",
@@ -2449,6 +2474,15 @@ def _without_stuffing(octets: bytes) -> bytes:
     return octets.replace(b"\r\n.", b"\r\n") if b"\r\n." in octets else octets
 
 
+def _without_secret(line: bytes) -> bytes:
+    """A line with AUTH for the transcript; whatever follows a known mechanism may be secret."""
+    words = line.split(None, 2)
+    known = len(words) > 1 and words[1].decode("ascii", "replace").upper() in ("PLAIN", "LOGIN",
+                                                                               "CRAM-MD5")
+    shown = words[:2] if known else words[:1]
+    return b" ".join(shown + [b"********"] * (len(words) > len(shown)))
+
+
 def _expect_none(verb: str, argument: str) -> None:
     if argument.strip():
         raise Refuse(501, "5.5.4", f"Expected {verb} alone, got {_seen(argument)} after it")
@@ -2502,6 +2536,11 @@ def _cram_md5(response: Optional[bytes]) -> Iterator[bytes]:
 MECHANISMS = {"PLAIN": _plain, "LOGIN": _login, "CRAM-MD5": _cram_md5}
 
 
+def _too_large(limits: Limits) -> Refuse:
+    return Refuse(552, "5.3.4", f"Message too large: expected at most {limits.max_size} octets "
+                                "(--max-size)")
+
+
 class MailData:
     """The octets of one message while they arrive: bounded, and counted in the Store."""
 
@@ -2517,9 +2556,8 @@ class MailData:
         self.size += len(octets)
         if self.refusal is None:
             limits = self._store.limits
-            if self.size > limits.max_size:
-                self.drop(Refuse(552, "5.3.4", f"Message too large: expected at most "
-                                               f"{limits.max_size} octets (--max-size)"))
+            if self.size > limits.max_size * 4 // 3 + 5:     # no longer dots and what ends it
+                self.drop(_too_large(limits))
                 return
             if self.size > self._reserved + limits.reserve_step:
                 self._reserve()
@@ -2695,18 +2733,21 @@ class Session:
         long = self._exchange is not None or self._buffer[:4].upper() == b"AUTH"
         most = limits.auth_line if long else limits.command_line
         end = self._buffer.find(b"\r\n")
+        if not self.helo and self._buffer.startswith(b"\x16\x03"):
+            raise Drop("spoke TLS at once: use STARTTLS, or the port of --smtps")
         if end < 0:
-            if self._buffer.startswith(b"\x16\x03") and not self.helo:
-                raise Drop("spoke TLS at once: use STARTTLS, or the port of --smtps")
             if len(self._buffer) > most:
+                self._refuse_http(self._buffer)
                 self._overlong = True
                 self._buffer = b"\r" if self._buffer.endswith(b"\r") else b""
             return None
         line, self._buffer = self._buffer[:end], self._buffer[end + 2:]
         if self._overlong or end + 2 > most:
-            self._overlong = False
+            self._refuse_http(line)
+            status = "5.5.6" if self._exchange is not None else "5.5.2"      # RFC 4954 4, 6
+            self._overlong, self._exchange = False, None
             self._note(b"C: (a line that is too long)\r\n")
-            raise Refuse(500, "5.5.2", f"Line too long: expected at most {most} octets with CRLF")
+            raise Refuse(500, status, f"Line too long: expected at most {most} octets with CRLF")
         if self._exchange is not None:
             self._note(b"C: ********\r\n")
             return self._respond(line)
@@ -2762,6 +2803,8 @@ class Session:
             octets = data.take(cut)
             if dots:
                 octets = _without_stuffing(octets)
+            if len(octets) > self.store.limits.max_size:     # RFC 1870 3: without stuffed dots
+                raise _too_large(self.store.limits)
             for path in transaction.forward_paths if self.store.scripts else ():
                 self._follow_script("data", path)
             return self._deliver(transaction, octets)
@@ -2787,14 +2830,16 @@ class Session:
         verb, _, rest = line.partition(b" ")
         verb = verb.upper()
         found = COMMANDS.get(verb)
-        if verb == b"MAIL":
+        if verb == b"MAIL" and self.idle:
             self._end_part()
-        self._note(b"C: %b\r\n" % (_SECRET.sub(rb"\1 ********", line) if b"AUTH" in verb else line))
+        self._note(b"C: %b\r\n" % (_without_secret(line) if b"AUTH" in verb else line))
+        if found is None:
+            self._refuse_http(line)
         if _FORBIDDEN.search(line):
             raise self._bad_command(500, "5.5.2", "Expected no control character, NUL, bare CR "
                                                   "or bare LF in a command")
         if found is None:
-            raise self._unknown(verb, line)
+            raise self._unknown(verb)
         if found.needs and not getattr(self, found.needs):
             raise Refuse(503, "5.5.1", self._missing(found.needs))
         try:
@@ -2803,11 +2848,14 @@ class Session:
             raise Refuse(501, "5.5.2", "Expected ASCII or UTF-8") from None
         return found.run(self, argument)
 
-    def _unknown(self, verb: bytes, line: bytes) -> Refuse:
+    def _refuse_http(self, line: bytes) -> None:
+        """Ends the session of a browser: a foreign page may post to this port what looks like
+        commands."""
         if _HTTP.match(line):
-            # A page in a browser may post here what looks like commands.
             self._say(Reply(421, "4.7.0", "This is SMTP, not HTTP"))
             raise Drop("spoke HTTP")
+
+    def _unknown(self, verb: bytes) -> Refuse:
         if verb in _OBSOLETE:
             return self._bad_command(502, "5.5.1", f"{verb.decode()} is not implemented")
         shown = _seen(verb.decode("utf-8", "backslashreplace"))
@@ -2867,25 +2915,23 @@ class Session:
     def _mail_parameters(self, text: str) -> Tuple[bool, bool]:
         """Whether MAIL announced 8BITMIME, and SMTPUTF8."""
         given = _path_parameters(text)
-        size, body = given.pop("SIZE", ""), given.pop("BODY", "7BIT")
         utf8 = "SMTPUTF8" in given
         if given.pop("SMTPUTF8", None) is not None:
             raise Refuse(501, "5.5.4", "Expected SMTPUTF8 without a value")
-        if given.pop("AUTH", "<>") is None:          # RFC 4954 5: noted by nobody here
+        if given.pop("AUTH", "<>") is None:          # RFC 4954 5: nobody here needs to know
             raise Refuse(501, "5.5.4", "Expected AUTH=mailbox or AUTH=<>")
-        self._check_size(size)
-        if body is None or body.upper() not in ("7BIT", "8BITMIME"):
-            raise Refuse(501, "5.5.4", f"Expected BODY=7BIT or BODY=8BITMIME, got {_seen(str(body))}")
+        self._check_size(given.pop("SIZE", "0") or "")
+        body = (given.pop("BODY", "7BIT") or "").upper()
+        if body not in ("7BIT", "8BITMIME"):
+            raise Refuse(501, "5.5.4", f"Expected BODY=7BIT or BODY=8BITMIME, got {_seen(body)}")
         if given:
             raise Refuse(555, "5.5.4", f"Unknown parameter {_seen(next(iter(given)))}: expected "
                                        f"SIZE, BODY, SMTPUTF8 or AUTH")
-        return body.upper() == "8BITMIME", utf8
+        return body == "8BITMIME", utf8
 
-    def _check_size(self, size: Optional[str]) -> None:
-        if size == "":
-            return
-        if size is None or not re.fullmatch("[0-9]{1,20}", size):
-            raise Refuse(501, "5.5.4", f"Expected SIZE=octets, got {_seen(str(size))}")
+    def _check_size(self, size: str) -> None:
+        if not re.fullmatch("[0-9]{1,20}", size):    # RFC 1870 4
+            raise Refuse(501, "5.5.4", f"Expected SIZE=octets, got {_seen(size)}")
         if int(size) > self.store.limits.max_size:
             raise Refuse(552, "5.3.4", f"Message too large: expected at most "
                                        f"{self.store.limits.max_size} octets, got SIZE={size}")
@@ -2997,9 +3043,8 @@ class Session:
         mechanism = MECHANISMS.get(name.upper())
         if not name:
             raise Refuse(501, "5.5.4", "Expected AUTH mechanism")
-        if mechanism is None:
-            raise Refuse(504, "5.5.4", f"Unknown mechanism {_seen(name)}: expected "
-                                       f"{', '.join(MECHANISMS)}")
+        if mechanism is None:            # not quoted: it may be a secret without its mechanism
+            raise Refuse(504, "5.5.4", f"Unknown mechanism: expected {', '.join(MECHANISMS)}")
         if self.user:
             raise Refuse(503, "5.5.1", "Already authenticated")
         response = _unbase64("" if initial == "=" else initial) if initial else None
@@ -3202,6 +3247,9 @@ class Connection:
             self.socket.close()
 
 
+_SPIN = 0.0001 if (os.cpu_count() or 1) > 1 else 0.0         # seconds, see Listener._next()
+
+
 class Poller:
     """Which of many sockets have octets, by the fastest means of the system.
 
@@ -3389,9 +3437,10 @@ class Listener:
 
     def _rounds(self) -> None:
         """Leads, until this thread steps down or the listener stops."""
-        me = threading.get_ident()
+        me, spin = threading.get_ident(), 0.0
         while not self.stopping.is_set():
-            for found in self._poller.ready(1.0):
+            for found in self._next(spin):
+                spin = _SPIN
                 if found.__class__ is Connection:
                     self._turn(found)
                 elif found == self._accept:
@@ -3400,6 +3449,17 @@ class Listener:
                     return
             self._sweep()
         self._last_rounds()
+
+    def _next(self, spin: float) -> List[Any]:
+        """What is ready, waited for.  After a turn it looks for some microseconds before it
+        sleeps: a client on another core answers sooner than a sleeping thread wakes."""
+        if spin and len(self._connections) <= 2:
+            until = time.perf_counter() + spin
+            while time.perf_counter() < until:
+                found = self._poller.ready(0)
+                if found:
+                    return found
+        return self._poller.ready(1.0)
 
     def _turn(self, connection: Connection) -> None:
         """Lets the protocol serve a connection; closes it if that was the last turn."""
@@ -3658,13 +3718,19 @@ class SmtpServer(Listener):
                 connection.start_tls(self._tls)
                 connection.set_timeout(self.limits.smtp_timeout)
                 session.tls_started()
-            octets = b""
-            if not self.stopping.is_set() or session.in_data:
-                octets = connection.receive()
-            if not octets and not self.stopping.is_set():
-                raise Hangup("left without QUIT")
-            replies = session.receive(octets) if octets else session.refuse(
-                Reply(421, "4.3.2", "Shutting down"))
+            replies = session.receive(b"")           # what was pipelined behind a pause
+            if not replies and not session.ended:
+                replies = self._hear(connection, session)
+
+    def _hear(self, connection: Connection, session: Session) -> bytes:
+        """Waits for the client's next words; returns the replies to them."""
+        stopping = self.stopping.is_set()
+        octets = b"" if stopping and not session.in_data else connection.receive()
+        if octets:
+            return session.receive(octets)
+        if self.stopping.is_set():
+            return session.refuse(Reply(421, "4.3.2", "Shutting down"))
+        raise Hangup("left without QUIT")
 
 
 # ---- HTTP API --------------------------------------------------------------
@@ -4331,7 +4397,7 @@ def _store_sent(api: Api, octets: bytes, sender: str, recipients: List[str],
                        f"{api.store.limits.max_size} octets, got {len(octets)}")
     sent = Message(new_id(), octets, Envelope(None, tuple(recipients)), direction="Sent")
     api.store.deliver(sent, server)
-    ours = tuple(filter(api.store.is_ours, recipients))
+    ours = tuple(path for path in recipients if api.store.is_ours(path, server))
     if ours:
         api.store.deliver(Message(new_id(), octets, Envelope(sender, ours, "localhost")))
     return sent
@@ -4547,11 +4613,10 @@ def usage_limits(api: Api, request: Request) -> Response:
 
 
 def usage_transactions(api: Api, request: Request) -> Response:
-    """What was accepted since the start"""
-    counters = api.store.counters()
+    """What was accepted in each of the last 24 hours"""
     return Response(body=_json({"items": [
-        {"timestamp": iso_time(api.store.started), "email": counters["accepted"],
-         "sms": counters["sms"]}]}))
+        {"timestamp": iso_time(began), "email": mails, "sms": texts}
+        for began, mails, texts in api.store.transactions()]}))
 
 
 # -- Mailosaur: analysis
@@ -5164,11 +5229,11 @@ class HttpHandler(http.server.BaseHTTPRequestHandler):
 
     def _connect(self) -> None:
         """Ends a client's tunnel to Mailosaur here: HTTPS_PROXY alone brings it to us."""
-        host = re.sub(r":[0-9]+$", "", self._target)
-        if not re.search(r":[0-9]{1,5}$", self._target):
+        host, _, number = self._target.rpartition(":")
+        if not host or not number.isdecimal():
             raise ApiError(400, "bad_request", "Expected CONNECT host:port, got "
                                                f"{_seen(self._target)}")
-        if not _TUNNELS.fullmatch(host) and host.lower() not in self.server.api.policy.allow_hosts:
+        if number not in ("443", str(self.server.port)) or not _TUNNELS.fullmatch(host) and host.lower() not in self.server.api.policy.allow_hosts:
             raise ApiError(403, "forbidden", "Expected CONNECT mailosaur.com:443: tunnels to other "
                            f"hosts are refused, got {_seen(self._target)}")
         if self.server.tls is None:
@@ -5668,32 +5733,35 @@ def pytest_configure(config: Any) -> None:
 
 
 def _pytest_plugin(pytest: Any) -> Any:
-    class Plugin:
-        """The fixtures, and the report of a failed test."""
+    """A plugin with the fixtures, and the report of a failed test."""
 
-        @pytest.fixture(scope="session")
-        def mailtest_server(self):
-            """A mail catcher for the whole run (with pytest-xdist: for each worker)."""
-            with Mailtest() as server:
-                yield server
+    @pytest.fixture(scope="session")
+    def mailtest_server():
+        """A mail catcher for the whole run (with pytest-xdist: for each worker)."""
+        with Mailtest() as server:
+            yield server
 
-        @pytest.fixture
-        def inbox(self, mailtest_server):
-            """A fresh address for each test."""
-            inbox = mailtest_server.acquire()
-            yield inbox
-            with contextlib.suppress(Unknown):       # the test has deleted it
-                inbox.delete()
+    @pytest.fixture
+    def inbox(mailtest_server):
+        """A fresh address for each test."""
+        inbox = mailtest_server.acquire()
+        yield inbox
+        with contextlib.suppress(Unknown):           # the test has deleted it
+            inbox.delete()
 
-        @pytest.hookimpl(hookwrapper=True)
-        def pytest_runtest_makereport(self, item, call):
-            """Adds to a failure what the test's inbox received."""
-            outcome = yield
-            inbox = getattr(item, "funcargs", {}).get("inbox")
-            if call.excinfo is not None and call.when == "call" and isinstance(inbox, Inbox):
-                outcome.get_result().sections.append(("mailtest", inbox.report()))
+    @pytest.hookimpl(hookwrapper=True)
+    def pytest_runtest_makereport(item, call):
+        """Adds to a failure what the test's inbox received."""
+        outcome = yield
+        inbox = getattr(item, "funcargs", {}).get("inbox")
+        if call.excinfo is not None and call.when == "call" and isinstance(inbox, Inbox):
+            outcome.get_result().sections.append(("mailtest", inbox.report()))
 
-    return Plugin()
+    plugin = types.ModuleType("mailtest_fixtures")   # pytest wants fixtures in no class
+    plugin.mailtest_server = mailtest_server
+    plugin.inbox = inbox
+    plugin.pytest_runtest_makereport = pytest_runtest_makereport
+    return plugin
 
 
 # ---- Command line ----------------------------------------------------------
