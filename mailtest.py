@@ -141,6 +141,32 @@ class Limits(NamedTuple):
     webhook_pause: float = 0.5        # seconds after the first failure; doubles to 30
 
 
+class MessageLimits(NamedTuple):
+    """How far a mail is read. Beyond a bound reading stops with a warning; the octets are kept."""
+
+    header_octets: int = 1_000_000      # of one header block; Postfix cuts at 102,400
+    header_fields: int = 2_000          # of one header block; Gmail's own mails have about 60
+    field_octets: int = 262_144         # of one field's value: room for 10,000 addresses
+    addresses: int = 10_000             # of one kind (To, Cc ...); Exchange allows 5,000
+    parameters: int = 500               # of one Content-Type or Content-Disposition
+    file_name: int = 1_000              # characters; file systems allow 255
+    parts: int = 1_000                  # leaves and multiparts together; postal-mime: unlimited
+    nesting: int = 200                  # multiparts in multiparts; Postfix stops at 100
+    base64_runs: int = 10_000           # pieces between "=" that are decoded one by one
+    html_characters: int = 1_000_000    # of HTML scanned for links; Gmail clips at 102,400
+    text_characters: int = 1_000_000    # of text scanned for links
+    code_characters: int = 100_000      # of text scanned for codes
+    links: int = 5_000                  # of one body, and as many images
+    codes: int = 100                    # of one body
+    url_characters: int = 8_192         # of one link; IIS and nginx stop at 8 kB
+    preview_characters: int = 200
+    line_octets: int = 998              # RFC 5322 2.1.1, without CRLF
+    warnings: int = 40
+
+
+MESSAGE_LIMITS = MessageLimits()
+
+
 class RateWindow:
     """A sliding window of one minute for each client (not thread-safe: the Store guards it)."""
 
@@ -167,32 +193,6 @@ class RateWindow:
 # Octets in, immutable values out: header fields, addresses, bodies, links, images, codes and
 # attachments of one mail. Pure functions; nothing here raises, whatever the octets, and nothing
 # takes more than linear time. What is wrong with a mail is said in its `warnings`.
-
-
-class MessageLimits(NamedTuple):
-    """How far a mail is read. Beyond a bound reading stops with a warning; the octets are kept."""
-
-    header_octets: int = 1_000_000      # of one header block; Postfix cuts at 102,400
-    header_fields: int = 2_000          # of one header block; Gmail's own mails have about 60
-    field_octets: int = 262_144         # of one field's value: room for 10,000 addresses
-    addresses: int = 10_000             # of one kind (To, Cc ...); Exchange allows 5,000
-    parameters: int = 500               # of one Content-Type or Content-Disposition
-    file_name: int = 1_000              # characters; file systems allow 255
-    parts: int = 1_000                  # leaves and multiparts together; postal-mime: unlimited
-    nesting: int = 200                  # multiparts in multiparts; Postfix stops at 100
-    base64_runs: int = 10_000           # pieces between "=" that are decoded one by one
-    html_characters: int = 1_000_000    # of HTML scanned for links; Gmail clips at 102,400
-    text_characters: int = 1_000_000    # of text scanned for links
-    code_characters: int = 100_000      # of text scanned for codes
-    links: int = 5_000                  # of one body, and as many images
-    codes: int = 100                    # of one body
-    url_characters: int = 8_192         # of one link; IIS and nginx stop at 8 kB
-    preview_characters: int = 200
-    line_octets: int = 998              # RFC 5322 2.1.1, without CRLF
-    warnings: int = 40
-
-
-MESSAGE_LIMITS = MessageLimits()
 
 
 class Address(NamedTuple):
@@ -1500,7 +1500,8 @@ class Message:
     """
 
     __slots__ = ("id", "number", "kind", "direction", "received", "envelope", "octets",
-                 "session", "cost", "inboxes", "servers", "summary", "rendered", "_keys", "_folded")
+                 "session", "cost", "inboxes", "servers", "summary", "rendered", "_keys",
+                 "_folded")
 
     def __init__(self, id: str, octets: bytes, envelope: Envelope, kind: str = "Email",
                  direction: str = "Received", session: Tuple[bytes, ...] = ()):
@@ -1591,7 +1592,7 @@ _WORD = re.compile(r'(-?)(?:(from|to|subject|body|has):)?(?:"([^"]*)"|(\S+))', r
 
 
 def words(query: str) -> Criteria:
-    """The criteria of a search box: free text, from: to: subject: body: has:, "two words", -not."""
+    """The criteria of a search box: free, from: to: subject: body: has:, "two words", -not."""
     terms = []
     for minus, field, quoted, plain in _WORD.findall(query):
         value = (quoted or plain).lower()
@@ -2905,7 +2906,8 @@ class Session:
         eight_bit, utf8 = self._mail_parameters(parameters) if parameters else (False, False)
         local, _, domain = path.rpartition("@")
         if domain and local and not _is_domain(domain):      # an empty one is a real client's
-            raise Refuse(501, "5.1.7", f"Expected a domain or address literal, got {_seen(domain)}")
+            raise Refuse(501, "5.1.7", "Expected a domain or address literal, got "
+                                       f"{_seen(domain)}")
         _check_ascii(path, utf8)
         if path and self.store.scripts:
             self._follow_script("mail", path)
@@ -3269,7 +3271,7 @@ class Poller:
         """Asks for a socket from now on; `what` stands for it in the answer."""
         self._known[sock.fileno()] = what
         if self._poll is not None:
-            self._poll.register(sock.fileno(), select.EPOLLIN if self._unit == 1 else select.POLLIN)
+            self._poll.register(sock.fileno(), 1)    # POLLIN and EPOLLIN
 
     def remove(self, sock: socket.socket) -> None:
         """Does not ask for it any longer; the socket is still open."""
@@ -3826,7 +3828,8 @@ def _head(message: Message, content: Content) -> Dict[str, Any]:
 
 
 def summary(message: Message, server: str = "") -> bytes:
-    """The JSON of a message in a list.  All but the server it is listed for is kept."""
+    """The JSON of a message in a list.  All is kept but the server that it is listed for, and
+    the inboxes that still hold it."""
     if message.summary is None:
         content = message.content()
         codes = content.text.codes + content.html.codes
@@ -3837,7 +3840,8 @@ def summary(message: Message, server: str = "") -> bytes:
                      links=len(content.html.links or content.text.links),
                      warnings=len(content.warnings), server="")
         message.summary = _json(value)[:-3]          # without the "" of the server and the }
-    return message.summary + _json(server or _server(message)) + b"}"
+    return (message.summary + _json(server or _server(message)) + b',"inboxes":'
+            + _json(message.inboxes) + b"}")
 
 
 def rendered(api: "Api", message: Message, base: str) -> bytes:
@@ -3926,7 +3930,8 @@ class Query:
         if text == "":
             return default
         if not re.fullmatch(r"[0-9]{1,9}" if whole else r"[0-9]{1,6}(\.[0-9]{0,6})?", text):
-            raise _bad(name, f"a{' whole' if whole else ''} number from {least:g} to {most:g}", text)
+            kind = "whole number" if whole else "number"
+            raise _bad(name, f"a {kind} from {least:g} to {most:g}", text)
         value = int(text) if whole else float(text)
         if not least <= value <= most:
             raise _bad(name, f"a number from {least:g} to {most:g}", text)
@@ -3951,7 +3956,8 @@ def _parse_time(name: str, text: str) -> float:
         year, month, day = map(int, match.group(1, 2, 3))
         hour, minute, second = (int(part or 0) for part in match.group(4, 5, 6))
         micro = int((match.group(7) or "0")[:6].ljust(6, "0"))
-        offset = datetime.timedelta(hours=int(match.group(10) or 0), minutes=int(match.group(11) or 0))
+        hours, minutes = (int(part or 0) for part in match.group(10, 11))
+        offset = datetime.timedelta(hours=hours, minutes=minutes)
         when = datetime.datetime(year, month, day, hour, minute, second, micro,
                                  datetime.timezone.utc)
         when += offset if match.group(9) == "-" else -offset
@@ -4128,8 +4134,7 @@ def _event_data(api: Api, event: Event) -> Optional[bytes]:
         message = api.store.message(event.data["id"])
     except Unknown:
         return None
-    return (summary(message)[:-1] + b',"direction":' + _json(message.direction)
-            + b',"inboxes":' + _json(message.inboxes) + b"}")
+    return summary(message)[:-1] + b',"direction":' + _json(message.direction) + b"}"
 
 
 def preview(api: Api, request: Request, id: str) -> Response:
@@ -4154,7 +4159,8 @@ def preview(api: Api, request: Request, id: str) -> Response:
               "sandbox allow-popups allow-popups-to-escape-sandbox")
     return Response(body=b'<!doctype html><meta charset="utf-8"><base target="_blank">'
                     + body.encode("utf-8", "replace"), type="text/html; charset=utf-8",
-                    headers=(("Content-Security-Policy", policy),))
+                    headers=(("Content-Security-Policy", policy),
+                             ("X-DNS-Prefetch-Control", "off")))
 
 
 def source(api: Api, request: Request, id: str) -> Response:
@@ -4461,7 +4467,7 @@ def reply_to_message(api: Api, request: Request, id: str) -> Response:
     content = original.content()
     to = [address.email for address in content.reply_to or content.from_ if address.email]
     if not to:
-        raise ApiError(400, "bad_request", "Expected a message with a From or Reply-To field", "id")
+        raise ApiError(400, "bad_request", "Expected a message with From or Reply-To", "id")
     return _answer(api, request, original, content, values, "Re: ", ", ".join(to), to, ())
 
 
@@ -4641,7 +4647,7 @@ def _findings(message: Message, content: Content) -> Dict[str, Any]:
             "missingListUnsubscribe": "list-unsubscribe" not in names}
 
 
-def analyse_spam(api: Api, request: Request, id: str) -> Response:
+def spam(api: Api, request: Request, id: str) -> Response:
     """What the content says; no score, since no spam filter is asked"""
     message = api.store.message(id)
     content = message.content()
@@ -4654,7 +4660,7 @@ def analyse_spam(api: Api, request: Request, id: str) -> Response:
         {"score": 0, "rule": rule, "description": text} for rule, text in rules]}, "score": 0}))
 
 
-def analyse_deliverability(api: Api, request: Request, id: str) -> Response:
+def deliverability(api: Api, request: Request, id: str) -> Response:
     """Content checks; DNS and blocklist checks say that they were not made"""
     message = api.store.message(id)
     unknown = {"result": "Timeout", "description": _OFFLINE, "rawValue": "", "tags": {}}
@@ -4728,9 +4734,12 @@ class Route(NamedTuple):
 
 _WAIT = "timeout count subject from body after expect"
 _LIST = "server page itemsPerPage receivedAfter dir"
-_MAIL_OPTIONS = "to cc from send subject text html attachments"
-_EML, _ANY, _TEXT, _HTML = "message/rfc822", "*/*", "text/plain", "text/html"
-_EVENTS = "text/event-stream"
+_LIST_Q, _SEARCH = _LIST + " q", _LIST + " milliseconds"
+_CRITERIA = "sentFrom sentTo subject body match"
+_DEVICE, _SECRET = "name sharedSecret", "sharedSecret"
+_MAIL_TO = "to cc from send subject text html attachments"
+_HTML, _CSS, _JS, _SVG = "text/html", "text/css", "text/javascript", "image/svg+xml"
+_EML, _ANY, _TEXT, _EVENTS = "message/rfc822", "*/*", "text/plain", "text/event-stream"
 
 
 def describe_api(api: Api, request: Request) -> Response:
@@ -4738,58 +4747,57 @@ def describe_api(api: Api, request: Request) -> Response:
     return Response(body=_json(openapi(request.base)))
 
 
-ROUTES = (
-    Route("GET",    "/",                              get_file,               "open",  type=_HTML),
-    Route("GET",    "/page.css",                      get_file,               "open",  type="text/css"),
-    Route("GET",    "/page.js",                       get_file,               "open",  type="text/javascript"),
-    Route("GET",    "/favicon.ico",                   get_file,               "open",  type="image/svg+xml"),
-    Route("GET",    "/healthz",                       health,                 "open"),
-    Route("GET",    "/openapi.json",                  describe_api,           "api"),
-    Route("GET",    "/v1/acquire",                    acquire,                "inbox", "fail", type=_TEXT),
-    Route("GET",    "/v1/register",                   acquire,                "inbox", "fail", type=_TEXT),
-    Route("GET",    "/acquire",                       acquire,                "inbox", "fail", type=_TEXT),
-    Route("GET",    "/aquire",                        acquire,                "inbox", "fail", type=_TEXT),
-    Route("GET",    "/v1/get/{address}",              get_inbox,              "inbox", _WAIT),
-    Route("GET",    "/v1/load/{address}",             load_inbox,             "inbox", _WAIT),
-    Route("DELETE", "/v1/get/{address}",              delete_inbox,           "inbox"),
-    Route("GET",    "/v1/messages/{id}/preview",      preview,                "open",  "remote", type=_HTML),
-    Route("GET",    "/v1/messages/{id}/source",       source,                 "open",  type=_TEXT),
-    Route("GET",    "/v1/attachments/{id}",           download,               "open",  type=_ANY),
-    Route("GET",    "/v1/inboxes",                    list_inboxes,           "api"),
-    Route("GET",    "/v1/sessions",                   list_sessions,          "api"),
-    Route("GET",    "/v1/events",                     follow_events,          "api",   "after", type=_EVENTS),
-    Route("GET",    "/api/messages",                  list_messages,          "api",   _LIST + " q"),
-    Route("POST",   "/api/messages",                  create_message,         "api",   "server", _MAIL_OPTIONS),
-    Route("DELETE", "/api/messages",                  delete_messages,        "api",   "server"),
-    Route("POST",   "/api/messages/search",           search_messages,        "api",   _LIST + " milliseconds",
-          "sentFrom sentTo subject body match"),
-    Route("GET",    "/api/messages/{id}",             get_message,            "api"),
-    Route("DELETE", "/api/messages/{id}",             delete_message,         "api"),
-    Route("POST",   "/api/messages/{id}/forward",     forward_message,        "api",   "", _MAIL_OPTIONS),
-    Route("POST",   "/api/messages/{id}/reply",       reply_to_message,       "api",   "", _MAIL_OPTIONS),
-    Route("POST",   "/api/messages/{id}/screenshots", make_previews,          "api",   "", "emailClients"),
-    Route("GET",    "/api/files/attachments/{id}",    get_attachment,         "api",   type=_ANY),
-    Route("GET",    "/api/files/email/{id}",          get_email,              "api",   type=_EML),
-    Route("GET",    "/api/files/screenshots/{id}",    get_screenshot,         "api"),
-    Route("GET",    "/api/screenshots/clients",       email_clients,          "api"),
-    Route("GET",    "/api/analysis/spam/{id}",        analyse_spam,           "api"),
-    Route("GET",    "/api/analysis/deliverability/{id}", analyse_deliverability, "api"),
-    Route("GET",    "/api/servers",                   list_servers,           "api"),
-    Route("POST",   "/api/servers",                   create_server,          "api",   "", "name"),
-    Route("GET",    "/api/servers/{id}",              get_server,             "api"),
-    Route("PUT",    "/api/servers/{id}",              update_server,          "api",   "", "name"),
-    Route("DELETE", "/api/servers/{id}",              delete_server,          "api"),
-    Route("GET",    "/api/servers/{id}/password",     get_password,           "api"),
-    Route("GET",    "/api/devices",                   list_devices,           "api"),
-    Route("POST",   "/api/devices",                   create_device,          "api",   "", "name sharedSecret"),
-    Route("DELETE", "/api/devices/{id}",              delete_device,          "api"),
-    Route("GET",    "/api/devices/{id}/otp",          get_otp,                "api"),
-    Route("POST",   "/api/devices/otp",               make_otp,               "api",   "", "sharedSecret"),
-    Route("GET",    "/api/usage/limits",              usage_limits,           "api"),
-    Route("GET",    "/api/usage/transactions",        usage_transactions,     "api"),
-    Route("POST",   "/2010-04-01/Accounts/{sid}/Messages.json", receive_sms,  "api"),
-    Route("GET",    "/{address}",                     load_inbox,             "inbox", _WAIT),
-)
+ROUTES = tuple(Route(*row) for row in (
+    ("GET",    "/",                            get_file,           "open", "", "", _HTML),
+    ("GET",    "/page.css",                    get_file,           "open", "", "", _CSS),
+    ("GET",    "/page.js",                     get_file,           "open", "", "", _JS),
+    ("GET",    "/favicon.ico",                 get_file,           "open", "", "", _SVG),
+    ("GET",    "/healthz",                     health,             "open"),
+    ("GET",    "/openapi.json",                describe_api),
+    ("GET",    "/v1/acquire",                  acquire,            "inbox", "fail", "", _TEXT),
+    ("GET",    "/v1/register",                 acquire,            "inbox", "fail", "", _TEXT),
+    ("GET",    "/acquire",                     acquire,            "inbox", "fail", "", _TEXT),
+    ("GET",    "/aquire",                      acquire,            "inbox", "fail", "", _TEXT),
+    ("GET",    "/v1/get/{address}",            get_inbox,          "inbox", _WAIT),
+    ("GET",    "/v1/load/{address}",           load_inbox,         "inbox", _WAIT),
+    ("DELETE", "/v1/get/{address}",            delete_inbox,       "inbox"),
+    ("GET",    "/v1/messages/{id}/preview",    preview,            "open", "remote", "", _HTML),
+    ("GET",    "/v1/messages/{id}/source",     source,             "open", "", "", _TEXT),
+    ("GET",    "/v1/attachments/{id}",         download,           "open", "", "", _ANY),
+    ("GET",    "/v1/inboxes",                  list_inboxes),
+    ("GET",    "/v1/sessions",                 list_sessions),
+    ("GET",    "/v1/events",                   follow_events,      "api", "after", "", _EVENTS),
+    ("GET",    "/api/messages",                list_messages,      "api", _LIST_Q),
+    ("POST",   "/api/messages",                create_message,     "api", "server", _MAIL_TO),
+    ("DELETE", "/api/messages",                delete_messages,    "api", "server"),
+    ("POST",   "/api/messages/search",         search_messages,    "api", _SEARCH, _CRITERIA),
+    ("GET",    "/api/messages/{id}",           get_message),
+    ("DELETE", "/api/messages/{id}",           delete_message),
+    ("POST",   "/api/messages/{id}/forward",   forward_message,    "api", "", _MAIL_TO),
+    ("POST",   "/api/messages/{id}/reply",     reply_to_message,   "api", "", _MAIL_TO),
+    ("POST",   "/api/messages/{id}/screenshots", make_previews,      "api", "", "emailClients"),
+    ("GET",    "/api/files/attachments/{id}",  get_attachment,     "api", "", "", _ANY),
+    ("GET",    "/api/files/email/{id}",        get_email,          "api", "", "", _EML),
+    ("GET",    "/api/files/screenshots/{id}",  get_screenshot),
+    ("GET",    "/api/screenshots/clients",     email_clients),
+    ("GET",    "/api/analysis/spam/{id}",      spam),
+    ("GET",    "/api/analysis/deliverability/{id}", deliverability),
+    ("GET",    "/api/servers",                 list_servers),
+    ("POST",   "/api/servers",                 create_server,      "api", "", "name"),
+    ("GET",    "/api/servers/{id}",            get_server),
+    ("PUT",    "/api/servers/{id}",            update_server,      "api", "", "name"),
+    ("DELETE", "/api/servers/{id}",            delete_server),
+    ("GET",    "/api/servers/{id}/password",   get_password),
+    ("GET",    "/api/devices",                 list_devices),
+    ("POST",   "/api/devices",                 create_device,      "api", "", _DEVICE),
+    ("DELETE", "/api/devices/{id}",            delete_device),
+    ("GET",    "/api/devices/{id}/otp",        get_otp),
+    ("POST",   "/api/devices/otp",             make_otp,           "api", "", _SECRET),
+    ("GET",    "/api/usage/limits",            usage_limits),
+    ("GET",    "/api/usage/transactions",      usage_transactions),
+    ("POST",   "/2010-04-01/Accounts/{sid}/Messages.json", receive_sms),
+    ("GET",    "/{address}",                   load_inbox,         "inbox", _WAIT),
+))
 
 _PARAMETERS: Dict[str, Tuple[str, Dict[str, Any], str]] = {
     # name in ROUTES: (name in the query, schema, what it does)
@@ -4819,7 +4827,7 @@ def openapi(base: str) -> Dict[str, Any]:
     for route in ROUTES:
         if route.run is get_file:
             continue
-        success = "204" if route.method == "DELETE" else "201" if route.run is receive_sms else "200"
+        success = {"DELETE": "204"}.get(route.method, "201" if route.run is receive_sms else "200")
         parameters = [{"name": name, "in": "path", "required": True, "schema": {"type": "string"}}
                       for name in re.findall(r"\{(\w+)\}", route.path)]
         for name, schema, text in (_PARAMETERS[word] for word in route.query.split()):
@@ -4866,7 +4874,7 @@ def find_route(method: str, path: str) -> Tuple[Route, List[str]]:
                            if known[:1] == "{"]
         allowed.append(route.method)
     if not allowed:
-        raise ApiError(404, "not_found", f"No endpoint {path[:80]!r}: GET /openapi.json lists them")
+        raise ApiError(404, "not_found", f"No endpoint {path[:80]!r}: see GET /openapi.json")
     if "GET" in allowed:
         allowed.append("HEAD")
     raise ApiError(405, "method_not_allowed", f"Expected {' or '.join(allowed)}, got {method!r}",
@@ -4953,7 +4961,7 @@ def _check_origin(request: Request, route: Route) -> None:
     if (origin is not None and origin.partition("://")[2] != request.headers.get("host")
             or site not in ("same-origin", "none")):
         raise ApiError(403, "foreign_origin", "Expected a request from this origin or from no "
-                       f"page at all, got Origin {str(origin)[:80]!r}, Sec-Fetch-Site {site[:20]!r}")
+                       f"page, got Origin {str(origin)[:80]!r}, Sec-Fetch-Site {site[:20]!r}")
 
 
 def _check_access(api: Api, request: Request, route: Route) -> None:
@@ -5233,9 +5241,10 @@ class HttpHandler(http.server.BaseHTTPRequestHandler):
         if not host or not number.isdecimal():
             raise ApiError(400, "bad_request", "Expected CONNECT host:port, got "
                                                f"{_seen(self._target)}")
-        if number not in ("443", str(self.server.port)) or not _TUNNELS.fullmatch(host) and host.lower() not in self.server.api.policy.allow_hosts:
-            raise ApiError(403, "forbidden", "Expected CONNECT mailosaur.com:443: tunnels to other "
-                           f"hosts are refused, got {_seen(self._target)}")
+        known = _TUNNELS.fullmatch(host) or host.lower() in self.server.api.policy.allow_hosts
+        if not known or number not in ("443", str(self.server.port)):
+            raise ApiError(403, "forbidden", "Expected CONNECT mailosaur.com:443 (all other "
+                           f"tunnels are refused), got {_seen(self._target)}")
         if self.server.tls is None:
             raise ApiError(501, "not_implemented", "CONNECT needs a certificate: start with "
                                                    "--tls-cert and --tls-key, or --tls")
@@ -5451,7 +5460,7 @@ class Inbox:
 
     def expect_none(self, timeout: float = 1.0, subject: str = "", sender: str = "",
                     body: str = "", after: Optional[Mail] = None) -> None:
-        """Returns after `timeout` seconds of silence; NoMail as soon as a matching mail is there."""
+        """Returns after `timeout` seconds of silence; NoMail once a matching mail is there."""
         if self._collect(1, subject, sender, body, timeout, after):
             raise NoMail(f"expected no mail for {self.address}\n{self.report()}")
 
@@ -5776,7 +5785,7 @@ def duration(text: str) -> float:
     """Seconds of 90, 90s, 10m, 1h, 1d."""
     match = re.fullmatch(r"([0-9]{1,9}(?:\.[0-9]{1,3})?)\s*(s|m|min|h|d)?", text.strip(), re.I)
     if not match or not float(match.group(1)):
-        raise argparse.ArgumentTypeError(f"expected a duration such as 90s, 10m or 1h, got {text!r}")
+        raise argparse.ArgumentTypeError(f"expected a time such as 90s, 10m or 1h, got {text!r}")
     return float(match.group(1)) * _UNITS[(match.group(2) or "").lower()]
 
 
@@ -5813,21 +5822,24 @@ def user_and_password(text: str) -> Tuple[str, str]:
 def domain_name(text: str) -> str:
     """A domain for acquired addresses."""
     if not _is_domain(text) or text.startswith("["):
-        raise argparse.ArgumentTypeError(f"expected a domain such as mailtest.example, got {text!r}")
+        raise argparse.ArgumentTypeError(f"expected a domain such as a.example, got {text!r}")
     return text.lower()
 
 
 def _options() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="mailtest.py", usage="mailtest.py [--smtp PORT] [--http PORT] [options]\n"
-                                  "       mailtest.py sendmail [-t] [-i] [-f ADDRESS] [RECIPIENT ...]",
+                                  "       mailtest.py sendmail [-t] [-i] [-f ADDRESS] [RECIPIENT]",
         description="Catches mail for tests: SMTP in, JSON out.",
         epilog="The first line on standard output is JSON with both addresses, once they answer.",
         formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=30, width=96))
     add = parser.add_argument_group("where to listen").add_argument
-    add("--smtp", type=port, default=2525, metavar="PORT", help="SMTP port, 0 for a free one (2525)")
-    add("--http", type=port, default=8080, metavar="PORT", help="HTTP port, 0 for a free one (8080)")
-    add("--host", default="127.0.0.1", help="address to listen on; 0.0.0.0 or :: for all (127.0.0.1)")
+    add("--smtp", type=port, default=2525, metavar="PORT",
+        help="SMTP port, 0 for a free one (2525)")
+    add("--http", type=port, default=8080, metavar="PORT",
+        help="HTTP port, 0 for a free one (8080)")
+    add("--host", default="127.0.0.1", metavar="ADDRESS",
+        help="address to listen on; 0.0.0.0 or :: for all (127.0.0.1)")
     add = parser.add_argument_group("inboxes").add_argument
     add("--domain", type=domain_name, default="mailtest.example",
         help="of acquired addresses (mailtest.example)")
@@ -5839,7 +5851,8 @@ def _options() -> argparse.ArgumentParser:
     add("--tls", action="store_true", help="offer STARTTLS, with a certificate made by openssl")
     add("--tls-cert", metavar="FILE", help="offer STARTTLS, with this certificate (PEM)")
     add("--tls-key", metavar="FILE", help="its key, if not in the same file")
-    add("--smtps", type=port, metavar="PORT", help="SMTP with TLS from the start, on this port too")
+    add("--smtps", type=port, metavar="PORT",
+        help="SMTP with TLS from the start, on this port too")
     add("--https", action="store_true", help="speak TLS on the HTTP port")
     add("--auth", type=user_and_password, metavar="USER:PASS",
         help="the only SMTP credentials taken; without it any are")
@@ -5847,9 +5860,11 @@ def _options() -> argparse.ArgumentParser:
         help="demand it on all but the Mailtest service (or MAILTEST_API_KEY)")
     add = parser.add_argument_group("on a network").add_argument
     add("--hosted", action="store_true",
-        help="a public service: --strict, --max-size 200k, --rate 10, no lists without the API key")
-    add("--rate", type=whole, metavar="N", help="requests a minute and client to the Mailtest service")
-    add("--trust-proxy", action="store_true", help="take the client's address from X-Forwarded-For")
+        help="a public service: --strict, --max-size 200k, --rate 10, lists only with the API key")
+    add("--rate", type=whole, metavar="N",
+        help="requests a minute and client to the Mailtest service")
+    add("--trust-proxy", action="store_true",
+        help="take the client's address from X-Forwarded-For")
     add("--allow-host", action="append", default=[], metavar="NAME",
         help="a Host header to answer to, beside addresses and local names; repeatable")
     add = parser.add_argument_group("in scripts").add_argument
@@ -5876,7 +5891,8 @@ def _tls(options: argparse.Namespace) -> Optional[ssl.SSLContext]:
         raise ValueError("--tls-key needs --tls-cert")
     if not certificate and options.tls:
         names = ["localhost", "127.0.0.1", "::1", options.domain, "mailosaur.com"]
-        names += [name for name in (options.host, *options.allow_host) if name not in ("0.0.0.0", "::", "")]
+        names += [name for name in [options.host] + options.allow_host
+                  if name not in ("0.0.0.0", "::", "")]
         certificate, key = make_certificate(tempfile.mkdtemp(prefix="mailtest-"), names)
         print(f"mailtest: clients must trust {certificate}", file=sys.stderr, flush=True)
     if not certificate:
@@ -6055,7 +6071,8 @@ def _hand_over(flags: Dict[str, str], recipients: List[str], octets: bytes) -> i
     where = flags.get("S") or os.environ.get("MAILTEST_SMTP") or "127.0.0.1:2525"
     host, _, number = where.rpartition(":")
     if not number.isdecimal():
-        print(f"sendmail: expected HOST:PORT in -S or MAILTEST_SMTP, got {where!r}", file=sys.stderr)
+        print(f"sendmail: expected HOST:PORT in -S or MAILTEST_SMTP, got {where!r}",
+              file=sys.stderr)
         return _EX_USAGE
     sender = flags["f"].strip("<>")
     wide = not all(address.isascii() for address in [sender] + recipients)
@@ -6067,7 +6084,8 @@ def _hand_over(flags: Dict[str, str], recipients: List[str], octets: bytes) -> i
     except smtplib.SMTPRecipientsRefused as error:
         refused = error.recipients
     except smtplib.SMTPResponseException as error:
-        print(f"sendmail: {where} answered {error.smtp_code} {error.smtp_error!r}", file=sys.stderr)
+        text = error.smtp_error.decode("utf-8", "replace")
+        print(f"sendmail: {where} answered {error.smtp_code} {text}", file=sys.stderr)
         return _EX_TEMPFAIL if error.smtp_code < 500 else _EX_UNAVAILABLE
     except (OSError, smtplib.SMTPException) as error:
         print(f"sendmail: {where} does not take mail: {error}; is mailtest running there?",
