@@ -3399,10 +3399,6 @@ class Listener:
         self._woken.close()
         self._poller.close()
 
-    def abandon(self) -> None:
-        """Gives back the port of a listener that was never started."""
-        self.stop()
-
     # -- the threads
 
     def _wake(self) -> None:
@@ -3562,9 +3558,10 @@ class Listener:
 
     def _last_rounds(self) -> None:
         """The stop: ends the parked connections, those that are busy as soon as they are not."""
-        self._poller.remove(self._socket)
-        self._poller.remove(self._woken)
-        self._socket.close()
+        if self._socket.fileno() >= 0:   # the first leader since the stop
+            self._poller.remove(self._socket)
+            self._poller.remove(self._woken)
+            self._socket.close()
         until = time.monotonic() + self.limits.stop_time - 0.2
         while True:
             late = time.monotonic() >= until
@@ -5957,6 +5954,23 @@ def main(arguments: Optional[List[str]] = None) -> int:
         server.stop()
 
 
+def _wait_for_signal() -> None:
+    """Returns, or raises what a handler raises, once a signal came.
+
+    The system may hand a signal to any thread, and then it wakes no sleep of this one; what it
+    writes to the wake-up descriptor does.
+    """
+    told, teller = socket.socketpair()
+    teller.setblocking(False)
+    before = signal.set_wakeup_fd(teller.fileno())
+    try:
+        told.recv(1)
+    finally:
+        signal.set_wakeup_fd(before)
+        told.close()
+        teller.close()
+
+
 def _run(server: Mailtest, options: argparse.Namespace) -> int:
     """Says that the ports answer, then waits for the end."""
     ready = {"smtp": server.smtp, "http": server.url}
@@ -5966,8 +5980,8 @@ def _run(server: Mailtest, options: argparse.Namespace) -> int:
     if options.host not in ("127.0.0.1", "::1", "localhost") and not options.api_key:
         print(f"mailtest: anyone who reaches {options.host} can read and delete this mail; "
               "--api-key closes it", file=sys.stderr, flush=True)
-    while not options.exit_after:        # a signal ends it; nothing is waited for, since each
-        time.sleep(60)                   # mail would wake this thread
+    while not options.exit_after:
+        _wait_for_signal()
     until = time.monotonic() + (options.timeout or float("inf"))
     while True:                          # in steps: Windows delivers Ctrl-C between them
         left = max(0.0, min(1.0, until - time.monotonic()))
