@@ -361,11 +361,11 @@ def decode_charset(octets: bytes, label: str) -> Tuple[str, str]:
 # One field: a name of anything but colons, a colon, and a value with its continuation lines.
 # `email.parser` is not used: it ends the header block at the first junk line (`Name :` is one,
 # and so are 8-bit names) and costs ten times as much.
-_FIELD = re.compile(r"^([^\s:][^:\n]{0,200}?)[ \t]*:[ \t]*(.*(?:\n[ \t].*)*)", re.MULTILINE)
+_BLANK_BEFORE_COLON = re.compile(r"^([!-9;-~]+)[ \t]+:", re.MULTILINE)
+_NO_FIELD = re.compile(r"^(?![!-9;-~]+:|[ \t]).*\n?(?:^[ \t].*\n?)*", re.MULTILINE)
 _BLANK_LINE = re.compile(rb"^\r{0,3}\n|(?<=\r)\r(?!\r{0,3}\n)", re.MULTILINE)
 _FOLD = re.compile(r"[ \t]*\n[ \t]*")
 _CONTROL = re.compile(r"[\x00\r\n\x0b\x0c\x1c-\x1e\x85\u2028\u2029]+")
-_SURROGATE = re.compile("[\ud800-\udfff]")
 
 # RFC 2047, and what mail makes of it: words inside words' neighbours, "?" in Q text, a language.
 _ENCODED_WORD = re.compile(
@@ -373,41 +373,37 @@ _ENCODED_WORD = re.compile(
     r"(?:[bB]\?([^?]*)|[qQ]\?([^?=]*(?:(?:=(?!\?[^=])|\?(?!=))[^?=]*)*))\?=")
 
 
-def _clean(value: str) -> str:
-    """A field's value without lone surrogates: raw 8-bit octets are UTF-8, or else cp1252."""
-    if _SURROGATE.search(value):
-        return decode_octets(value.encode("utf-8", "surrogateescape"))
-    return value
-
-
 def _fields(octets: bytes, warnings: _Warnings) -> List[Tuple[str, str]]:
-    """(name, unfolded but undecoded value) of every field of a header block, in order."""
+    """(name, unfolded but undecoded value) of every field of a header block, in order.
+
+    The parser of `email` ends a block at the first line that is no field, and makes objects of
+    values that are not ASCII: what leads to that is mended before.
+    """
     if len(octets) > MESSAGE_LIMITS.header_octets:
         octets = octets[:MESSAGE_LIMITS.header_octets]
         warnings.add("header block over %d octets: the rest of it was not read"
                      % MESSAGE_LIMITS.header_octets)
     try:
         block = octets.decode("utf-8")
-        clean = True
     except UnicodeDecodeError:
-        block = octets.decode("utf-8", "surrogateescape")
-        clean = False
+        block = "\n".join(map(decode_octets, octets.split(b"\n")))
     block = block.replace("\r\n", "\n").replace("\r", "\n").lstrip(" \t\n")
-    found = _FIELD.findall(block)
+    block = _NO_FIELD.sub("", _BLANK_BEFORE_COLON.sub(r"\1:", block))
+    mail = email.parser.Parser(policy=email.policy.compat32).parsestr(block, headersonly=True)
+    found = mail.items()
     if len(found) > MESSAGE_LIMITS.header_fields:
         del found[MESSAGE_LIMITS.header_fields:]
         warnings.add("more than %d header fields: the rest of them was not read"
                      % MESSAGE_LIMITS.header_fields)
-    fields = []
-    for name, value in found:
-        if len(value) > MESSAGE_LIMITS.field_octets:
-            value = value[:MESSAGE_LIMITS.field_octets]
-            warnings.add("header field %s over %d octets: the rest of it was not read"
-                         % (_clean(name)[:60], MESSAGE_LIMITS.field_octets))
-        if "\n" in value:
-            value = _FOLD.sub(" ", value)
-        fields.append((name, value.strip()) if clean else (_clean(name), _clean(value).strip()))
-    return fields
+    return [(name, _unfolded(name, value, warnings)) for name, value in found]
+
+
+def _unfolded(name: str, value: str, warnings: _Warnings) -> str:
+    if len(value) > MESSAGE_LIMITS.field_octets:
+        value = value[:MESSAGE_LIMITS.field_octets]
+        warnings.add("header field %s over %d octets: the rest of it was not read"
+                     % (name[:60], MESSAGE_LIMITS.field_octets))
+    return (_FOLD.sub(" ", value) if "\n" in value else value).strip()
 
 
 def _word_octets(match) -> bytes:
