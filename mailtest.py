@@ -37,46 +37,42 @@ import binascii
 import collections
 import contextlib
 import datetime
-import email.header
 import email.message
 import email.parser
-import email.policy
 import email.utils
 import encodings.aliases
 import errno
 import functools
-import hashlib
 import heapq
-import hmac
 import html
 import http.client
 import http.server
 import itertools
 import json
-import logging
 import os
-import queue
 import re
-import secrets
 import select
-import shutil
 import signal
 import socket
 import ssl
 import struct
-import subprocess
 import sys
-import tempfile
 import threading
 import time
 import types
 import urllib.parse
+# Imported where they are used, since a start needs none of them and waits for each:
+# email.policy, hmac, logging, secrets, shutil, smtplib, subprocess, tempfile.
 from typing import Any, Callable, Dict, Iterable, Iterator, List, NamedTuple, Optional, Tuple
 
 __version__ = "1.0.0"
 __all__ = ["Mailtest", "Inbox", "Mail", "NoMail", "Limits"]
 
-log = logging.getLogger("mailtest")
+
+def log_error(text: str, *arguments: Any, trace: bool = False) -> None:
+    """Logs what went wrong to the logger "mailtest"; with `trace` the exception too."""
+    import logging
+    logging.getLogger("mailtest").error(text, *arguments, exc_info=trace)
 
 
 # ---- Limits ----------------------------------------------------------------
@@ -193,6 +189,19 @@ class RateWindow:
 # Octets in, immutable values out: header fields, addresses, bodies, links, images, codes and
 # attachments of one mail. Pure functions; nothing here raises, whatever the octets, and nothing
 # takes more than linear time. What is wrong with a mail is said in its `warnings`.
+
+
+class _Pattern:
+    """A regular expression that is compiled when it is first used: all of those here together
+    would take a third of the time that a start takes."""
+
+    def __init__(self, pattern: Any, flags: int = 0):
+        self._source = pattern, flags
+
+    def __getattr__(self, name: str) -> Any:
+        method = getattr(re.compile(*self._source), name)
+        setattr(self, name, method)      # from now on it is found without coming here
+        return method
 
 
 class Address(NamedTuple):
@@ -361,14 +370,14 @@ def decode_charset(octets: bytes, label: str) -> Tuple[str, str]:
 # One field: a name of anything but colons, a colon, and a value with its continuation lines.
 # `email.parser` is not used: it ends the header block at the first junk line (`Name :` is one,
 # and so are 8-bit names) and costs ten times as much.
-_BLANK_BEFORE_COLON = re.compile(r"^([!-9;-~]+)[ \t]+:", re.MULTILINE)
-_NO_FIELD = re.compile(r"^(?![!-9;-~]+:|[ \t]).*\n?(?:^[ \t].*\n?)*", re.MULTILINE)
-_BLANK_LINE = re.compile(rb"^\r{0,3}\n|(?<=\r)\r(?!\r{0,3}\n)", re.MULTILINE)
-_FOLD = re.compile(r"[ \t]*\n[ \t]*")
-_CONTROL = re.compile(r"[\x00\r\n\x0b\x0c\x1c-\x1e\x85\u2028\u2029]+")
+_BLANK_BEFORE_COLON = _Pattern(r"^([!-9;-~]+)[ \t]+:", re.MULTILINE)
+_NO_FIELD = _Pattern(r"^(?![!-9;-~]+:|[ \t]).*\n?(?:^[ \t].*\n?)*", re.MULTILINE)
+_BLANK_LINE = _Pattern(rb"^\r{0,3}\n|(?<=\r)\r(?!\r{0,3}\n)", re.MULTILINE)
+_FOLD = _Pattern(r"[ \t]*\n[ \t]*")
+_CONTROL = _Pattern(r"[\x00\r\n\x0b\x0c\x1c-\x1e\x85\u2028\u2029]+")
 
 # RFC 2047, and what mail makes of it: words inside words' neighbours, "?" in Q text, a language.
-_ENCODED_WORD = re.compile(
+_ENCODED_WORD = _Pattern(
     r"=\?([^?\s*]{1,60})(?:\*[^?\s]{0,40})?\?"
     r"(?:[bB]\?([^?]*)|[qQ]\?([^?=]*(?:(?:=(?!\?[^=])|\?(?!=))[^?=]*)*))\?=")
 
@@ -389,7 +398,7 @@ def _fields(octets: bytes, warnings: _Warnings) -> List[Tuple[str, str]]:
         block = "\n".join(map(decode_octets, octets.split(b"\n")))
     block = block.replace("\r\n", "\n").replace("\r", "\n").lstrip(" \t\n")
     block = _NO_FIELD.sub("", _BLANK_BEFORE_COLON.sub(r"\1:", block))
-    mail = email.parser.Parser(policy=email.policy.compat32).parsestr(block, headersonly=True)
+    mail = email.parser.Parser().parsestr(block, headersonly=True)
     found = mail.items()
     if len(found) > MESSAGE_LIMITS.header_fields:
         del found[MESSAGE_LIMITS.header_fields:]
@@ -450,11 +459,11 @@ def _readable(value: str) -> str:
 
 # Own code, because `email.utils.getaddresses` loses the name of `a@b (Name)` and, since 3.13,
 # all of `a@b, c@d,`, and `policy.default` needs minutes for 190 kB of commas.
-_ADDRESS_TOKEN = re.compile(
+_ADDRESS_TOKEN = _Pattern(
     r'=\?[^?\s]{1,60}\?[bBqQ]\?[^?]{0,2000}\?=|"(?:[^"\\]|\\.)*"|[^\s"(),:;<>\\@]+|\s+'
     r"|@+|\(+|\)+|\\.|.",
     re.DOTALL)
-_QUOTED_PAIR = re.compile(r"\\(.)", re.DOTALL)
+_QUOTED_PAIR = _Pattern(r"\\(.)", re.DOTALL)
 
 
 class _AddressReader:
@@ -554,10 +563,10 @@ def read_addresses(value: str) -> List[Address]:
 
 # Parameters
 
-_PARAMETER = re.compile(
+_PARAMETER = _Pattern(
     r';\s*([^\s=;"]{1,100})\s*=\s*(?:"((?:[^"\\]|\\.)*)(?:"|$)|([^;]*))', re.DOTALL)
-_SECTION = re.compile(r"([^*]+)(?:\*([0-9]{1,4}))?(\*)?$")
-_COMMENT = re.compile(r"\([^()]*\)")
+_SECTION = _Pattern(r"([^*]+)(?:\*([0-9]{1,4}))?(\*)?$")
+_COMMENT = _Pattern(r"\([^()]*\)")
 
 
 def _parameters(value: str, warnings: _Warnings) -> Tuple[str, Dict[str, str]]:
@@ -655,7 +664,7 @@ def decode_base64(octets: bytes) -> bytes:
 
 # For `binascii` "=" and blanks at the end of a line is no soft break (RFC 2045 6.7, rule 3), and
 # one with a bare CR swallows the next line.
-_SOFT_BREAK = re.compile(rb"=(?:[ \t]+\r?\n|[ \t]*\r(?!\n))")
+_SOFT_BREAK = _Pattern(rb"=(?:[ \t]+\r?\n|[ \t]*\r(?!\n))")
 
 
 def decode_quoted_printable(octets: bytes) -> bytes:
@@ -690,7 +699,7 @@ _ENCODING_NAMES = {
     "uue": "uuencode",
 }
 _IDENTITIES = frozenset(("", "7bit", "8bit", "binary"))
-_BAD_QUOTED = re.compile(rb"=(?![0-9A-Fa-f]{2}|[ \t]*\r?\n|[ \t]*\Z)")
+_BAD_QUOTED = _Pattern(rb"=(?![0-9A-Fa-f]{2}|[ \t]*\r?\n|[ \t]*\Z)")
 
 
 def _damage(octets: bytes, encoding: str, start: int, end: int) -> str:
@@ -730,8 +739,8 @@ class _Part(NamedTuple):
         return self.content_type.startswith("multipart/")
 
 
-_TYPE = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+(?:/[!#$%&'*+.^_`|~0-9A-Za-z-]+)?")
-_DASHES = re.compile(rb"--(?<=[\r\n]--)([^\r\n]{0,1024})[^\r\n]*(?:\r\n|\n|\r|\Z)")
+_TYPE = _Pattern(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+(?:/[!#$%&'*+.^_`|~0-9A-Za-z-]+)?")
+_DASHES = _Pattern(rb"--(?<=[\r\n]--)([^\r\n]{0,1024})[^\r\n]*(?:\r\n|\n|\r|\Z)")
 _PART_HEADER = 65_536        # octets of a part's header block; a mail's has a bound of its own
 
 
@@ -907,7 +916,7 @@ def _attachment(octets: bytes, part: _Part, warnings: _Warnings) -> Attachment:
                       part.disposition.startswith("inline"), part.encoding, part.start, part.end)
 
 
-_META_CHARSET = re.compile(rb"<meta[^>]{1,200}charset\s{0,9}=\s{0,9}[\"']?([\w.:-]{2,40})", re.I)
+_META_CHARSET = _Pattern(rb"<meta[^>]{1,200}charset\s{0,9}=\s{0,9}[\"']?([\w.:-]{2,40})", re.I)
 
 
 def _text(octets: bytes, part: _Part, warnings: _Warnings) -> str:
@@ -929,11 +938,11 @@ def _text(octets: bytes, part: _Part, warnings: _Warnings) -> str:
 
 # HTML
 
-_TAG = re.compile(r"<(?:(/?)([a-zA-Z][^\s/>]{0,60})(>)?|(!--)|[!?/])")
-_ATTRIBUTE = re.compile(
+_TAG = _Pattern(r"<(?:(/?)([a-zA-Z][^\s/>]{0,60})(>)?|(!--)|[!?/])")
+_ATTRIBUTE = _Pattern(
     r"[\s/]*(?:(>)|([^\s/>][^\s/>=]*)"
     r"(?:\s*=\s*(?:\"([^\"]*)(?:\"|\Z)|'([^']*)(?:'|\Z)|([^\s>]*)))?)")
-_RAW_TEXT = {name: re.compile("</%s(?=[\\s/>])" % name, re.I) for name in (
+_RAW_TEXT = {name: _Pattern("</%s(?=[\\s/>])" % name, re.I) for name in (
     "script", "style", "title", "textarea", "xmp", "iframe", "noembed", "noframes", "noscript")}
 _BLOCKS = frozenset(
     "address article aside blockquote body br center dd div dl dt fieldset figure footer form"
@@ -942,12 +951,12 @@ _BLOCKS = frozenset(
     " tr ul".split())
 _CELLS = frozenset(("td", "th"))
 _VOID = frozenset("area base br col embed hr img input link meta param source track wbr".split())
-_HIDDEN_STYLE = re.compile(
+_HIDDEN_STYLE = _Pattern(
     r"display\s*:\s*none|visibility\s*:\s*hidden|(?:font-size|max-height|opacity)\s*:\s*0"
     r"(?:\.0*)?(?:px|pt|em|%)?\s*(?:;|!|$)", re.I)
-_LONG_ENTITY = re.compile(r"&#(?:[0-9]{9}[0-9]*|[xX][0-9a-fA-F]{9}[0-9a-fA-F]*);?")
-_BLANKS = re.compile(r"\s+")
-_SPACES = re.compile(" {2,}")
+_LONG_ENTITY = _Pattern(r"&#(?:[0-9]{9}[0-9]*|[xX][0-9a-fA-F]{9}[0-9a-fA-F]*);?")
+_BLANKS = _Pattern(r"\s+")
+_SPACES = _Pattern(" {2,}")
 
 
 def _unescape(text: str) -> str:
@@ -1073,7 +1082,7 @@ class _HtmlReader:
 
 
 _ATTRIBUTES = frozenset(("href", "src", "alt", "style", "hidden"))
-_URL_JUNK = re.compile(r"[\t\r\n]+")
+_URL_JUNK = _Pattern(r"[\t\r\n]+")
 
 
 def _url(value: str) -> str:
@@ -1109,7 +1118,7 @@ def _html_body(texts: List[str], subject: str, warnings: _Warnings) -> Tuple[Bod
 
 # Text
 
-_TEXT_LINK = re.compile(
+_TEXT_LINK = _Pattern(
     r"(?<![A-Za-z0-9])(?:https?://|www\.(?=[A-Za-z0-9])|mailto:)"
     r"[^\s<>\"\u00ab\u00bb\u201c-\u201f\u3000-\u303f\uff00-\uff0f\x00-\x1f]{1,8192}", re.I)
 _BRACKETS = {")": "(", "]": "[", "}": "{"}
@@ -1144,7 +1153,7 @@ def find_text_links(text: str) -> Tuple[Link, ...]:
 
 
 # What makes a code a code, in the languages that mail is written in.
-_CUE = re.compile(
+_CUE = _Pattern(
     r"(?<!post)(?<!zip)(?<!bar)(?<!uni)(?<!qr )(?<!qr-)(?<!source )(?<!dress )(?<!de)(?<!en)"
     r"(?:codes?|c[oó]digo|codice|kod[eiu]?|k[oó]d|koodi|код|κωδικ)(?![a-z])"
     r"|\b(?:pin|t?otp|2fa|mfa|tan|token|passcode|password|passwort|kennwort|clave|contraseña"
@@ -1152,7 +1161,7 @@ _CUE = re.compile(
     r"|verif|confirmation|authenti[ck]|authentifi|one[- ]?time|einmal|bestätigung|парол|подтвержд"
     r"|验证码|驗證碼|コード|確認|인증|رمز|קוד|รหัส|mã xác", re.I)
 # What makes a number something else, if it stands right before it.
-_NO_CODE_BEFORE = re.compile(
+_NO_CODE_BEFORE = _Pattern(
     r"(?:\b(?:order|bestell\w*|auftrag\w*|invoice|rechnung\w*|facture|factura|fattura|receipt"
     r"|quote|ref(?:erence|erenz)?|référence|ticket|vorgang\w*|kunden?n\w*|konto\w*|tracking"
     r"|shipment|parcel|commande|pedido|ordine|zip|postal|post|plz|area|country|error|status|exit"
@@ -1164,32 +1173,32 @@ _NO_CODE_BEFORE = re.compile(
     r"|item|mobile|contract|policy|student|employee)[\s-]*(?:number|num|no|nr|nummer|id|#))"
     r"(?:[\s:.#-]|code|number|num|no|nr|n°|nummer|id|is|ist|est){0,12}$", re.I)
 _CURRENCY = r"eur|usd|gbp|chf|jpy|sek|nok|dkk|pln|zł|kr|kč|rs\.?|[$€£¥₹]"
-_PRICE_BEFORE = re.compile(r"(?<![a-z])(?:%s)\s?$" % _CURRENCY, re.I)
-_UNIT_AFTER = re.compile(
+_PRICE_BEFORE = _Pattern(r"(?<![a-z])(?:%s)\s?$" % _CURRENCY, re.I)
+_UNIT_AFTER = _Pattern(
     r"\s?(?:%s|euros?|dollars?|pounds?|%%|px|[kmgt]i?b|bytes?|octets?|ms|kg|km|cm|mm|m²|kwh|[mg]hz"
     r"|points?|punkte|users?|people|items?|days?|tage|hours?|stunden|minutes?|seconds?|years?"
     r"|jahre)(?!\w)" % _CURRENCY, re.I)
 # A piece of a longer number, set off with blanks.
-_NUMBER_BEFORE = re.compile(r"(?<![A-Za-z0-9])[0-9]{1,4}(?:\)? |\)?[/-])$")
-_NUMBER_AFTER = re.compile(r"[ -][0-9]{1,4}(?![A-Za-z0-9])")
-_YEAR = re.compile(r"(?:19|20)[0-9]{2}")
-_DAY = re.compile(r"(?:(?:19|20)[0-9]{2}(?:0[1-9]|1[0-2])(?:0[1-9]|[12][0-9]|3[01])"
+_NUMBER_BEFORE = _Pattern(r"(?<![A-Za-z0-9])[0-9]{1,4}(?:\)? |\)?[/-])$")
+_NUMBER_AFTER = _Pattern(r"[ -][0-9]{1,4}(?![A-Za-z0-9])")
+_YEAR = _Pattern(r"(?:19|20)[0-9]{2}")
+_DAY = _Pattern(r"(?:(?:19|20)[0-9]{2}(?:0[1-9]|1[0-2])(?:0[1-9]|[12][0-9]|3[01])"
                   r"|(?:0[1-9]|[12][0-9]|3[01])(?:0[1-9]|1[0-2])(?:19|20)[0-9]{2})")
 # A token with nothing of a larger word, number, price, date, colour or address around it; an
 # ideograph (from U+2E80 on) is no part of a word here.
-_CODE = re.compile(
+_CODE = _Pattern(
     r"(?<![^\W\u2e80-\uffff])(?<![@#/\\$€£¥%+&~])(?<![0-9][.,:/'-])(?<![0-9]\))"
     r"(?:(?<![A-Za-z0-9]-)|(?<=\b[A-Z]-)|(?<=\b[A-Z][A-Z]-))"      # "G-482913"
     r"(?P<code>[0-9]{3}[ -][0-9]{3}|[0-9]{4}[ -][0-9]{4}|[0-9](?: [0-9]){3,7}"
     r"|[0-9]{2}(?: [0-9]{2}){2}|[A-Z0-9]{3,4}-[A-Z0-9]{3,4}|[A-Z0-9]{4,8}|[a-zA-Z0-9]{5,10})"
     r"(?![^\W\u2e80-\uffff])(?![@/\\€£$%_=])(?![.,:'][0-9])(?!-\w)(?!/[0-9])(?!\.[a-z])")
-_ADDRESSES_AND_URLS = re.compile(
+_ADDRESSES_AND_URLS = _Pattern(
     r"(?:[a-z][a-z0-9+.-]{1,20}://|www\.|mailto:)[^\s<>\"]*|[^\s@<>\"]{1,64}@[^\s<>\"]+", re.I)
 _IS = r"(?:is|ist|lautet|est|es|è|é|jest|er|är)\b"
-_LEADS_TO = re.compile(r"\w{0,10}[\s:=\"'*_()>#-]*(?:%s)?[\s:=\"'*_()>-]*" % _IS, re.I)
-_COLON = re.compile(r"(?:[:=]|\b%s)[\s*_\"'(]*$" % _IS, re.I)
-_COPULA = re.compile(r"[\s*_\"')]{0,3}(?:%s|[\u2e80-\uffff])" % _IS, re.I)
-_BREAK = re.compile(r"[0-9]|[.!?](?=\s)")
+_LEADS_TO = _Pattern(r"\w{0,10}[\s:=\"'*_()>#-]*(?:%s)?[\s:=\"'*_()>-]*" % _IS, re.I)
+_COLON = _Pattern(r"(?:[:=]|\b%s)[\s*_\"'(]*$" % _IS, re.I)
+_COPULA = _Pattern(r"[\s*_\"')]{0,3}(?:%s|[\u2e80-\uffff])" % _IS, re.I)
+_BREAK = _Pattern(r"[0-9]|[.!?](?=\s)")
 _HYPHENS = {0x2010: "-", 0x2011: "-", 0xA0: " ", 0x2007: " ", 0x2009: " ", 0x202F: " ",
             0x200B: None, 0xAD: None, 0x2060: None, 0xFEFF: None}
 
@@ -1243,7 +1252,7 @@ def find_codes(text: str, subject: str) -> Tuple[str, ...]:
     return tuple(codes)
 
 
-_DIGIT = re.compile("[0-9]")
+_DIGIT = _Pattern("[0-9]")
 
 
 def _cue(text: str, start: int, end: int) -> int:
@@ -1270,8 +1279,8 @@ def _cue(text: str, start: int, end: int) -> int:
     return 0
 
 
-_WORD_START = re.compile(r"(?:^|\s)[\"'(\[<*_]*$")
-_WORD_END = re.compile(r"[\"')\]>*_.,:;!?]*(?:\s|$)")
+_WORD_START = _Pattern(r"(?:^|\s)[\"'(\[<*_]*$")
+_WORD_END = _Pattern(r"[\"')\]>*_.,:;!?]*(?:\s|$)")
 
 
 def _is_word(text: str, start: int, end: int) -> bool:
@@ -1312,8 +1321,8 @@ def _text_body(texts: List[str], subject: str) -> Body:
     return Body(text, find_text_links(text), find_codes(text, subject), ())
 
 
-_READABLE = re.compile("[^\\s\u00ad\u034f\u200b-\u200f\u2060\ufeff]")
-_INVISIBLE = re.compile("[\u00ad\u034f\u200b-\u200f\u2060\ufeff]+")
+_READABLE = _Pattern("[^\\s\u00ad\u034f\u200b-\u200f\u2060\ufeff]")
+_INVISIBLE = _Pattern("[\u00ad\u034f\u200b-\u200f\u2060\ufeff]+")
 
 
 def _preview(*texts: str) -> str:
@@ -1389,7 +1398,7 @@ _ONCE = frozenset((     # RFC 5322 3.6 and RFC 2045: at most one each
     "mime-version", "content-type", "content-transfer-encoding"))
 
 
-_FIELD_START = re.compile(rb"[!-9;-~]+[ \t]*:")
+_FIELD_START = _Pattern(rb"[!-9;-~]+[ \t]*:")
 
 
 def _check_headers(block: bytes, headers: Headers, date, warnings: _Warnings):
@@ -1765,6 +1774,18 @@ def iso_time(seconds: float) -> str:
     return when.isoformat(timespec="microseconds")
 
 
+def _random_name(length: int) -> str:
+    """Letters and digits that nobody can guess."""
+    import secrets
+    return "".join(secrets.choice(_LETTERS) for _ in range(length))
+
+
+def same(one: bytes, other: bytes) -> bool:
+    """Whether two secrets are the same, in a time that does not tell how much of them is."""
+    import hmac
+    return hmac.compare_digest(one, other)
+
+
 def new_id() -> str:
     """A random UUID (RFC 4122 4.4) without importing uuid."""
     digits = os.urandom(16).hex()
@@ -1827,7 +1848,7 @@ class Store:
             self._room(self.limits.inbox_cost, inboxes=1)
             address = ""
             while not address or inbox_key(address) in self._inboxes:
-                name = "".join(secrets.choice(_LETTERS) for _ in range(11))
+                name = _random_name(11)
                 address = f"test-{name}@{self.domain}"
             inbox = self._open(inbox_key(address), address, failures, acquired=True)
             self._happened("inbox", {"address": address, "expires": self._when(inbox.expires)})
@@ -2277,6 +2298,7 @@ class Store:
             self._ended.popitem(last=False)
         for message in inbox.messages.values():
             message.inboxes = tuple(place for place in message.inboxes if place != key)
+            message.summary = None       # it names the inboxes
             if not message.inboxes:
                 self._drop(message)
         inbox.messages = {}              # the heap may still know the inbox
@@ -2413,7 +2435,7 @@ _PATH = (rf'<(?:(?:@[^\s:<>]*:)?((?:"(?:[^"\\]|\\.)*"|{_ATOM}+)'
          r'(?: +(.*?))? *')
 _MAIL = re.compile("FROM: *" + _PATH, re.I)
 _RCPT = re.compile("TO: *" + _PATH, re.I)
-_LABEL = re.compile(r"(?!-)[A-Za-z0-9_\-\u0080-\U0010ffff]{1,63}")
+_LABEL = re.compile(r"(?!-)[^\x00-,./:-@\[-^`{-\x7f]{1,63}")     # letters, digits, - and _
 _FORBIDDEN = re.compile(rb"[\x00-\x1f\x7f]")
 _HTTP = re.compile(rb"[A-Z]{3,20} (?:/|https?:)|Host:", re.I)
 _END = b"\r\n.\r\n"
@@ -2506,7 +2528,7 @@ def _plain(response: Optional[bytes]) -> Iterator[bytes]:
     parts = response.split(b"\0")
     if len(parts) != 3 or not parts[1]:
         raise Refuse(501, "5.5.2", "Expected base64 of [identity] NUL user NUL password")
-    return parts[1].decode("utf-8", "replace"), lambda password: hmac.compare_digest(
+    return parts[1].decode("utf-8", "replace"), lambda password: same(
         parts[2], password.encode())
 
 
@@ -2514,7 +2536,7 @@ def _login(response: Optional[bytes]) -> Iterator[bytes]:
     """The mechanism that no RFC defines; clients look for these very prompts."""
     user = response if response is not None else (yield b"Username:")
     secret = yield b"Password:"
-    return user.decode("utf-8", "replace") or "?", lambda password: hmac.compare_digest(
+    return user.decode("utf-8", "replace") or "?", lambda password: same(
         secret, password.encode())
 
 
@@ -2522,11 +2544,12 @@ def _cram_md5(response: Optional[bytes]) -> Iterator[bytes]:
     """RFC 2195."""
     if response is not None:
         raise Refuse(501, "5.5.4", "Expected CRAM-MD5 without an initial response")
-    challenge = f"<{secrets.token_hex(8)}.{int(time.time())}@mailtest>".encode()
+    import hmac
+    challenge = f"<{new_id()}.{int(time.time())}@mailtest>".encode()
     user, _, digest = (yield challenge).rpartition(b" ")
     if not user:
         raise Refuse(501, "5.5.2", "Expected base64 of user, blank, digest")
-    return user.decode("utf-8", "replace"), lambda password: hmac.compare_digest(
+    return user.decode("utf-8", "replace"), lambda password: same(
         digest, hmac.new(password.encode(), challenge, "md5").hexdigest().encode())
 
 
@@ -3071,7 +3094,7 @@ class Session:
             self._exchange = None
             raise
         known = self.policy.credentials
-        if known is not None and not (hmac.compare_digest(user.encode(), known[0].encode())
+        if known is not None and not (same(user.encode(), known[0].encode())
                                       and proves(known[1])):
             raise Refuse(535, "5.7.8", "Expected the user and password of --auth")
         self.user = user
@@ -3465,7 +3488,7 @@ class Listener:
         except Hangup as hangup:
             why = str(hangup)
         except Exception:                # the edge of a thread: the next client is served
-            log.exception("%s: a connection from %s failed", self.name, connection.client)
+            log_error("%s: a connection from %s failed", self.name, connection.client, trace=True)
             why = "failed"
         self._close(connection, why)
 
@@ -3495,7 +3518,7 @@ class Listener:
         except Hangup as hangup:
             why = str(hangup)
         except Exception:                # as in _turn()
-            log.exception("%s: a connection from %s failed", self.name, connection.client)
+            log_error("%s: a connection from %s failed", self.name, connection.client, trace=True)
             why = "failed"
         self._close(connection, why)
         return self._leader == threading.get_ident()
@@ -3608,6 +3631,8 @@ def make_certificate(folder: str, names: Iterable[str]) -> Tuple[str, str]:
     OSError says what is missing.  The names are DNS names or addresses: clients look for the
     host that they connect to among the SANs, and some at nothing else.
     """
+    import shutil
+    import subprocess
     program = shutil.which("openssl")
     if program is None:
         raise OSError("--tls needs the openssl program to make a certificate, and it is not on "
@@ -3821,9 +3846,10 @@ def _head(message: Message, content: Content) -> Dict[str, Any]:
 
 
 def summary(message: Message, server: str = "") -> bytes:
-    """The JSON of a message in a list.  All is kept but the server that it is listed for, and
-    the inboxes that still hold it."""
-    if message.summary is None:
+    """The JSON of a message in a list.  It is kept until one of the inboxes that hold it ends;
+    in the list of a server that is not its first, it names that server."""
+    octets = message.summary
+    if octets is None:
         content = message.content()
         codes = content.text.codes + content.html.codes
         value = _head(message, content)
@@ -3831,10 +3857,13 @@ def summary(message: Message, server: str = "") -> bytes:
                      attachments=len(content.attachments), size=len(message.octets),
                      code=codes[0] if codes else None,
                      links=len(content.html.links or content.text.links),
-                     warnings=len(content.warnings), server="")
-        message.summary = _json(value)[:-3]          # without the "" of the server and the }
-    return (message.summary + _json(server or _server(message)) + b',"inboxes":'
-            + _json(message.inboxes) + b"}")
+                     warnings=len(content.warnings), inboxes=message.inboxes,
+                     server=_server(message))
+        octets = message.summary = _json(value)
+    own = _server(message)
+    if server in ("", DEFAULT_SERVER, own):
+        return octets
+    return octets[:-len(_json(own)) - 1] + _json(server) + b"}"
 
 
 def rendered(api: "Api", message: Message, base: str) -> bytes:
@@ -4224,8 +4253,7 @@ def search_messages(api: Api, request: Request) -> Response:
     server, direction, after = _server_of(query), _direction(query), query.time("receivedAfter")
     skip, size = _page(query)
     timeout = query.number("timeout", 0, 0, api.store.limits.poll * 1000) / 1000
-    poll = hashlib.sha256(b"\0".join((request.headers.get("authorization", "").encode(),
-                                      request.query.encode(), request.body))).digest()
+    poll = request.headers.get("authorization"), request.query, wanted
     number = api.store.number
     found = filter(wanted.match, api.store.newest(server, direction, after))
     items = list(itertools.islice(found, skip, skip + size))
@@ -4318,6 +4346,7 @@ def get_email(api: Api, request: Request, id: str) -> Response:
 def _composed(values: Dict[str, Any], given: Dict[str, str], quoted: Optional[Content] = None,
               parts: Iterable[Tuple[str, str, Optional[str], bytes]] = ()) -> bytes:
     """A new mail's octets: `given` header fields, text and html of the body, attachments."""
+    import email.policy
     mail = email.message.EmailMessage(policy=email.policy.SMTP)
     try:
         for name, value in given.items():
@@ -4417,7 +4446,7 @@ def create_message(api: Api, request: Request) -> Response:
         raise _bad("to", "an address to send to", "")
     if not any(_string(values, name) for name in ("subject", "text", "html")):
         values.update(_SAMPLE)
-    sender = _string(values, "from") or f"{secrets.token_hex(4)}@{api.store.domain}"
+    sender = _string(values, "from") or f"{_random_name(8)}@{api.store.domain}"
     if not _mailboxes({"from": sender}, "from"):
         raise _bad("from", "an address", sender)
     receiver = _string(values, "to") or f"sample@{server}.mailosaur.net"
@@ -4511,7 +4540,7 @@ def list_servers(api: Api, request: Request) -> Response:
 def create_server(api: Api, request: Request) -> Response:
     """Create a server with a new id"""
     name = _server_name(request)
-    server = secrets.token_hex(4)        # 8 characters: what the clients demand
+    server = _random_name(8).lower()     # 8 characters: what the clients demand
     api.store.name_server(server, name)
     return Response(body=_json(_server_json(api, server, name)))
 
@@ -4553,7 +4582,8 @@ def totp(secret: str, now: float) -> Tuple[str, float]:
     if not key:
         raise _bad("sharedSecret", "base32, such as ONSWG4TFOQYTEMY=", secret)
     step = int(now // 30)
-    digest = hmac.new(key, struct.pack(">Q", step), hashlib.sha1).digest()
+    import hmac
+    digest = hmac.new(key, struct.pack(">Q", step), "sha1").digest()
     offset = digest[-1] & 15
     number = struct.unpack(">I", digest[offset:offset + 4])[0] & 0x7FFFFFFF
     return f"{number % 1_000_000:06d}", (step + 1) * 30.0
@@ -4912,7 +4942,7 @@ def answer(api: Api, request: Request) -> Response:
     except Abandoned:
         raise Hangup("hung up while it waited") from None
     except Exception:                    # the edge of a request: the client learns no more
-        log.exception("%s %s failed", request.method, request.path)
+        log_error("%s %s failed", request.method, request.path, trace=True)
         return _error(request, ApiError(500, "internal", "This is a defect of mailtest; its log "
                                                          "on standard error says more"))
 
@@ -4990,7 +5020,7 @@ def _has_key(key: str, authorization: str) -> bool:
         user, _, password = base64.b64decode(text.strip(), validate=True).partition(b":")
     except ValueError:
         return False
-    right = [hmac.compare_digest(part, key.encode("utf-8")) for part in (user, password)]
+    right = [same(part, key.encode("utf-8")) for part in (user, password)]
     return scheme.lower() == "basic" and any(right)
 
 
@@ -5505,7 +5535,7 @@ class Saver:
         except OSError as error:
             self._failed += 1
             self._error = str(error)
-            log.error("--save: %s was not written: %s", name, error)
+            log_error("--save: %s was not written: %s", name, error)
             with contextlib.suppress(OSError):
                 os.remove(unfinished)
 
@@ -5526,7 +5556,8 @@ class Webhook:
         self._api = api
         self._base = base
         self._limits = api.store.limits
-        self._queue: "queue.Queue[Message]" = queue.Queue(self._limits.webhook_queue)
+        self._queue: "collections.deque[Message]" = collections.deque()
+        self._added = threading.Event()
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="webhook", daemon=True)
         self._sent = 0
@@ -5535,10 +5566,11 @@ class Webhook:
 
     def add(self, message: Message) -> None:
         """Queues a message; never waits."""
-        try:
-            self._queue.put_nowait(message)
-        except queue.Full:
-            self._drop(message, "the queue is full")
+        if len(self._queue) >= self._limits.webhook_queue:
+            self._drop(message, "too many are waiting")
+        else:
+            self._queue.append(message)
+            self._added.set()
 
     def start(self) -> None:
         """Begins to send."""
@@ -5547,21 +5579,24 @@ class Webhook:
     def stop(self) -> None:
         """Gives up what was not sent."""
         self._stop.set()
+        self._added.set()
         self._thread.join(self._limits.stop_time)
 
     def state(self) -> Dict[str, Any]:
         """For /healthz."""
-        return {"sent": self._sent, "waiting": self._queue.qsize(), "dropped": self._dropped,
+        return {"sent": self._sent, "waiting": len(self._queue), "dropped": self._dropped,
                 "error": self._error or None}
 
     def _run(self) -> None:
         while not self._stop.is_set():
-            with contextlib.suppress(queue.Empty):
-                message = self._queue.get(timeout=0.2)
+            self._added.wait()
+            self._added.clear()
+            while self._queue and not self._stop.is_set():
+                message = self._queue.popleft()
                 try:
                     self._send(message)
                 except Exception:        # the edge of a thread: the next message is sent
-                    log.exception("--webhook failed")
+                    log_error("--webhook failed", trace=True)
                     self._drop(message, "of a defect")
 
     def _send(self, message: Message) -> None:
@@ -5595,7 +5630,7 @@ class Webhook:
 
     def _drop(self, message: Message, why: str) -> None:
         self._dropped += 1
-        log.error("--webhook: message %s was not sent: %s", message.id, why)
+        log_error("--webhook: message %s was not sent: %s", message.id, why)
 
 
 class Mailtest:
@@ -5886,6 +5921,7 @@ def _tls(options: argparse.Namespace) -> Optional[ssl.SSLContext]:
         names = ["localhost", "127.0.0.1", "::1", options.domain, "mailosaur.com"]
         names += [name for name in [options.host] + options.allow_host
                   if name not in ("0.0.0.0", "::", "")]
+        import tempfile
         certificate, key = make_certificate(tempfile.mkdtemp(prefix="mailtest-"), names)
         print(f"mailtest: clients must trust {certificate}", file=sys.stderr, flush=True)
     if not certificate:
@@ -5923,6 +5959,7 @@ def main(arguments: Optional[List[str]] = None) -> int:
     arguments = sys.argv[1:] if arguments is None else arguments
     if arguments[:1] == ["sendmail"]:
         return sendmail(arguments[1:])
+    import logging
     logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="mailtest: %(message)s")
     parser = _options()
     options = parser.parse_args(arguments)
