@@ -118,7 +118,7 @@ class Limits(NamedTuple):
     polls: int = 1_000                # searches remembered to tell polling clients
     waiters: int = 500                # requests that wait at once; more get 503
     events: int = 2_000               # events kept for those who resume
-    rendered: int = 4_000_000         # octets of JSON kept ready
+    kept: int = 6_000_000             # octets of JSON kept ready
     rate: int = 0                     # requests a minute and client to the Mailtest service
     rate_clients: int = 10_000        # client addresses whose requests are counted
     devices: int = 1_000
@@ -1469,6 +1469,16 @@ def read_message(octets: bytes, eight_bit: bool = True) -> Content:
                    tuple(attachments), preview, tuple(warnings))
 
 
+def read_bodies(octets: bytes) -> List[str]:
+    """The texts and HTML sources of a mail, and nothing else of it: what a search looks at."""
+    warnings = _Warnings()
+    start, end, body = _header_block(octets)
+    fields = _fields(octets[start:end], warnings)
+    root = _part(fields, "text/plain", warnings)._replace(start=body, end=len(octets))
+    return [_text(octets, part, warnings) for part in _split(octets, root, warnings)
+            if _is_body(part)]
+
+
 def read_sms(octets: bytes, sender: Optional[str], recipients: Iterable[str]) -> Content:
     """An SMS in the shape of a mail: a text body, numbers for addresses."""
     text = octets.decode("utf-8", "replace")
@@ -1556,8 +1566,9 @@ class Message:
     def folded_body(self) -> str:
         """The text and the HTML source in lower case, kept once somebody has searched bodies."""
         if self._folded is None:
-            content = self.content()
-            self._folded = "\0".join(filter(None, (content.text.body, content.html.body))).lower()
+            texts = ([self.octets.decode("utf-8", "replace")] if self.kind == "SMS" else
+                     read_bodies(self.octets))
+            self._folded = "\0".join(texts).lower()
         return self._folded
 
 
@@ -1832,8 +1843,8 @@ class Store:
         self._session_count = 0
         self._accepted = {"Email": 0, "SMS": 0}
         self._hours: Dict[int, Dict[str, int]] = {}            # the same for each hour since 1970
-        self._rendered: "collections.OrderedDict[str, Message]" = collections.OrderedDict()
-        self._rendered_octets = 0
+        self._kept: Dict[str, Message] = {}                    # whose JSON is kept, oldest first
+        self._kept_octets = 0
         self._polls: "collections.OrderedDict[Any, float]" = collections.OrderedDict()
         self._rates = RateWindow(limits.rate, limits.rate_clients)
         self.scripts = 0                                       # inboxes that have one, open now
@@ -2076,17 +2087,17 @@ class Store:
         with self._changed:
             self._reserved -= octets
 
-    def keep_rendered(self, message: Message, octets: bytes) -> None:
-        """Keeps the JSON of a message, and forgets the longest unread beyond the bound."""
+    def keep(self, message: Message, name: str, octets: bytes) -> None:
+        """Keeps JSON as the message's `summary` or `rendered`; beyond the bound forgets that of
+        the messages for which it was kept first."""
         with self._changed:
-            if message.id not in self._messages or len(octets) > self.limits.rendered // 4:
+            if message.id not in self._messages or len(octets) > self.limits.kept // 4:
                 return
-            if message.rendered is None:
-                self._rendered_octets += len(octets)
-                message.rendered = octets
-                self._rendered[message.id] = message
-            while self._rendered_octets > self.limits.rendered:
-                self._forget_rendered(next(iter(self._rendered)))
+            self._kept_octets += len(octets) - len(getattr(message, name) or b"")
+            setattr(message, name, octets)
+            self._kept[message.id] = message
+            while self._kept_octets > self.limits.kept:
+                self._forget(next(iter(self._kept)))
 
     # -- sessions, polling, rates
 
@@ -2298,7 +2309,7 @@ class Store:
             self._ended.popitem(last=False)
         for message in inbox.messages.values():
             message.inboxes = tuple(place for place in message.inboxes if place != key)
-            message.summary = None       # it names the inboxes
+            self._forget(message.id)     # its summary names the inboxes
             if not message.inboxes:
                 self._drop(message)
         inbox.messages = {}              # the heap may still know the inbox
@@ -2313,7 +2324,7 @@ class Store:
         """Forgets a message that no inbox holds any longer."""
         del self._messages[message.id]
         self._octets -= message.cost
-        self._forget_rendered(message.id)
+        self._forget(message.id)
         for server in message.servers:
             folder = self._servers.get(server)
             if folder is not None:
@@ -2321,11 +2332,12 @@ class Store:
                 if not folder:
                     del self._servers[server]
 
-    def _forget_rendered(self, id: str) -> None:
-        message = self._rendered.pop(id, None)
-        if message is not None and message.rendered is not None:
-            self._rendered_octets -= len(message.rendered)
-            message.rendered = None
+    def _forget(self, id: str) -> None:
+        """Forgets the JSON of a message."""
+        message = self._kept.pop(id, None)
+        if message is not None:
+            self._kept_octets -= len(message.summary or b"") + len(message.rendered or b"")
+            message.summary = message.rendered = None
 
     def _happened(self, kind: str, data: Dict[str, Any]) -> None:
         self._number += 1
@@ -3845,7 +3857,7 @@ def _head(message: Message, content: Content) -> Dict[str, Any]:
             "cc": _addresses(content.cc), "bcc": _addresses(message.bcc(content))}
 
 
-def summary(message: Message, server: str = "") -> bytes:
+def summary(api: "Api", message: Message, server: str = "") -> bytes:
     """The JSON of a message in a list.  It is kept until one of the inboxes that hold it ends;
     in the list of a server that is not its first, it names that server."""
     octets = message.summary
@@ -3859,7 +3871,8 @@ def summary(message: Message, server: str = "") -> bytes:
                      links=len(content.html.links or content.text.links),
                      warnings=len(content.warnings), inboxes=message.inboxes,
                      server=_server(message))
-        octets = message.summary = _json(value)
+        octets = _json(value)
+        api.store.keep(message, "summary", octets)
     own = _server(message)
     if server in ("", DEFAULT_SERVER, own):
         return octets
@@ -3873,7 +3886,7 @@ def rendered(api: "Api", message: Message, base: str) -> bytes:
     content = message.content()
     octets = _json(_whole(message, content, base))
     if not content.attachments:
-        api.store.keep_rendered(message, octets)
+        api.store.keep(message, "rendered", octets)
     return octets
 
 
@@ -3917,8 +3930,8 @@ def _lines(octets: bytes) -> List[str]:
     return octets.decode("utf-8", "replace").replace("\0", "\ufffd").splitlines()
 
 
-def _items(messages: Iterable[Message], server: str) -> bytes:
-    return b'{"items":[' + b",".join(summary(message, server) for message in messages) + b"]}"
+def _items(api: "Api", messages: Iterable[Message], server: str) -> bytes:
+    return b'{"items":[' + b",".join(summary(api, message, server) for message in messages) + b"]}"
 
 
 # -- requests
@@ -4070,7 +4083,7 @@ def _inbox(api: Api, request: Request, address: str, least: int) -> Response:
                        f"Expected {count} message{'s' * (count > 1)} for {address}"
                        f"{' that match' if '=' in request.query else ''}, got {len(found)} in "
                        f"{waited:g} s; the inbox holds {len(there)} in all", waited=waited,
-                       received=[json.loads(summary(message)) for message in there[:50]])
+                       received=[json.loads(summary(api, message)) for message in there[:50]])
     view = api.store.inbox(address) if not silence else _view_or_none(api, address)
     head = _inbox_json(view) if view else {"address": address, "expires": None}
     head["message_count"] = len(found)
@@ -4156,7 +4169,7 @@ def _event_data(api: Api, event: Event) -> Optional[bytes]:
         message = api.store.message(event.data["id"])
     except Unknown:
         return None
-    return summary(message)[:-1] + b',"direction":' + _json(message.direction) + b"}"
+    return summary(api, message)[:-1] + b',"direction":' + _json(message.direction) + b"}"
 
 
 def preview(api: Api, request: Request, id: str) -> Response:
@@ -4242,8 +4255,8 @@ def list_messages(api: Api, request: Request) -> Response:
     wanted = words(query.text("q")[:1000])
     if wanted.terms:
         found = filter(wanted.match, api.store.newest(server, direction, after))
-        return Response(body=_items(itertools.islice(found, skip, skip + size), server))
-    return Response(body=_items(api.store.newest(server, direction, after, skip, size), server))
+        return Response(body=_items(api, itertools.islice(found, skip, skip + size), server))
+    return Response(body=_items(api, api.store.newest(server, direction, after, skip, size), server))
 
 
 def search_messages(api: Api, request: Request) -> Response:
@@ -4269,7 +4282,7 @@ def search_messages(api: Api, request: Request) -> Response:
         # 1, not 0: PHP's client takes 0 for 1000, and others would not pause at all.
         api.store.poll_answered(poll)
         return Response(body=b'{"items":[]}', headers=(("x-ms-delay", "1"),))
-    return Response(body=_items(items, server))
+    return Response(body=_items(api, items, server))
 
 
 def _criteria(values: Dict[str, Any]) -> Criteria:
