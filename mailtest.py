@@ -29,6 +29,8 @@ The sections, each of which uses only those above it:
     Web page       HTML, CSS and JavaScript, as three strings
     Mailtest       wires all that; the pytest fixtures
     Command line   options, signals, the sendmail stand-in
+
+(PYTEST_DONT_REWRITE: there is no assert here for pytest to explain.)
 """
 
 import argparse
@@ -37,6 +39,7 @@ import binascii
 import collections
 import contextlib
 import datetime
+import email.errors
 import email.message
 import email.parser
 import email.utils
@@ -99,8 +102,9 @@ class Limits(NamedTuple):
     auth_line: int = 12_288           # octets with CRLF (RFC 4954 4)
     bad_commands: int = 1_000         # in one session, then 421
     smtp_timeout: float = 300.0       # seconds without a word (RFC 5321 4.5.3.2.7)
-    reserve_step: int = 1 << 20       # octets of unfinished mail data that are counted at a time
-    transcript_lines: int = 200       # lines kept of a session or a transaction
+    reserve_step: int = 65_536        # octets of unfinished mail data that are counted at a time
+    transcript_lines: int = 200       # lines kept of a transaction, or between two
+    transcript_line: int = 300        # octets kept of each
     sessions: int = 100               # finished sessions that are remembered
     script_delay: float = 60.0        # seconds that a scripted failure may wait
 
@@ -1487,6 +1491,12 @@ def read_sms(octets: bytes, sender: Optional[str], recipients: Iterable[str]) ->
                    Body(None, (), (), ()), _text_body([text], ""), (), _preview(text), ())
 
 
+@functools.lru_cache(maxsize=4096)
+def shared(text: str) -> str:
+    """The same text, as one object wherever it is kept.  sys.intern() would keep it for ever."""
+    return text
+
+
 class Envelope(NamedTuple):
     """What was said of a mail beside its octets (RFC 5321 2.3.1)."""
 
@@ -1558,8 +1568,8 @@ class Message:
             recipients.extend(self.envelope.forward_paths)
             self._keys = Keys(
                 head.subject.lower(),
-                tuple(sys.intern(address.email.lower()) for address in head.from_),
-                tuple(map(sys.intern, dict.fromkeys(path.lower() for path in recipients))),
+                tuple(shared(address.email.lower()) for address in head.from_),
+                tuple(map(shared, dict.fromkeys(path.lower() for path in recipients))),
                 "\n".join(f"{address.name} {address.email}" for address in parties).lower())
         return self._keys
 
@@ -1646,7 +1656,7 @@ _TESTS: Dict[str, Callable[[Message, str], bool]] = {
 # Everything that threads share is here: inboxes, messages, events, waiting.
 # One lock guards it.  Parse before taking it, do no I/O while holding it.
 
-NOT_YET = -1                             # stands for the number of a place that is not there
+NOT_YET = -1                             # stands for the number of an inbox that is not there
 DEFAULT_SERVER = "mailtest"              # lists every message; 8 characters, as clients demand
 _LETTERS = "ABCDEFGHJKLMNPQRSTUVWXYZabcdefghijkmnopqrstuvwxyz23456789"    # none that look alike
 
@@ -1660,6 +1670,21 @@ class Full(Exception):
 
 class Unknown(Exception):
     """No such inbox, message or server; the text says what is known of it."""
+
+
+class NeverSeen(Unknown):
+    """No such inbox, and none is remembered."""
+
+
+class Ended(Unknown):
+    """An acquired inbox that has expired or was deleted: nothing will come to it any more."""
+
+
+class Place(NamedTuple):
+    """Where messages are looked for: in the inbox of an address, or in a server."""
+
+    address: str = ""
+    server: str = ""
 
 
 class Event(NamedTuple):
@@ -1822,13 +1847,14 @@ class Store:
         self._lock = threading.Lock()
         self._changed = threading.Condition(self._lock)        # wakes whoever follows everything
         self._closing = threading.Condition(self._lock)        # wakes whoever sleeps till then
-        self._waiting: Dict[str, List[Any]] = {}               # place -> [Condition, waiters]
+        self._waiting: Dict[Place, List[Any]] = {}             # place -> [Condition, waiters]
         self._waiters = 0
         self._closed = False
         self._inboxes: Dict[str, _Inbox] = {}
         self._due: List[Tuple[float, int, _Inbox]] = []        # heap of (expires, a tick, inbox)
         self._ticks = itertools.count()
-        self._ended: "collections.OrderedDict[str, Tuple[float, str]]" = collections.OrderedDict()
+        self._ended: "collections.OrderedDict[str, Tuple[float, str, bool]]" = (
+            collections.OrderedDict())                         # when, how, whether acquired
         self._messages: Dict[str, Message] = {}                # in the order of arrival
         self._servers: Dict[str, Dict[str, Message]] = {}
         self._names: Dict[str, str] = {}                       # servers that have a name
@@ -1895,13 +1921,14 @@ class Store:
             if inbox is not None:
                 inbox.attempts += 1
             if self.strict and (inbox is None or not inbox.acquired):
-                return "no such inbox" if key not in self._ended else self._end_of(key)
+                return str(self._unknown(key) or "no such inbox")
         return ""
 
     def scripted(self, stage: str, address: str) -> Optional[Failure]:
         """The failure that the inbox answers with at this stage, now counted; else None."""
         key = inbox_key(address)
         with self._changed:
+            self._expire()
             inbox = self._inboxes.get(self._target(key))
             for failure in inbox.failures if inbox is not None else ():
                 if failure.stage == stage and failure.answered < failure.times:
@@ -1996,27 +2023,22 @@ class Store:
                 found = itertools.takewhile(lambda message: message.received > after, found)
             return list(itertools.islice(found, skip, None if count is None else skip + count))
 
-    def arrivals(self, place: str, after: int = 0) -> Tuple[int, List[Message]]:
-        """What a place got after that number, newest first, and the number to wait from.
-
-        A place is an address, or a server's id with "/" before it.  The number is NOT_YET while
-        there is no such inbox.
-        """
+    def arrivals(self, place: Place, after: int = 0) -> Tuple[int, List[Message]]:
+        """What a place got after that number, newest first, and the number to wait from: NOT_YET
+        while there is no such inbox."""
         with self._changed:
             self._expire()
-            place = self._place(place)
+            place = self._resolved(place)
             folder = self._folder_at(place)
             found = itertools.takewhile(lambda message: message.number > after,
                                         reversed(folder.values()) if folder else ())
             return self._latest(place), list(found)
 
-    # -- waiting
-
-    def wait(self, place: str, seen: int, timeout: float) -> None:
-        """Returns once the place (see arrivals) has a message after number `seen`, once its inbox
-        opens or ends, after `timeout` seconds, or when the store closes.  Raises Full."""
+    def wait(self, place: Place, seen: int, timeout: float) -> None:
+        """Returns once the place has a message after number `seen`, once its inbox opens or
+        ends, after `timeout` seconds, or when the store closes.  Raises Full."""
         with self._changed:
-            place = self._place(place)
+            place = self._resolved(place)
             latest = self._latest(place)
             if self._closed or latest > seen or latest == NOT_YET != seen:
                 return
@@ -2250,13 +2272,18 @@ class Store:
         key = self._target(inbox_key(address))
         inbox = None if key.startswith(_OUTBOX) else self._inboxes.get(key)
         if inbox is None:
-            raise Unknown(self._end_of(key) if key in self._ended else
-                          f"no inbox {address[:320]!r}; acquire one, or send mail to it first")
+            raise self._unknown(key) or NeverSeen(
+                f"no inbox {address[:320]!r}; acquire one, or send mail to it first")
         return inbox
 
-    def _end_of(self, key: str) -> str:
-        when, how = self._ended[key]
-        return f"the inbox {key!r} {how} at {iso_time(when)}; acquire a new one"
+    def _unknown(self, key: str) -> Optional[Unknown]:
+        """What is remembered of an inbox that has ended, None if nothing is."""
+        for known in (key, untagged(key)):
+            if known in self._ended:
+                when, how, acquired = self._ended[known]
+                return (Ended if acquired else Unknown)(
+                    f"the inbox {known!r} {how} at {iso_time(when)}; acquire a new one")
+        return None
 
     def _view(self, inbox: _Inbox) -> InboxView:
         return InboxView(inbox.address, inbox.acquired, self._when(inbox.expires),
@@ -2270,16 +2297,16 @@ class Store:
     def _folder(self, server: str) -> Dict[str, Message]:
         return self._messages if server == DEFAULT_SERVER else self._servers.get(server, {})
 
-    def _place(self, place: str) -> str:
-        return place if place.startswith("/") else self._target(inbox_key(place))
+    def _resolved(self, place: Place) -> Place:
+        return place if place.server else Place(self._target(inbox_key(place.address)))
 
-    def _folder_at(self, place: str) -> Optional[Dict[str, Message]]:
-        if place.startswith("/"):
-            return self._folder(place[1:])
-        inbox = self._inboxes.get(place)
-        return None if inbox is None else inbox.messages
+    def _folder_at(self, place: Place) -> Optional[Dict[str, Message]]:
+        if place.server:
+            return self._folder(place.server)
+        inbox = self._inboxes.get(place.address)
+        return None if inbox is None or inbox.key.startswith(_OUTBOX) else inbox.messages
 
-    def _latest(self, place: str) -> int:
+    def _latest(self, place: Place) -> int:
         """The number of the place's newest message, 0 without one, NOT_YET without an inbox."""
         folder = self._folder_at(place)
         if folder is None:
@@ -2304,7 +2331,9 @@ class Store:
         inbox = self._inboxes.pop(key)
         self.scripts -= bool(inbox.failures)
         self._octets -= self.limits.inbox_cost
-        self._ended[key] = (self._when(inbox.expires) if how == "expired" else self.wall(), how)
+        self._ended.pop(key, None)       # so that it is remembered as the latest
+        when = self._when(inbox.expires) if how == "expired" else self.wall()
+        self._ended[key] = (when, how, inbox.acquired)
         while len(self._ended) > self.limits.expired_kept:
             self._ended.popitem(last=False)
         for message in inbox.messages.values():
@@ -2349,9 +2378,9 @@ class Store:
         must not all run at each mail."""
         self._changed.notify_all()
         if self._waiting:
-            places = itertools.chain(inboxes, ("/" + server for server in servers),
-                                     ("/" + DEFAULT_SERVER,))
-            for place in places:
+            for place in itertools.chain(map(Place, inboxes),
+                                         (Place(server=server) for server in servers),
+                                         (Place(server=DEFAULT_SERVER),)):
                 if place in self._waiting:
                     self._waiting[place][0].notify_all()
 
@@ -2360,19 +2389,19 @@ class Abandoned(Exception):
     """Whoever waited has hung up."""
 
 
-def collect(store: Store, place: str, match: Callable[[Message], bool], count: int,
+def collect(store: Store, place: Place, match: Callable[[Message], bool], count: int,
             timeout: float, after: int = 0,
             abandoned: Callable[[], bool] = lambda: False) -> List[Message]:
-    """The messages of a place (see Store.arrivals) with a number above `after` that match,
-    newest first: at once if there are `count`, else those there are after `timeout` seconds.
+    """The messages of a place with a number above `after` that match, newest first: at once if
+    there are `count`, else those there are after `timeout` seconds.
 
-    Each message is looked at once, outside the lock.  Raises Full, Unknown, Abandoned.
+    Each message is looked at once, outside the lock.  Raises Full, Abandoned, and Unknown when
+    the inbox ends meanwhile.
     """
     until = time.monotonic() + timeout
     found: List[Message] = []
-    seen = after
+    seen, new = store.arrivals(place, after)
     while True:
-        seen, new = store.arrivals(place, max(seen, 0))
         found[:0] = filter(match, new)
         left = until - time.monotonic()
         if len(found) >= count or left <= 0 or store.closed:
@@ -2380,6 +2409,10 @@ def collect(store: Store, place: str, match: Callable[[Message], bool], count: i
         if abandoned():
             raise Abandoned(place)
         store.wait(place, seen, min(left, 1.0))      # 1.0: then look whether anyone still waits
+        before = seen
+        seen, new = store.arrivals(place, max(seen, 0))
+        if seen == NOT_YET != before:
+            store.inbox(place.address)   # raises, and says when it ended
 
 
 # ---- SMTP session ----------------------------------------------------------
@@ -2508,6 +2541,8 @@ def _without_stuffing(octets: bytes) -> bytes:
 def _without_secret(line: bytes) -> bytes:
     """A line with AUTH for the transcript; whatever follows a known mechanism may be secret."""
     words = line.split(None, 2)
+    if not words or words[0].upper() != b"AUTH":
+        return b"********"
     known = len(words) > 1 and words[1].decode("ascii", "replace").upper() in ("PLAIN", "LOGIN",
                                                                                "CRAM-MD5")
     shown = words[:2] if known else words[:1]
@@ -2663,6 +2698,7 @@ class Session:
         self._chunk_left = 0             # octets of a BDAT chunk still to come
         self._chunk_last = False
         self._chunk_refusal: Optional[Refuse] = None
+        self._secret_next = False        # what comes may be a secret, though it is no response
         self._bad = 0                    # commands that were none
         self._started = store.wall()
         self._accepted = 0
@@ -2864,14 +2900,17 @@ class Session:
         found = COMMANDS.get(verb)
         if verb == b"MAIL" and self.idle:
             self._end_part()
-        self._note(b"C: %b\r\n" % (_without_secret(line) if b"AUTH" in verb else line))
+        secret = found is None and self._secret_next       # a password after a failed AUTH
+        self._secret_next = False
+        hidden = secret or b"AUTH" in line[:20].upper()
+        self._note(b"C: %b\r\n" % (_without_secret(line) if hidden else line))
         if found is None:
             self._refuse_http(line)
         if _FORBIDDEN.search(line):
             raise self._bad_command(500, "5.5.2", "Expected no control character, NUL, bare CR "
                                                   "or bare LF in a command")
         if found is None:
-            raise self._unknown(verb)
+            raise self._unknown(verb if not secret else b"********")
         if found.needs and not getattr(self, found.needs):
             raise Refuse(503, "5.5.1", self._missing(found.needs))
         try:
@@ -2901,7 +2940,9 @@ class Session:
         return Refuse(code, status, text)
 
     def _missing(self, fact: str) -> str:
-        return "Send EHLO first" if not self.helo else _NEEDS[fact]
+        if not self.helo:
+            return "Send EHLO first"
+        return _NEEDS[fact if fact == "idle" or self.transaction else "has_transaction"]
 
     # -- commands
 
@@ -2942,7 +2983,7 @@ class Session:
         _check_ascii(path, utf8)
         if path and self.store.scripts:
             self._follow_script("mail", path)
-        self.transaction = Transaction(sys.intern(path), eight_bit, utf8)
+        self.transaction = Transaction(shared(path), eight_bit, utf8)
         return _SENDER_OK
 
     def _mail_parameters(self, text: str) -> Tuple[bool, bool]:
@@ -2991,7 +3032,7 @@ class Session:
             raise Refuse(550, "5.1.1", f"{_seen(path)}: {why}")
         if self.store.scripts:
             self._follow_script("rcpt", path)
-        self.transaction.forward_paths.append(sys.intern(path))
+        self.transaction.forward_paths.append(shared(path))
         return _RECIPIENT_OK
 
     def _follow_script(self, stage: str, path: str) -> None:
@@ -3023,8 +3064,7 @@ class Session:
         self._chunk_left, self._chunk_last = int(match.group(1)), bool(match.group(2))
         self._chunk_refusal = None
         if not self.has_recipients:      # its octets follow all the same, and are read
-            fact = "has_recipients" if self.transaction else "has_transaction"
-            self._chunk_refusal = Refuse(503, "5.5.1", self._missing(fact))
+            self._chunk_refusal = Refuse(503, "5.5.1", self._missing("has_recipients"))
         elif self.transaction.data is None:
             self.transaction.data = MailData(self.store)
         self._take = self._take_chunk
@@ -3092,6 +3132,7 @@ class Session:
             return self._advance(_unbase64(line.decode("ascii", "replace")))
         except Refuse:
             self._exchange = None
+            self._secret_next = True     # a client that did not look may send the rest
             raise
 
     def _advance(self, response: Optional[bytes]) -> Reply:
@@ -3132,7 +3173,10 @@ class Session:
 
     def _note(self, line: bytes) -> None:
         """Adds a line to the transcript."""
-        room = self.store.limits.transcript_lines - len(self._lines)
+        limits = self.store.limits
+        room = limits.transcript_lines - len(self._lines)
+        if len(line) > limits.transcript_line:
+            line = line[:limits.transcript_line] + b"...\r\n"
         if room > 0:
             self._lines.append(line if room > 1 else b"(further lines were not kept)\r\n")
 
@@ -3153,7 +3197,11 @@ _DARWIN_OR_LINUX = sys.platform.startswith(("linux", "darwin"))
 
 
 class Hangup(Exception):
-    """The peer is gone, or was silent for too long."""
+    """The peer is gone."""
+
+
+class Silence(Hangup):
+    """The peer said nothing, or read nothing, for too long."""
 
 
 class Connection:
@@ -3170,7 +3218,7 @@ class Connection:
         self.client: str = address[0].partition("%")[0]
         if self.client.startswith("::ffff:"):        # IPv4 on a dual-stack socket
             self.client = self.client[7:]
-        if sock.family in (socket.AF_INET, socket.AF_INET6):
+        with contextlib.suppress(OSError):           # macOS: reset meanwhile
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
 
     def set_timeout(self, seconds: float) -> None:
@@ -3210,7 +3258,7 @@ class Connection:
         try:
             return self.socket.recv(most)
         except (BlockingIOError, socket.timeout, ssl.SSLWantReadError):
-            raise Hangup("was silent for too long") from None
+            raise Silence("was silent for too long") from None
         except OSError:                  # reset, shut down, or a TLS failure
             raise Hangup("broke the connection") from None
 
@@ -3220,7 +3268,7 @@ class Connection:
             for octets in parts:
                 self.socket.sendall(octets)
         except (BlockingIOError, socket.timeout, ssl.SSLWantWriteError):
-            raise Hangup("did not read for too long") from None
+            raise Silence("did not read for too long") from None
         except OSError:
             raise Hangup("broke the connection") from None
 
@@ -3229,7 +3277,9 @@ class Connection:
         try:
             self.set_timeout(0)          # SO_RCVTIMEO 0: none; ssl obeys settimeout() alone
             self.socket.settimeout(seconds)
-            self.socket = context.wrap_socket(self.socket, server_side=True)
+            self.socket = context.wrap_socket(self.socket, server_side=True,
+                                              do_handshake_on_connect=False)
+            self.socket.do_handshake()   # now shut() can end it, which a stop does
         except (OSError, ValueError) as error:       # ValueError: closed meanwhile
             raise Hangup(f"failed the TLS handshake: {getattr(error, 'reason', error)}") from None
 
@@ -3272,12 +3322,16 @@ class Connection:
     def shut(self, how: int = socket.SHUT_RDWR) -> None:
         """Ends the connection under a thread that is blocked in it."""
         with contextlib.suppress(OSError):           # gone already
-            self.socket.shutdown(how)
+            # SSLSocket's own would forget TLS, and what is sent then goes out in the clear.
+            socket.socket.shutdown(self.socket, how)
 
     def close(self) -> None:
-        """Gives the socket back."""
-        with contextlib.suppress(OSError):
-            self.socket.close()
+        """Gives the socket back; says so to a TLS peer (RFC 8446 6.1)."""
+        with contextlib.suppress(OSError, ValueError):
+            if isinstance(self.socket, ssl.SSLSocket):
+                self.socket.setblocking(False)
+                self.socket.unwrap()
+        self.socket.close()
 
 
 _SPIN = 0.0001 if (os.cpu_count() or 1) > 1 else 0.0         # seconds, see Listener._next()
@@ -3336,7 +3390,7 @@ class Listener:
     (which costs more than the turn, since all of them share one interpreter), and nobody waits
     for anybody else's slow peer.
 
-    A protocol overrides opened(), ready(), is_busy(), farewell() and closed().
+    A protocol overrides opened(), ready(), is_busy(), farewell(), failed() and closed().
     """
 
     refusal = b""                        # sent to those beyond the bounds
@@ -3379,6 +3433,9 @@ class Listener:
     def farewell(self, connection: Connection) -> None:
         """Says why the connection ends: it was silent for too long, or this is the stop."""
 
+    def failed(self, connection: Connection) -> None:
+        """Says that the connection ends because of a defect of ours."""
+
     def closed(self, connection: Connection, why: str) -> None:
         """The connection has ended; `why` is empty if the protocol ended it."""
 
@@ -3398,10 +3455,10 @@ class Listener:
         if self._leader != threading.get_ident():
             return
         self._unpark(connection)
-        with self._guard:
-            alone = not self._followers
-        if alone:
+        if not self._followers:
             self._add_worker()
+        if not self._followers and not self.stopping.is_set():
+            raise Hangup("came when no thread could be had")
         self._leader = 0
         self._lead.release()
 
@@ -3437,11 +3494,17 @@ class Listener:
             self._waker.send(b"!")
 
     def _add_worker(self) -> None:
+        """One more thread; without it the leader goes on alone."""
         thread = threading.Thread(target=self._work, name=self.name, daemon=True)
         with self._guard:
+            if self.stopping.is_set() and self._threads:
+                return                   # those that are there are enough to end
+            try:
+                thread.start()
+            except RuntimeError:         # the system gives no more threads
+                return
             self._followers += 1
             self._threads.add(thread)
-        thread.start()
 
     def _work(self) -> None:
         try:
@@ -3501,8 +3564,13 @@ class Listener:
             why = str(hangup)
         except Exception:                # the edge of a thread: the next client is served
             log_error("%s: a connection from %s failed", self.name, connection.client, trace=True)
-            why = "failed"
+            why = self._broken(connection)
         self._close(connection, why)
+
+    def _broken(self, connection: Connection) -> str:
+        with contextlib.suppress(Exception):         # it may be broken in any way
+            self.failed(connection)
+        return "met a defect of mailtest"
 
     def _accept(self) -> None:
         """Takes the connections that wait, and serves those that may not be parked."""
@@ -3514,7 +3582,11 @@ class Listener:
             except OSError:              # the peer is gone; or no descriptor is free:
                 self.stopping.wait(0.01)             # others will end
                 return
-            connection = Connection(sock, address)
+            try:
+                connection = Connection(sock, address)
+            except IndexError:           # macOS: dead on arrival, it has no address
+                sock.close()
+                continue
             if not self._admit(connection):
                 continue
             if not self._open(connection):
@@ -3531,7 +3603,7 @@ class Listener:
             why = str(hangup)
         except Exception:                # as in _turn()
             log_error("%s: a connection from %s failed", self.name, connection.client, trace=True)
-            why = "failed"
+            why = self._broken(connection)
         self._close(connection, why)
         return self._leader == threading.get_ident()
 
@@ -3690,9 +3762,10 @@ class SmtpServer(Listener):
         """Greets; with implicit TLS serves the connection to its end."""
         session = Session(self._store, self._policy, connection.client, self._implicit)
         connection.session = session
-        if self._implicit:
+        if self._implicit or self._store.keepers:    # TLS, and writing to disk, may block
             self.step_down(connection)
-            connection.start_tls(self._tls)
+            if self._implicit:
+                connection.start_tls(self._tls)
             self._converse(connection, session, session.greet())
             return False
         return not connection.try_send(session.greet())
@@ -3729,6 +3802,11 @@ class SmtpServer(Listener):
         code = "4.3.2" if self.stopping.is_set() else "4.4.2"
         connection.try_send(connection.session.refuse(Reply(421, code, text)))
 
+    def failed(self, connection: Connection) -> None:
+        """421, in place of the reply that could not be made."""
+        connection.try_send(connection.session.refuse(Reply(
+            421, "4.3.0", "This is a defect of mailtest; its log on standard error says more")))
+
     def closed(self, connection: Connection, why: str) -> None:
         """Makes the session end in the records too."""
         connection.session.end(why or "quit")
@@ -3757,7 +3835,10 @@ class SmtpServer(Listener):
     def _hear(self, connection: Connection, session: Session) -> bytes:
         """Waits for the client's next words; returns the replies to them."""
         stopping = self.stopping.is_set()
-        octets = b"" if stopping and not session.in_data else connection.receive()
+        try:
+            octets = b"" if stopping and not session.in_data else connection.receive()
+        except Silence:
+            return session.refuse(Reply(421, "4.4.2", "Silent for too long"))
         if octets:
             return session.receive(octets)
         if self.stopping.is_set():
@@ -3785,7 +3866,7 @@ class Request(NamedTuple):
     @property
     def base(self) -> str:
         """The URL that the client used for this catcher, without a trailing slash."""
-        return f"http{'s' if self.secure else ''}://{self.headers.get('host', 'localhost')}"
+        return f"http{'s' if self.secure else ''}://{self.headers.get('host') or 'localhost'}"
 
 
 class Response(NamedTuple):
@@ -3833,9 +3914,11 @@ def _json(value: Any) -> bytes:
 
 def _bad(field: str, expected: str, got: Any) -> ApiError:
     """400: what was expected of a parameter, and what came."""
-    shown = got if isinstance(got, str) else json.dumps(got)
-    return ApiError(400, "bad_request", f"Expected {field} to be {expected}, got {shown[:80]!r}",
-                    field)
+    if isinstance(got, (dict, list)):    # not shown: it may be nested without end
+        shown = "an object" if isinstance(got, dict) else "a list"
+    else:
+        shown = repr(got[:80]) if isinstance(got, str) else json.dumps(got)[:80]
+    return ApiError(400, "bad_request", f"Expected {field} to be {expected}, got {shown}", field)
 
 
 # -- messages as JSON
@@ -3936,6 +4019,10 @@ def _items(api: "Api", messages: Iterable[Message], server: str) -> bytes:
 
 # -- requests
 
+def _range(least: float, most: float, whole: bool) -> str:
+    return f"a {'whole ' * whole}number from {least:.0f} to {most:.0f}"
+
+
 class Query:
     """The parameters of a request, by name, each taken once and checked."""
 
@@ -3965,11 +4052,10 @@ class Query:
         if text == "":
             return default
         if not re.fullmatch(r"[0-9]{1,9}" if whole else r"[0-9]{1,6}(\.[0-9]{0,6})?", text):
-            kind = "whole number" if whole else "number"
-            raise _bad(name, f"a {kind} from {least:g} to {most:g}", text)
+            raise _bad(name, _range(least, most, whole), text)
         value = int(text) if whole else float(text)
         if not least <= value <= most:
-            raise _bad(name, f"a number from {least:g} to {most:g}", text)
+            raise _bad(name, _range(least, most, whole), text)
         return value
 
     def time(self, name: str) -> Optional[float]:
@@ -3992,6 +4078,8 @@ def _parse_time(name: str, text: str) -> float:
         hour, minute, second = (int(part or 0) for part in match.group(4, 5, 6))
         micro = int((match.group(7) or "0")[:6].ljust(6, "0"))
         hours, minutes = (int(part or 0) for part in match.group(10, 11))
+        if hours > 23 or minutes > 59:
+            raise ValueError
         offset = datetime.timedelta(hours=hours, minutes=minutes)
         when = datetime.datetime(year, month, day, hour, minute, second, micro,
                                  datetime.timezone.utc)
@@ -4060,42 +4148,46 @@ def load_inbox(api: Api, request: Request, address: str) -> Response:
 
 
 def _inbox(api: Api, request: Request, address: str, least: int) -> Response:
-    query = Query(request.query)
+    query, place = Query(request.query), Place(address)
     timeout = query.number("timeout", 0.0, 0, api.store.limits.poll, whole=False)
     count = int(query.number("count", 1, 1, 10_000))
     silence = query.text("expect")
     if silence not in ("", "0"):
         raise _bad("expect", "0, which proves that no mail comes", silence)
-    match = criteria(query.text("from"), "", query.text("subject"), query.text("body")).match
+    wanted = criteria(query.text("from"), "", query.text("subject"), query.text("body"))
     after = api.store.message(query.text("after")).number if query.text("after") else 0
-    if not timeout or api.store.strict:
-        api.store.inbox(address)         # Unknown: it will not appear by itself
+    _check_inbox(api, address, timeout)
     began = time.monotonic()
-    found = collect(api.store, address, match, count, timeout, after, request.gone)
+    found = collect(api.store, place, wanted.match, count, timeout, after, request.gone)
     waited = round(time.monotonic() - began, 3)
-    if silence:
-        if found:
-            raise ApiError(409, "unexpected", f"Expected no such mail for {address}, got "
-                           f"{len(found)}", messages=_loaded(api, request, found), waited=waited)
-    elif timeout and len(found) < count or len(found) < least * count:
-        _, there = api.store.arrivals(address)
+    if silence and found:
+        raise ApiError(409, "unexpected", f"Expected no such mail for {address}, got {len(found)}",
+                       messages=_loaded(api, request, found), waited=waited)
+    if not silence and (timeout and len(found) < count or len(found) < least * count):
+        there = api.store.arrivals(place)[1]
         raise ApiError(404, "timeout" if timeout else "empty",
                        f"Expected {count} message{'s' * (count > 1)} for {address}"
-                       f"{' that match' if '=' in request.query else ''}, got {len(found)} in "
-                       f"{waited:g} s; the inbox holds {len(there)} in all", waited=waited,
+                       f"{' of that kind' * bool(wanted.terms)}, got {len(found)} in {waited:g} "
+                       f"s; the inbox holds {len(there)} in all", waited=waited,
                        received=[json.loads(summary(api, message)) for message in there[:50]])
-    view = api.store.inbox(address) if not silence else _view_or_none(api, address)
-    head = _inbox_json(view) if view else {"address": address, "expires": None}
+    try:
+        head = _inbox_json(api.store.inbox(address))
+    except Unknown:                      # silence was expected, and there is not even an inbox
+        head = {"address": address, "expires": None}
     head["message_count"] = len(found)
     body = b",".join(rendered(api, message, request.base) for message in found)
     return Response(body=_json(head)[:-1] + b',"messages":[' + body + b"]}")
 
 
-def _view_or_none(api: Api, address: str) -> Optional[InboxView]:
+def _check_inbox(api: Api, address: str, timeout: float) -> None:
+    """Raises Unknown for an inbox to which nothing will come, or that nobody will wait for."""
     try:
-        return api.store.inbox(address)
-    except Unknown:                      # silence was expected, and there is not even an inbox
-        return None
+        api.store.inbox(address)
+    except Ended:
+        raise
+    except Unknown:
+        if not timeout or api.store.strict:
+            raise
 
 
 def _loaded(api: Api, request: Request, found: List[Message]) -> List[Any]:
@@ -4172,21 +4264,30 @@ def _event_data(api: Api, event: Event) -> Optional[bytes]:
     return summary(api, message)[:-1] + b',"direction":' + _json(message.direction) + b"}"
 
 
+def _with_images(api: Api, message: Message, content: Content) -> str:
+    """The HTML with its cid: images as data: URLs, as long as that is not too large."""
+    images = {part.content_id: part for part in content.attachments
+              if part.content_id and _MEDIA_TYPE.fullmatch(part.content_type)}
+    data: Dict[str, str] = {}
+    room = api.store.limits.max_size * 3 // 2
+
+    def inline(match: Any) -> str:
+        nonlocal room
+        name = urllib.parse.unquote(html.unescape(match.group(1)))
+        if name in images and name not in data:
+            encoded = base64.b64encode(attachment_octets(message.octets, images[name])).decode()
+            data[name] = f"data:{images[name].content_type};base64,{encoded}"
+        url = data.get(name, "")
+        room -= len(url)
+        return url if url and room > 0 else match.group()
+    return re.sub(r"cid:([^\s\"'<>)\\]{1,998})", inline, content.html.body or "")
+
+
 def preview(api: Api, request: Request, id: str) -> Response:
     """A mail's HTML for a sandboxed frame; remote content only with remote=1"""
     message = api.store.message(id)
     content = message.content()
-    body = content.html.body or ""
-    images = {part.content_id: part for part in content.attachments
-              if part.content_id and _MEDIA_TYPE.fullmatch(part.content_type)}
-
-    def inline(match):
-        part = images.get(urllib.parse.unquote(html.unescape(match.group(1))))
-        if part is None:
-            return match.group()
-        data = base64.b64encode(attachment_octets(message.octets, part)).decode()
-        return f"data:{part.content_type};base64,{data}"
-    body = re.sub(r"cid:([^\s\"'<>)\\]{1,998})", inline, body)
+    body = _with_images(api, message, content)
     remote = " http: https:" if Query(request.query).text("remote") == "1" else ""
     policy = (f"default-src 'none'; img-src data:{remote}; style-src 'unsafe-inline'{remote}; "
               f"font-src data:{remote}; media-src data:{remote}; frame-ancestors 'self'; "
@@ -4221,7 +4322,7 @@ def health(api: Api, request: Request) -> Response:
 
 def get_file(api: Api, request: Request) -> Response:
     """The web page"""
-    kind, octets = api.policy.files[request.path]
+    kind, octets = api.policy.files[request.path.rstrip("/") or "/"]
     policy = ("default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; "
               "img-src 'self' data:; frame-src 'self'; base-uri 'none'; form-action 'none'; "
               "frame-ancestors 'none'")
@@ -4237,7 +4338,7 @@ def _server_of(query: Query) -> str:
 def _direction(query: Query) -> str:
     direction = (query.text("dir") or "Received").capitalize()
     if direction not in ("Received", "Sent"):
-        raise _bad("dir", "Received or Sent", direction)
+        raise _bad("dir", "Received or Sent", query.text("dir"))
     return direction
 
 
@@ -4256,7 +4357,8 @@ def list_messages(api: Api, request: Request) -> Response:
     if wanted.terms:
         found = filter(wanted.match, api.store.newest(server, direction, after))
         return Response(body=_items(api, itertools.islice(found, skip, skip + size), server))
-    return Response(body=_items(api, api.store.newest(server, direction, after, skip, size), server))
+    found = api.store.newest(server, direction, after, skip, size)
+    return Response(body=_items(api, found, server))
 
 
 def search_messages(api: Api, request: Request) -> Response:
@@ -4267,21 +4369,23 @@ def search_messages(api: Api, request: Request) -> Response:
     skip, size = _page(query)
     timeout = query.number("timeout", 0, 0, api.store.limits.poll * 1000) / 1000
     poll = request.headers.get("authorization"), request.query, wanted
+    delay = "1"                          # 0: PHP's client takes it for 1000, others do not pause
     number = api.store.number
     found = filter(wanted.match, api.store.newest(server, direction, after))
     items = list(itertools.islice(found, skip, skip + size))
     if not items and not timeout and api.store.polled_again(poll):
         timeout = api.store.limits.hold
     if not items and timeout:
-        items = collect(api.store, "/" + server, lambda message: (
-            message.direction == direction and wanted.match(message)
-            and (after is None or message.received > after)), skip + 1, timeout, number,
-            request.gone)
-        items = items[skip:skip + size]
+        try:
+            items = collect(api.store, Place(server=server), lambda message: (
+                message.direction == direction and wanted.match(message)
+                and (after is None or message.received > after)), skip + 1, timeout, number,
+                request.gone)[skip:skip + size]
+        except Full:                     # too many wait: this client polls without being held
+            delay = "250"
     if not items:
-        # 1, not 0: PHP's client takes 0 for 1000, and others would not pause at all.
         api.store.poll_answered(poll)
-        return Response(body=b'{"items":[]}', headers=(("x-ms-delay", "1"),))
+        return Response(body=b'{"items":[]}', headers=(("x-ms-delay", delay),))
     return Response(body=_items(api, items, server))
 
 
@@ -4356,16 +4460,19 @@ def get_email(api: Api, request: Request, id: str) -> Response:
 
 # -- Mailosaur: creating mail
 
-def _composed(values: Dict[str, Any], given: Dict[str, str], quoted: Optional[Content] = None,
+def _composed(most: int, values: Dict[str, Any], given: Dict[str, str],
+              quoted: Optional[Content] = None,
               parts: Iterable[Tuple[str, str, Optional[str], bytes]] = ()) -> bytes:
-    """A new mail's octets: `given` header fields, text and html of the body, attachments."""
+    """A new mail of at most `most` octets: `given` header fields, text and html of the body,
+    attachments."""
     import email.policy
     mail = email.message.EmailMessage(policy=email.policy.SMTP)
     try:
         for name, value in given.items():
             if value:
                 mail[name] = value
-    except (ValueError, IndexError) as error:        # a line break, or no address
+    except (ValueError, IndexError, TypeError, AttributeError, email.errors.MessageError) as error:
+        # a line break, or no address: what the package raises for one depends on the version
         raise ApiError(400, "bad_request", f"Expected {name} to be one line that can be a header "
                        f"field, got {value[:80]!r}", name.lower()) from error
     mail["Date"] = email.utils.format_datetime(datetime.datetime.now(datetime.timezone.utc))
@@ -4384,7 +4491,11 @@ def _composed(values: Dict[str, Any], given: Dict[str, str], quoted: Optional[Co
         main, _, sub = kind.partition("/")
         mail.add_attachment(octets, main, sub, filename=name,
                             **({"cid": f"<{content_id}>"} if content_id else {}))
-    return mail.as_bytes()
+    octets = mail.as_bytes()
+    if len(octets) > most:
+        raise ApiError(413, "too_large", f"Expected a mail of at most {most} octets, "
+                                         f"got {len(octets)}")
+    return octets
 
 
 def _quoted(text: str, source: str, quoted: Content) -> Tuple[str, str]:
@@ -4433,9 +4544,6 @@ def _mailboxes(values: Dict[str, Any], name: str) -> List[str]:
 def _store_sent(api: Api, octets: bytes, sender: str, recipients: List[str],
                 server: str) -> Message:
     """Keeps a mail that the API was told to send; recipients of ours get it."""
-    if len(octets) > api.store.limits.max_size:
-        raise ApiError(413, "too_large", f"Expected a mail of at most "
-                       f"{api.store.limits.max_size} octets, got {len(octets)}")
     sent = Message(new_id(), octets, Envelope(None, tuple(recipients)), direction="Sent")
     api.store.deliver(sent, server)
     ours = tuple(path for path in recipients if api.store.is_ours(path, server))
@@ -4463,8 +4571,9 @@ def create_message(api: Api, request: Request) -> Response:
     if not _mailboxes({"from": sender}, "from"):
         raise _bad("from", "an address", sender)
     receiver = _string(values, "to") or f"sample@{server}.mailosaur.net"
-    octets = _composed(values, {"From": sender, "To": receiver, "Cc": _string(values, "cc"),
-                                "Subject": _string(values, "subject")})
+    octets = _composed(api.store.limits.max_size, values, {
+        "From": sender, "To": receiver, "Cc": _string(values, "cc"),
+        "Subject": _string(values, "subject")})
     if send:
         message = _store_sent(api, octets, sender, to + cc, server)
     else:
@@ -4515,7 +4624,7 @@ def _answer(api: Api, request: Request, original: Message, content: Content,
     subject = content.subject
     if not subject.lower().startswith(prefix.lower()):
         subject = prefix + subject
-    octets = _composed(values, {
+    octets = _composed(api.store.limits.max_size, values, {
         "From": sender, "To": to, "Cc": _string(values, "cc"),
         "Subject": re.sub(r"[\r\n]+", " ", subject),
         "In-Reply-To": re.sub(r"[^!-~]", "", content.message_id)}, content, parts)
@@ -4921,12 +5030,13 @@ def _segment_text(segment: str) -> str:
     if "%" not in segment:
         return segment
     try:
-        if re.search(r"%(?![0-9A-Fa-f]{2})", segment):
+        text = urllib.parse.unquote(segment, errors="strict")
+        if re.search(r"%(?![0-9A-Fa-f]{2})", segment) or re.search(r"[\x00-\x1f\x7f]", text):
             raise ValueError
-        return urllib.parse.unquote(segment, errors="strict")
+        return text
     except ValueError:                   # UnicodeDecodeError is one
-        raise ApiError(400, "bad_request", "Expected percent-encoded UTF-8 in the path, got "
-                                           f"{segment[:80]!r}", "path") from None
+        raise ApiError(400, "bad_request", "Expected percent-encoded UTF-8 without control "
+                       f"characters in the path, got {segment[:80]!r}", "path") from None
 
 
 def body_limit(limits: Limits, method: str, path: str) -> int:
@@ -4980,8 +5090,8 @@ _LITERAL_OR_LOCAL = re.compile(r"(?:[0-9]{1,3}(?:\.[0-9]{1,3}){3}|\[[0-9a-f:.]+\
 def _check_host(api: Api, request: Request) -> None:
     """Refuses names that a foreign page may have pointed at this address (DNS rebinding)."""
     host = request.headers.get("host", "")
-    if _LITERAL_OR_LOCAL.fullmatch(host) or request.tunnel:
-        return
+    if not host or _LITERAL_OR_LOCAL.fullmatch(host) or request.tunnel:
+        return                           # no host at all: a health check, no browser
     name = host.rpartition(":")[0] if re.search(r":[0-9]+$", host) else host
     if name.lower() not in api.policy.allow_hosts:
         raise ApiError(421, "misdirected", f"Expected a Host field with an IP address, localhost, "
@@ -5020,6 +5130,8 @@ def _check_access(api: Api, request: Request, route: Route) -> None:
 
 def _network(client: str) -> str:
     """Whose requests are counted together: an IPv4 address, an IPv6 /64."""
+    if client.lower().startswith("::ffff:"):
+        client = client[7:]
     try:
         return socket.inet_pton(socket.AF_INET6, client)[:8].hex()
     except (OSError, ValueError):        # IPv4, or whatever a proxy calls it
@@ -5108,9 +5220,8 @@ class HttpHandler(http.server.BaseHTTPRequestHandler):
 
     def _read_head(self) -> Optional[bytes]:
         """The request line and header fields; None when the client has nothing more to say."""
-        while self._buffer[:2] == b"\r\n":           # RFC 9112 2.2: ignore an empty line
-            self._buffer = self._buffer[2:]
         until = 0.0
+        self._buffer = self._buffer.lstrip(b"\r\n")     # RFC 9112 2.2: ignore empty lines
         while b"\r\n\r\n" not in self._buffer:
             if self._buffer[:2] == b"\x16\x03":
                 raise ApiError(400, "bad_request", "Expected HTTP, got TLS")
@@ -5122,7 +5233,7 @@ class HttpHandler(http.server.BaseHTTPRequestHandler):
             octets = self.request.receive()
             if not octets or self.server.stopping.is_set():
                 return None
-            self._buffer += octets
+            self._buffer = (self._buffer + octets).lstrip(b"\r\n")
             until = until or time.monotonic() + self.server.limits.http_head_time
             if time.monotonic() > until:
                 raise ApiError(408, "timeout", "Expected a whole request head within "
@@ -5147,13 +5258,13 @@ class HttpHandler(http.server.BaseHTTPRequestHandler):
         self.command = words[0].decode("ascii")
         self.headers = self._parse_fields(lines[1:])
         self._target = words[1].decode("ascii")
+        if words[2] != b"HTTP/1.0" and "host" not in self.headers:
+            raise ApiError(400, "bad_request", "Expected a Host field")
         if self._target[:1] != "/" and self.command != "CONNECT":
             self._take_absolute_target()
         connection = self.headers.get("connection", "").lower()
         self.close_connection = ("close" in connection or words[2] == b"HTTP/1.0"
                                  and "keep-alive" not in connection)
-        if words[2] != b"HTTP/1.0" and "host" not in self.headers:
-            raise ApiError(400, "bad_request", "Expected a Host field")
 
     def _parse_fields(self, lines: List[bytes]) -> Dict[str, str]:
         if len(lines) > self.server.limits.http_fields:
@@ -5178,7 +5289,10 @@ class HttpHandler(http.server.BaseHTTPRequestHandler):
         if self._target == "*" and self.command == "OPTIONS":
             self._target = "/"
             return
-        parts = urllib.parse.urlsplit(self._target)
+        try:
+            parts = urllib.parse.urlsplit(self._target)
+        except ValueError:               # brackets that do not match
+            parts = urllib.parse.urlsplit("")
         if parts.scheme not in ("http", "https") or not parts.netloc:
             raise ApiError(400, "bad_request", "Expected a target that begins with /, got "
                                                f"{_seen(self._target)}")
@@ -5213,7 +5327,7 @@ class HttpHandler(http.server.BaseHTTPRequestHandler):
     def _continue(self) -> None:
         """RFC 9110 10.1.1: a client may wait for leave before it sends a large body."""
         expect = self.headers.get("expect")
-        if expect is None:
+        if expect is None or self.version == b"HTTP/1.0":
             return
         if expect.lower() != "100-continue":
             raise ApiError(417, "expectation_failed", f"Expected Expect: 100-continue, got "
@@ -5304,7 +5418,8 @@ class HttpHandler(http.server.BaseHTTPRequestHandler):
         head = b"HTTP/1.1 %d %b\r\nDate: %b\r\n%b%b%b%b" % (
             status, http.client.responses.get(status, "").encode("ascii"), self.server.date(),
             _FIXED, b"" if b"Content-Security-Policy" in fields else _CLOSED_POLICY, fields,
-            b"Connection: close\r\n" if self.close_connection else b"")
+            b"Connection: close\r\n" if self.close_connection else
+            b"Connection: keep-alive\r\n" if self.version == b"HTTP/1.0" else b"")
         if status != 204:
             head += b"Content-Type: " + kind.encode("latin-1", "replace") + b"\r\n"
         if stream is not None:
@@ -5412,6 +5527,7 @@ class Mail:
         self._message = message
         self.content = message.content()
         self.id = message.id
+        self.number = message.number                 # of its arrival
         self.octets = message.octets                 # exactly as received
         self.envelope = message.envelope
         self.received = datetime.datetime.fromtimestamp(message.received, datetime.timezone.utc)
@@ -5459,7 +5575,11 @@ class Inbox:
     @property
     def messages(self) -> List[Mail]:
         """Its mail, newest first; Unknown once it has expired."""
-        return [Mail(message) for message in self._store.arrivals(self.address)[1]]
+        seen, found = self._store.arrivals(Place(self.address))
+        if seen == NOT_YET:
+            with contextlib.suppress(NeverSeen):
+                self._store.inbox(self.address)
+        return [Mail(message) for message in found]
 
     @property
     def attempts(self) -> int:
@@ -5480,11 +5600,13 @@ class Inbox:
              after: Optional[Mail] = None) -> Mail:
         """The newest mail that matches, at once or when it arrives; NoMail after `timeout`
         seconds.  Match: a part of the subject, the sender's full address, a part of a body."""
+        __tracebackhide__ = True
         return self.wait_all(1, subject, sender, body, timeout, after)[0]
 
     def wait_all(self, count: int, subject: str = "", sender: str = "", body: str = "",
                  timeout: float = 5.0, after: Optional[Mail] = None) -> List[Mail]:
         """At least `count` mails that match, newest first."""
+        __tracebackhide__ = True         # pytest then shows the line that waits
         found = self._collect(count, subject, sender, body, timeout, after)
         if len(found) < count:
             wanted = ", ".join(f"{name}={value!r}" for name, value in
@@ -5497,13 +5619,14 @@ class Inbox:
     def expect_none(self, timeout: float = 1.0, subject: str = "", sender: str = "",
                     body: str = "", after: Optional[Mail] = None) -> None:
         """Returns after `timeout` seconds of silence; NoMail once a matching mail is there."""
+        __tracebackhide__ = True
         if self._collect(1, subject, sender, body, timeout, after):
             raise NoMail(f"expected no mail for {self.address}\n{self.report()}")
 
     def _collect(self, count: int, subject: str, sender: str, body: str, timeout: float,
                  after: Optional[Mail]) -> List[Message]:
-        number = self._store.message(after.id).number if after is not None else 0
-        return collect(self._store, self.address, criteria(sender, "", subject, body).match,
+        number = after.number if after is not None else 0
+        return collect(self._store, Place(self.address), criteria(sender, "", subject, body).match,
                        count, timeout, number)
 
     def report(self) -> str:
@@ -5533,7 +5656,11 @@ class Saver:
         self._saved = 0
         self._failed = 0
         self._error = ""
-        os.makedirs(folder, exist_ok=True)
+        try:
+            os.makedirs(folder, exist_ok=True)
+        except OSError as error:
+            raise ValueError(f"--save: cannot make the folder {folder!r}: {error.strerror}"
+                             ) from None
 
     def save(self, message: Message) -> None:
         """Writes one message; a full disk is reported, and the mail stays in memory."""
@@ -5562,8 +5689,12 @@ class Webhook:
     """POSTs each message as JSON to a URL, in order, in a thread of its own."""
 
     def __init__(self, url: str, api: Api, base: str):
-        parts = urllib.parse.urlsplit(url)
-        if parts.scheme not in ("http", "https") or not parts.hostname:
+        try:
+            parts = urllib.parse.urlsplit(url)
+            known = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
+        except ValueError:               # no port, or brackets that do not match
+            known = False
+        if not known:
             raise ValueError(f"expected --webhook http://host/path, got {url!r}")
         self._parts = parts
         self._api = api
@@ -5615,12 +5746,12 @@ class Webhook:
     def _send(self, message: Message) -> None:
         """Tries until the other side answers 2xx, with pauses that double."""
         pause = self._limits.webhook_pause
-        for _ in range(self._limits.webhook_tries):
+        for left in range(self._limits.webhook_tries - 1, -1, -1):
             self._error = self._post(rendered(self._api, message, self._base))
             if not self._error:
                 self._sent += 1
                 return
-            if self._stop.wait(pause):
+            if not left or self._stop.wait(pause):
                 break
             pause = min(30.0, pause * 2)
         self._drop(message, self._error)
@@ -5661,6 +5792,8 @@ class Mailtest:
                  policy: ApiPolicy = ApiPolicy(), auth: Optional[Tuple[str, str]] = None,
                  tls: Optional[ssl.SSLContext] = None, https: bool = False, save: str = "",
                  webhook: str = ""):
+        if tls is None and (smtps_port is not None or https):
+            raise ValueError("smtps_port and https need tls, see tls_context()")
         self.host = host
         self.smtp_port, self.http_port, self.smtps_port = smtp_port, http_port, smtps_port
         self.store = Store(limits, domain, strict)
@@ -5678,7 +5811,9 @@ class Mailtest:
         self._expiry: Optional[threading.Thread] = None
 
     def start(self) -> "Mailtest":
-        """Opens the ports; OSError if one cannot be had, and then none is."""
+        """Opens the ports, once; OSError if one cannot be had, and then none is."""
+        if self.store.closed:
+            raise RuntimeError("a Mailtest starts once; make another")
         rules = SmtpPolicy(self.store.domain, self._tls is not None, self._auth)
         try:
             self.smtp_port = self._open(SmtpServer, self.smtp_port, self.store, rules, self._tls)
@@ -5749,7 +5884,8 @@ class Mailtest:
 
     def wait_for(self, count: int, timeout: float) -> List[Message]:
         """The messages, newest first, once there are `count`, else those after `timeout`."""
-        return collect(self.store, "/" + DEFAULT_SERVER, lambda message: True, count, timeout)
+        return collect(self.store, Place(server=DEFAULT_SERVER), lambda message: True, count,
+                       timeout)
 
     def _open(self, kind: Callable[..., Any], port: int, *rest: Any) -> int:
         server = kind(self.host, port, *rest)
@@ -5804,7 +5940,7 @@ def _pytest_plugin(pytest: Any) -> Any:
         """Adds to a failure what the test's inbox received."""
         outcome = yield
         inbox = getattr(item, "funcargs", {}).get("inbox")
-        if call.excinfo is not None and call.when == "call" and isinstance(inbox, Inbox):
+        if call.excinfo is not None and call.when != "teardown" and isinstance(inbox, Inbox):
             outcome.get_result().sections.append(("mailtest", inbox.report()))
 
     plugin = types.ModuleType("mailtest_fixtures")   # pytest wants fixtures in no class
@@ -5825,9 +5961,10 @@ _SIZES = {"": 1, "k": 1_000, "m": 1_000_000, "g": 1_000_000_000}
 def duration(text: str) -> float:
     """Seconds of 90, 90s, 10m, 1h, 1d."""
     match = re.fullmatch(r"([0-9]{1,9}(?:\.[0-9]{1,3})?)\s*(s|m|min|h|d)?", text.strip(), re.I)
-    if not match or not float(match.group(1)):
+    seconds = float(match.group(1)) * _UNITS[(match.group(2) or "").lower()] if match else 0
+    if not 0 < seconds <= 36_500 * 86_400:           # a hundred years
         raise argparse.ArgumentTypeError(f"expected a time such as 90s, 10m or 1h, got {text!r}")
-    return float(match.group(1)) * _UNITS[(match.group(2) or "").lower()]
+    return seconds
 
 
 def octets(text: str) -> int:
@@ -5941,11 +6078,15 @@ def _tls(options: argparse.Namespace) -> Optional[ssl.SSLContext]:
         if options.smtps is not None or options.https:
             raise ValueError("--smtps and --https need a certificate: give --tls, or --tls-cert")
         return None
+    files = " and ".join(filter(None, (certificate, key)))
     try:
         return tls_context(certificate, key or "")
     except ssl.SSLError as error:
-        raise ValueError(f"--tls-cert and --tls-key: expected a PEM certificate and its key: "
-                         f"{error.reason or error}") from None
+        raise ValueError(f"--tls-cert and --tls-key: expected a PEM certificate and its key in "
+                         f"{files}: {error.reason or error}") from None
+    except OSError as error:
+        raise ValueError(f"--tls-cert and --tls-key: cannot read {files}: {error.strerror}"
+                         ) from None
 
 
 def _mailtest(options: argparse.Namespace) -> Mailtest:
@@ -5978,26 +6119,38 @@ def main(arguments: Optional[List[str]] = None) -> int:
     options = parser.parse_args(arguments)
     if options.timeout and not options.exit_after:
         parser.error("--timeout needs --exit-after")
-    def interrupt(*_: Any) -> None:
-        raise KeyboardInterrupt
-    for name in ("SIGTERM", "SIGBREAK"):             # the latter on Windows
-        if hasattr(signal, name):
-            signal.signal(getattr(signal, name), interrupt)
+    with _signals(_interrupt):
+        try:
+            server = _mailtest(options).start()
+        except ValueError as error:
+            parser.error(str(error))
+        except OSError as error:
+            print(f"mailtest: {_why_not(error, options)}", file=sys.stderr)
+            return 1
+        try:
+            return _run(server, options)
+        except KeyboardInterrupt:
+            return 0 if not options.exit_after else 1
+        finally:
+            with _signals(signal.SIG_IGN):           # a second one must not break the stop
+                server.stop()
+
+
+def _interrupt(*_: Any) -> None:
+    raise KeyboardInterrupt
+
+
+@contextlib.contextmanager
+def _signals(handler: Any) -> Iterator[None]:
+    """Handles what ends the program, and puts back what handled it before."""
+    known = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGBREAK")
+             if hasattr(signal, name)]               # the last on Windows
+    before = [signal.signal(each, handler) for each in known]
     try:
-        server = _mailtest(options).start()
-    except ValueError as error:
-        parser.error(str(error))
-    except OSError as error:
-        print(f"mailtest: {_why_not(error, options)}", file=sys.stderr)
-        return 1
-    try:
-        return _run(server, options)
-    except KeyboardInterrupt:
-        return 0 if not options.exit_after else 1
+        yield
     finally:
-        for name in ("SIGINT", "SIGTERM"):           # a second one must not break the stop
-            signal.signal(getattr(signal, name), signal.SIG_IGN)
-        server.stop()
+        for each, old in zip(known, before):
+            signal.signal(each, old if old is not None else signal.SIG_DFL)
 
 
 def _wait_for_signal() -> None:
@@ -6065,7 +6218,7 @@ def sendmail(arguments: List[str]) -> int:
         print("sendmail: expected a recipient: as an argument, or with -t in To, Cc or Bcc",
               file=sys.stderr)
         return _EX_USAGE
-    return _hand_over(flags, list(dict.fromkeys(recipients)), octets)
+    return _hand_over(flags, list(dict.fromkeys(map(_qualified, recipients))), octets)
 
 
 def _sendmail_flags(arguments: List[str]) -> Tuple[Dict[str, str], List[str]]:
@@ -6077,20 +6230,31 @@ def _sendmail_flags(arguments: List[str]) -> Tuple[Dict[str, str], List[str]]:
         if word == "--":
             recipients.extend(words)
         elif not word.startswith("-") or word == "-":
-            recipients.append(word)
-        elif word[1] in "frFSsmBNRLXCO":             # these take a value
-            value = word[2:] or next(words, None)
-            if value is None:
-                raise ValueError(f"expected a value after {word}")
-            flags["f" if word[1] == "r" else word[1]] = value
-        elif word[1] in "tinvUG" or word[1:2] in ("o", "b", "d", "q", "e"):
-            if word[1:3] in ("bs", "bd", "bp", "bv"):
-                raise ValueError(f"{word} is not implemented: expected a mail on standard input")
-            flags[word[1]] = word[2:]
+            recipients.extend(address.email for address in read_addresses(word) if address.email)
         else:
-            raise ValueError(f"unknown flag {word!r}: expected -t, -i, -f ADDRESS, -F NAME, -o…, "
-                             "-s SUBJECT, -m TEXT, -S HOST:PORT")
+            _add_flags(flags, word, words)
     return flags, recipients
+
+
+def _add_flags(flags: Dict[str, str], word: str, words: Iterator[str]) -> None:
+    """Takes a word of flags apart: letters without a value may stand together, as in -ti."""
+    for at, letter in enumerate(word[1:], 1):
+        if letter in "frFSsmBNRLXCO":    # these take a value
+            value = word[at + 1:] or next(words, None)
+            if value is None:
+                raise ValueError(f"expected a value after -{letter}")
+            flags["f" if letter == "r" else letter] = value
+            return
+        if letter in "obdqe":            # -oi, -oem, -bm ...: what follows belongs to it
+            if word[at:at + 2] in ("bs", "bd", "bp", "bv"):
+                raise ValueError(f"{word} is not implemented: expected a mail on standard input")
+            if word[at:at + 2] == "oi":
+                flags["i"] = ""
+            return
+        if letter not in "tinvUG":
+            raise ValueError(f"unknown flag -{letter} in {word!r}: expected -t, -i, -f ADDRESS, "
+                             "-F NAME, -o..., -s SUBJECT, -m TEXT, -S HOST:PORT")
+        flags[letter] = ""
 
 
 def _completed(octets: bytes, flags: Dict[str, str],
@@ -6098,8 +6262,10 @@ def _completed(octets: bytes, flags: Dict[str, str],
     """The mail with CRLF, without Bcc, with the header fields that sendmail adds; and whom it
     names as recipients."""
     octets = re.sub(rb"\r?\n", b"\r\n", octets)
-    if "i" not in flags and not flags.get("o", "").startswith("i") and "m" not in flags:
-        octets = re.split(rb"(?m)^\.\r$\n?", octets, maxsplit=1)[0]      # a lone dot ends the mail
+    if not octets.endswith(b"\r\n"):
+        octets += b"\r\n"
+    if "i" not in flags and "m" not in flags:        # a lone dot ends the mail
+        octets = re.split(rb"(?m)^\.\r$\n?", octets, maxsplit=1)[0]
     match = re.match(rb"(?:[!-9;-~]+[ \t]*:.*\r\n(?:[ \t].*\r\n)*)*", octets)
     head, body = match.group(), octets[match.end():]
     if not body.startswith(b"\r\n"):
@@ -6108,17 +6274,22 @@ def _completed(octets: bytes, flags: Dict[str, str],
     named = [address.email for address in mail.to + mail.cc + mail.bcc if address.email]
     head = re.sub(rb"(?im)^bcc[ \t]*:.*\r\n(?:[ \t].*\r\n)*", b"", head)
     names = {name.lower() for name, _ in mail.headers}
+    flags.setdefault("f", mail.from_[0].email if mail.from_ else _user_address())
     if "from" not in names:
-        address = flags.get("f") or _user_address()
-        head += f"From: {email.utils.formataddr((flags.get('F', ''), address))}\r\n".encode()
+        sender = _qualified(flags["f"].strip("<>"))
+        head += f"From: {email.utils.formataddr((flags.get('F', ''), sender))}\r\n".encode()
     if not names & {"to", "cc", "bcc"} and recipients:
-        head += f"To: {', '.join(recipients)}\r\n".encode()
+        head += f"To: {', '.join(map(_qualified, recipients))}\r\n".encode()
     if "date" not in names:
         head += f"Date: {email.utils.formatdate(localtime=True)}\r\n".encode()
     if "message-id" not in names:
         head += f"Message-ID: <{new_id()}@localhost>\r\n".encode()
-    flags.setdefault("f", mail.from_[0].email if mail.from_ else _user_address())
     return head + body, named
+
+
+def _qualified(address: str) -> str:
+    """root -> root@localhost; the null reverse-path stays."""
+    return address if "@" in address or not address else address + "@localhost"
 
 
 def _user_address() -> str:
@@ -6130,11 +6301,11 @@ def _hand_over(flags: Dict[str, str], recipients: List[str], octets: bytes) -> i
     import smtplib                       # here, since a catcher that runs does not need it
     where = flags.get("S") or os.environ.get("MAILTEST_SMTP") or "127.0.0.1:2525"
     host, _, number = where.rpartition(":")
-    if not number.isdecimal():
+    if not host or not number.isdecimal() or int(number) > 65535:
         print(f"sendmail: expected HOST:PORT in -S or MAILTEST_SMTP, got {where!r}",
               file=sys.stderr)
         return _EX_USAGE
-    sender = flags["f"].strip("<>")
+    sender = _qualified(flags["f"].strip("<>"))
     wide = not all(address.isascii() for address in [sender] + recipients)
     try:
         with smtplib.SMTP(host.strip("[]"), int(number), local_hostname="localhost",
