@@ -167,6 +167,11 @@ class MessageLimits(NamedTuple):
 MESSAGE_LIMITS = MessageLimits()
 
 
+def _seen(text: str) -> str:
+    """What a client sent, short enough to be quoted in an answer."""
+    return ascii(text if len(text) <= 60 else text[:57] + "...")
+
+
 class RateWindow:
     """A sliding window of one minute for each client (not thread-safe: the Store guards it)."""
 
@@ -1268,10 +1273,9 @@ def _cue(text: str, start: int, end: int) -> int:
     if (_NO_CODE_BEFORE.search(line) or _PRICE_BEFORE.search(line) or _NUMBER_BEFORE.search(line)
             or _UNIT_AFTER.match(after) or _NUMBER_AFTER.match(after)):
         return -1
-    cue = None
-    for cue in _CUE.finditer(before):
-        pass
+    cue = collections.deque(_CUE.finditer(before), maxlen=1)       # the last one
     if cue:
+        cue = cue[0]
         between = before[cue.end():]
         if _LEADS_TO.fullmatch(between):
             return 2
@@ -2499,11 +2503,6 @@ def command(syntax: str, needs: str = "") -> Callable:
         COMMANDS[syntax.split()[0].encode()] = Command(syntax, needs, run)
         return run
     return register
-
-
-def _seen(text: str) -> str:
-    """What a client sent, short enough to be quoted in a reply."""
-    return ascii(text if len(text) <= 60 else text[:57] + "...")
 
 
 @functools.lru_cache(maxsize=1024)
@@ -4070,8 +4069,8 @@ _ISO = re.compile(r"(\d{4})-(\d\d)-(\d\d)(?:[T ](\d\d):(\d\d)(?::(\d\d)(?:\.(\d{
 
 def _parse_time(name: str, text: str) -> float:
     """Seconds since 1970.  Without an offset it is UTC; a "+" may have decoded to a blank."""
-    if re.fullmatch(r"[0-9]{10,15}", text):
-        return int(text) / 1000
+    if re.fullmatch(r"[0-9]{10,15}", text):          # ten or eleven digits: seconds
+        return int(text) / (1 if len(text) < 12 else 1000)
     match = _ISO.fullmatch(text.strip())
     try:
         year, month, day = map(int, match.group(1, 2, 3))
@@ -4150,8 +4149,8 @@ def load_inbox(api: Api, request: Request, address: str) -> Response:
 def _inbox(api: Api, request: Request, address: str, least: int) -> Response:
     query, place = Query(request.query), Place(address)
     timeout = query.number("timeout", 0.0, 0, api.store.limits.poll, whole=False)
-    count = int(query.number("count", 1, 1, 10_000))
     silence = query.text("expect")
+    count = 1 if silence else int(query.number("count", 1, 1, 10_000))
     if silence not in ("", "0"):
         raise _bad("expect", "0, which proves that no mail comes", silence)
     wanted = criteria(query.text("from"), "", query.text("subject"), query.text("body"))
@@ -4317,7 +4316,8 @@ def health(api: Api, request: Request) -> Response:
         "uptime": round(store.wall() - store.started, 3), **store.counters(),
         "smtp": policy.smtp, "domain": store.domain, "ttl": limits.ttl,
         "max_size": limits.max_size, "rate": limits.rate, "hosted": policy.hosted,
-        "strict": store.strict, "api_key": bool(policy.api_key), **policy.state()}))
+        "strict": store.strict, "api_key": bool(policy.api_key),
+        **({} if policy.hosted else policy.state())}))
 
 
 def get_file(api: Api, request: Request) -> Response:
@@ -4371,16 +4371,20 @@ def search_messages(api: Api, request: Request) -> Response:
     poll = request.headers.get("authorization"), request.query, wanted
     delay = "1"                          # 0: PHP's client takes it for 1000, others do not pause
     number = api.store.number
-    found = filter(wanted.match, api.store.newest(server, direction, after))
-    items = list(itertools.islice(found, skip, skip + size))
+
+    def find() -> List[Message]:
+        found = filter(wanted.match, api.store.newest(server, direction, after))
+        return list(itertools.islice(found, skip, skip + size))
+    items = find()
     if not items and not timeout and api.store.polled_again(poll):
         timeout = api.store.limits.hold
     if not items and timeout:
         try:
-            items = collect(api.store, Place(server=server), lambda message: (
+            collect(api.store, Place(server=server), lambda message: (
                 message.direction == direction and wanted.match(message)
-                and (after is None or message.received > after)), skip + 1, timeout, number,
-                request.gone)[skip:skip + size]
+                and (after is None or message.received > after)), 1, timeout, number,
+                request.gone)
+            items = find()
         except Full:                     # too many wait: this client polls without being held
             delay = "250"
     if not items:
@@ -4469,12 +4473,14 @@ def _composed(most: int, values: Dict[str, Any], given: Dict[str, str],
     mail = email.message.EmailMessage(policy=email.policy.SMTP)
     try:
         for name, value in given.items():
+            if len(value) > 2_000:       # the package takes seconds to fold a long one
+                raise ValueError
             if value:
                 mail[name] = value
     except (ValueError, IndexError, TypeError, AttributeError, email.errors.MessageError) as error:
         # a line break, or no address: what the package raises for one depends on the version
-        raise ApiError(400, "bad_request", f"Expected {name} to be one line that can be a header "
-                       f"field, got {value[:80]!r}", name.lower()) from error
+        raise ApiError(400, "bad_request", f"Expected {name} to be a header field of one line and "
+                       f"at most 2000 characters, got {value[:80]!r}", name.lower()) from error
     mail["Date"] = email.utils.format_datetime(datetime.datetime.now(datetime.timezone.utc))
     mail["Message-ID"] = f"<{new_id()}@mailtest.example>"
     text, source = _string(values, "text"), _string(values, "html")
@@ -4590,12 +4596,18 @@ _SAMPLE = {
 }
 
 
+def _check_mail(message: Message) -> None:
+    if message.kind != "Email":
+        raise ApiError(400, "bad_request", f"Expected a mail, got an {message.kind}", "id")
+
+
 def forward_message(api: Api, request: Request, id: str) -> Response:
     """Forward a message; stored as sent"""
     values, original = _object(request), api.store.message(id)
     to = _mailboxes(values, "to")
     if not to:
         raise _bad("to", "an address to forward to", "")
+    _check_mail(original)
     content = original.content()
     parts = [(part.file_name or "attachment", part.content_type, part.content_id,
               attachment_octets(original.octets, part)) for part in content.attachments
@@ -4608,6 +4620,7 @@ def forward_message(api: Api, request: Request, id: str) -> Response:
 def reply_to_message(api: Api, request: Request, id: str) -> Response:
     """Reply to a message; stored as sent"""
     values, original = _object(request), api.store.message(id)
+    _check_mail(original)
     content = original.content()
     to = [address.email for address in content.reply_to or content.from_ if address.email]
     if not to:
@@ -5212,12 +5225,6 @@ class HttpHandler(http.server.BaseHTTPRequestHandler):
 
     # -- reading
 
-    def _more(self) -> None:
-        octets = self.request.receive()
-        if not octets:
-            raise Hangup("hung up")
-        self._buffer += octets
-
     def _read_head(self) -> Optional[bytes]:
         """The request line and header fields; None when the client has nothing more to say."""
         until = 0.0
@@ -5348,11 +5355,14 @@ class HttpHandler(http.server.BaseHTTPRequestHandler):
         self._buffer = octets[count:]
         return octets[:count]
 
-    def _take_line(self) -> bytes:
+    def _take_line(self, until: float) -> bytes:
         while b"\r\n" not in self._buffer:
             if len(self._buffer) > 4_096:
                 raise ApiError(400, "bad_request", "Expected a chunk size in a short line")
-            self._more()
+            octets = self.request.receive()
+            if not octets or time.monotonic() > until:
+                raise Hangup("hung up within a request body")
+            self._buffer += octets
         line, _, self._buffer = self._buffer.partition(b"\r\n")
         return line
 
@@ -5362,7 +5372,7 @@ class HttpHandler(http.server.BaseHTTPRequestHandler):
         parts: List[bytes] = []
         total = 0
         while True:
-            size = self._take_line().partition(b";")[0].strip(b" \t")
+            size = self._take_line(until).partition(b";")[0].strip(b" \t")
             if not re.fullmatch(rb"[0-9A-Fa-f]{1,15}", size):
                 raise ApiError(400, "bad_request", "Expected a chunk size in hexadecimal")
             total += int(size, 16)
@@ -5374,7 +5384,7 @@ class HttpHandler(http.server.BaseHTTPRequestHandler):
             if self._take(2, until) != b"\r\n":
                 raise ApiError(400, "bad_request", "Expected CRLF after a chunk")
         for _ in range(self.server.limits.http_fields):
-            if not self._take_line():
+            if not self._take_line(until):
                 return b"".join(parts)
         raise ApiError(431, "too_large", "Expected fewer trailer fields")
 
@@ -5672,9 +5682,10 @@ class Saver:
                 file.write(message.octets)
             os.replace(unfinished, os.path.join(self.folder, name + ".eml"))
             self._saved += 1
+            self._error = ""
         except OSError as error:
             self._failed += 1
-            self._error = str(error)
+            self._error = error.strerror or type(error).__name__
             log_error("--save: %s was not written: %s", name, error)
             with contextlib.suppress(OSError):
                 os.remove(unfinished)
@@ -5700,7 +5711,8 @@ class Webhook:
         self._api = api
         self._base = base
         self._limits = api.store.limits
-        self._queue: "collections.deque[Message]" = collections.deque()
+        self._queue: "collections.deque[str]" = collections.deque()    # of message ids
+        self._connection: Any = None     # of the POST that is under way
         self._added = threading.Event()
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="webhook", daemon=True)
@@ -5711,9 +5723,9 @@ class Webhook:
     def add(self, message: Message) -> None:
         """Queues a message; never waits."""
         if len(self._queue) >= self._limits.webhook_queue:
-            self._drop(message, "too many are waiting")
+            self._drop(message.id, "too many are waiting")
         else:
-            self._queue.append(message)
+            self._queue.append(message.id)
             self._added.set()
 
     def start(self) -> None:
@@ -5721,10 +5733,17 @@ class Webhook:
         self._thread.start()
 
     def stop(self) -> None:
-        """Gives up what was not sent."""
+        """Lets the queue run dry if that works at once; gives up what is left."""
+        until = time.monotonic() + self._limits.stop_time
+        while (self._queue or self._connection) and not self._error and time.monotonic() < until:
+            self._stop.wait(0.02)
         self._stop.set()
         self._added.set()
+        with contextlib.suppress(AttributeError, OSError):       # none is under way
+            self._connection.sock.shutdown(socket.SHUT_RDWR)
         self._thread.join(self._limits.stop_time)
+        if self._queue:
+            log_error("--webhook: %d messages were not sent before the stop", len(self._queue))
 
     def state(self) -> Dict[str, Any]:
         """For /healthz."""
@@ -5736,12 +5755,14 @@ class Webhook:
             self._added.wait()
             self._added.clear()
             while self._queue and not self._stop.is_set():
-                message = self._queue.popleft()
+                id = self._queue.popleft()
                 try:
-                    self._send(message)
+                    self._send(self._api.store.message(id))
+                except Unknown as unknown:
+                    self._drop(id, str(unknown))
                 except Exception:        # the edge of a thread: the next message is sent
                     log_error("--webhook failed", trace=True)
-                    self._drop(message, "of a defect")
+                    self._drop(id, "of a defect")
 
     def _send(self, message: Message) -> None:
         """Tries until the other side answers 2xx, with pauses that double."""
@@ -5754,27 +5775,28 @@ class Webhook:
             if not left or self._stop.wait(pause):
                 break
             pause = min(30.0, pause * 2)
-        self._drop(message, self._error)
+        self._drop(message.id, self._error)
 
     def _post(self, octets: bytes) -> str:
         """"" when it was taken, else why not."""
         parts = self._parts
         kind = http.client.HTTPSConnection if parts.scheme == "https" else (
             http.client.HTTPConnection)
-        connection = kind(parts.hostname, parts.port, timeout=10)
+        connection = self._connection = kind(parts.hostname, parts.port, timeout=10)
         try:
             connection.request("POST", (parts.path or "/") + ("?" + parts.query) * bool(
                 parts.query), octets, {"Content-Type": "application/json"})
             status = connection.getresponse().status
             return "" if 200 <= status < 300 else f"answered {status}"
         except (OSError, http.client.HTTPException) as error:
-            return str(error) or type(error).__name__
+            return getattr(error, "strerror", None) or type(error).__name__
         finally:
+            self._connection = None
             connection.close()
 
-    def _drop(self, message: Message, why: str) -> None:
+    def _drop(self, id: str, why: str) -> None:
         self._dropped += 1
-        log_error("--webhook: message %s was not sent: %s", message.id, why)
+        log_error("--webhook: message %s was not sent: %s", id, why)
 
 
 class Mailtest:
@@ -5882,10 +5904,11 @@ class Mailtest:
         """A message as the HTTP API gives it."""
         return rendered(self._api, message, self.url).decode("utf-8")
 
-    def wait_for(self, count: int, timeout: float) -> List[Message]:
-        """The messages, newest first, once there are `count`, else those after `timeout`."""
+    def wait_for(self, count: int, timeout: float, after: int = 0) -> List[Message]:
+        """The messages with a number above `after`, newest first, once there are `count`, else
+        those there are after `timeout` seconds."""
         return collect(self.store, Place(server=DEFAULT_SERVER), lambda message: True, count,
-                       timeout)
+                       timeout, after)
 
     def _open(self, kind: Callable[..., Any], port: int, *rest: Any) -> int:
         server = kind(self.host, port, *rest)
@@ -5969,7 +5992,7 @@ def duration(text: str) -> float:
 
 def octets(text: str) -> int:
     """Octets of 200000, 200k, 25M, 2G (decimal)."""
-    match = re.fullmatch(r"([0-9]{1,15})\s*([kmg]?)i?b?", text.strip(), re.I)
+    match = re.fullmatch(r"([0-9]{1,15})\s*([kmg]?)b?", text.strip(), re.I)
     if not match or not int(match.group(1)):
         raise argparse.ArgumentTypeError(f"expected a size such as 200k, 25M or 1G, got {text!r}")
     return int(match.group(1)) * _SIZES[match.group(2).lower()]
@@ -5997,6 +6020,20 @@ def user_and_password(text: str) -> Tuple[str, str]:
     return user, password
 
 
+def key(text: str) -> str:
+    """An API key.  An empty one would open what was meant to be closed."""
+    if not text:
+        raise argparse.ArgumentTypeError("expected a key, got an empty one")
+    return text
+
+
+def address(text: str) -> str:
+    """An address to listen on."""
+    if not text:
+        raise argparse.ArgumentTypeError("expected an address such as 127.0.0.1, or 0.0.0.0")
+    return text
+
+
 def domain_name(text: str) -> str:
     """A domain for acquired addresses."""
     if not _is_domain(text) or text.startswith("["):
@@ -6009,6 +6046,7 @@ def _options() -> argparse.ArgumentParser:
         prog="mailtest.py", usage="mailtest.py [--smtp PORT] [--http PORT] [options]\n"
                                   "       mailtest.py sendmail [-t] [-i] [-f ADDRESS] [RECIPIENT]",
         description="Catches mail for tests: SMTP in, JSON out.",
+        allow_abbrev=False,
         epilog="The first line on standard output is JSON with both addresses, once they answer.",
         formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=30, width=96))
     add = parser.add_argument_group("where to listen").add_argument
@@ -6016,7 +6054,7 @@ def _options() -> argparse.ArgumentParser:
         help="SMTP port, 0 for a free one (2525)")
     add("--http", type=port, default=8080, metavar="PORT",
         help="HTTP port, 0 for a free one (8080)")
-    add("--host", default="127.0.0.1", metavar="ADDRESS",
+    add("--host", type=address, default="127.0.0.1", metavar="ADDRESS",
         help="address to listen on; 0.0.0.0 or :: for all (127.0.0.1)")
     add = parser.add_argument_group("inboxes").add_argument
     add("--domain", type=domain_name, default="mailtest.example",
@@ -6034,7 +6072,7 @@ def _options() -> argparse.ArgumentParser:
     add("--https", action="store_true", help="speak TLS on the HTTP port")
     add("--auth", type=user_and_password, metavar="USER:PASS",
         help="the only SMTP credentials taken; without it any are")
-    add("--api-key", metavar="KEY", default=os.environ.get("MAILTEST_API_KEY", ""),
+    add("--api-key", type=key, metavar="KEY", default=os.environ.get("MAILTEST_API_KEY") or None,
         help="demand it on all but the Mailtest service (or MAILTEST_API_KEY)")
     add = parser.add_argument_group("on a network").add_argument
     add("--hosted", action="store_true",
@@ -6062,6 +6100,16 @@ def _limits(options: argparse.Namespace) -> Limits:
     return limits._replace(**{name: value for name, value in given.items() if value is not None})
 
 
+def _temporary_folder() -> str:
+    """A folder that is gone when the program ends."""
+    import atexit
+    import shutil
+    import tempfile
+    folder = tempfile.mkdtemp(prefix="mailtest-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return folder
+
+
 def _tls(options: argparse.Namespace) -> Optional[ssl.SSLContext]:
     """The TLS settings that the options ask for; OSError or ValueError says what is wrong."""
     certificate, key = options.tls_cert, options.tls_key
@@ -6071,8 +6119,7 @@ def _tls(options: argparse.Namespace) -> Optional[ssl.SSLContext]:
         names = ["localhost", "127.0.0.1", "::1", options.domain, "mailosaur.com"]
         names += [name for name in [options.host] + options.allow_host
                   if name not in ("0.0.0.0", "::", "")]
-        import tempfile
-        certificate, key = make_certificate(tempfile.mkdtemp(prefix="mailtest-"), names)
+        certificate, key = make_certificate(_temporary_folder(), names)
         print(f"mailtest: clients must trust {certificate}", file=sys.stderr, flush=True)
     if not certificate:
         if options.smtps is not None or options.https:
@@ -6090,7 +6137,7 @@ def _tls(options: argparse.Namespace) -> Optional[ssl.SSLContext]:
 
 
 def _mailtest(options: argparse.Namespace) -> Mailtest:
-    policy = ApiPolicy(options.api_key, options.hosted, options.trust_proxy,
+    policy = ApiPolicy(options.api_key or "", options.hosted, options.trust_proxy,
                        tuple(name.lower() for name in options.allow_host + [options.domain]))
     return Mailtest(options.host, options.smtp, options.http, options.smtps, options.domain,
                     options.strict or options.hosted, _limits(options), policy, options.auth,
@@ -6119,21 +6166,23 @@ def main(arguments: Optional[List[str]] = None) -> int:
     options = parser.parse_args(arguments)
     if options.timeout and not options.exit_after:
         parser.error("--timeout needs --exit-after")
+    server = None
     with _signals(_interrupt):
         try:
-            server = _mailtest(options).start()
+            server = _mailtest(options)
+            server.start()
+            return _run(server, options)
         except ValueError as error:
             parser.error(str(error))
         except OSError as error:
             print(f"mailtest: {_why_not(error, options)}", file=sys.stderr)
             return 1
-        try:
-            return _run(server, options)
         except KeyboardInterrupt:
             return 0 if not options.exit_after else 1
         finally:
             with _signals(signal.SIG_IGN):           # a second one must not break the stop
-                server.stop()
+                if server is not None:
+                    server.stop()
 
 
 def _interrupt(*_: Any) -> None:
@@ -6176,18 +6225,20 @@ def _run(server: Mailtest, options: argparse.Namespace) -> int:
     if server.smtps_port is not None:
         ready["smtps"] = f"{server.smtp.rpartition(':')[0]}:{server.smtps_port}"
     print(json.dumps(ready), flush=True)
-    if options.host not in ("127.0.0.1", "::1", "localhost") and not options.api_key:
+    local = options.host in ("::1", "localhost") or options.host.startswith("127.")
+    if not local and not options.api_key:
         print(f"mailtest: anyone who reaches {options.host} can read and delete this mail; "
               "--api-key closes it", file=sys.stderr, flush=True)
     while not options.exit_after:
         _wait_for_signal()
     until = time.monotonic() + (options.timeout or float("inf"))
+    found: List[Message] = []
     while True:                          # in steps: Windows delivers Ctrl-C between them
         left = max(0.0, min(1.0, until - time.monotonic()))
-        found = server.wait_for(options.exit_after, left)
+        number = found[-1].number if found else 0
+        found += server.wait_for(options.exit_after - len(found), left, number)[::-1]
         if len(found) >= options.exit_after:
-            print("[" + ",\n".join(server.json(message) for message in found[::-1]) + "]",
-                  flush=True)
+            print("[" + ",\n".join(map(server.json, found)) + "]", flush=True)
             return 0
         if time.monotonic() >= until:
             print(f"mailtest: expected {options.exit_after} messages within "
@@ -6206,7 +6257,10 @@ def sendmail(arguments: List[str]) -> int:
     try:
         flags, recipients = _sendmail_flags(arguments)
         if "m" in flags:                 # with -s and -m the whole mail is on the command line
-            octets = f"Subject: {flags.get('s', '')}\n\n{flags['m']}\n".encode()
+            from email.header import Header
+            subject = Header(flags.get("s", ""), "utf-8" if not flags.get("s", "").isascii() else
+                             "us-ascii").encode()
+            octets = f"Subject: {subject}\n\n{flags['m']}\n".encode()
         else:
             octets = sys.stdin.buffer.read()
         octets, named = _completed(octets, flags, recipients)
@@ -6261,6 +6315,7 @@ def _completed(octets: bytes, flags: Dict[str, str],
                recipients: List[str]) -> Tuple[bytes, List[str]]:
     """The mail with CRLF, without Bcc, with the header fields that sendmail adds; and whom it
     names as recipients."""
+    octets = re.sub(rb"\AFrom .*\n", b"", octets)           # the separator line of an mbox
     octets = re.sub(rb"\r?\n", b"\r\n", octets)
     if not octets.endswith(b"\r\n"):
         octets += b"\r\n"
@@ -6276,7 +6331,7 @@ def _completed(octets: bytes, flags: Dict[str, str],
     names = {name.lower() for name, _ in mail.headers}
     flags.setdefault("f", mail.from_[0].email if mail.from_ else _user_address())
     if "from" not in names:
-        sender = _qualified(flags["f"].strip("<>"))
+        sender = _qualified(flags["f"].strip("<>")) or _user_address()
         head += f"From: {email.utils.formataddr((flags.get('F', ''), sender))}\r\n".encode()
     if not names & {"to", "cc", "bcc"} and recipients:
         head += f"To: {', '.join(map(_qualified, recipients))}\r\n".encode()
