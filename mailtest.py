@@ -7129,7 +7129,8 @@ function renderRefused({started, refused, ending, transcript: lines}) {
   if (recall("dismissed", "") >= started) return;
   const [details, dismiss] = $("refused").children, [summary, pre] = details.children;
   const [first = refused] = lines.filter((line) => REFUSAL.test(line));     // the cause of others
-  summary.lastElementChild.textContent = `The SMTP session of ${clock(started, true).slice(0, -4)} `
+  summary.lastElementChild.textContent =
+    `The SMTP session of ${clock(started, true).slice(0, -4)} `
     + (refused ? "was refused: " + first.replace("S: ", "") : `ended without mail: ${ending}`);
   pre.replaceChildren(...transcript(lines));
   dismiss.onclick = () => {
@@ -7251,7 +7252,10 @@ PAGE_FILES = {
     "/": ("text/html; charset=utf-8", PAGE_HTML.encode("utf-8")),
     "/page.css": ("text/css; charset=utf-8", PAGE_CSS.encode("utf-8")),
     "/page.js": ("text/javascript; charset=utf-8", PAGE_JS.encode("utf-8")),
-    "/favicon.ico": ("image/svg+xml", b'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 32 32"><rect x="2" y="6" width="28" height="20" rx="4" fill="#2f5fd0"/><path d="m5 10 11 8 11-8" fill="none" stroke="#fff" stroke-width="2.5"/></svg>'),
+    "/favicon.ico": ("image/svg+xml", (
+        b'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 32 32">'
+        b'<rect x="2" y="6" width="28" height="20" rx="4" fill="#2f5fd0"/>'
+        b'<path d="m5 10 11 8 11-8" fill="none" stroke="#fff" stroke-width="2.5"/></svg>')),
 }
 
 
