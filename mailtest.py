@@ -4049,9 +4049,10 @@ class Query:
                whole: bool = True) -> float:
         """A number within bounds; ApiError otherwise."""
         text = self.text(name)
-        if text == "":
+        if name not in self._values:
             return default
-        if not re.fullmatch(r"[0-9]{1,9}" if whole else r"[0-9]{1,6}(\.[0-9]{0,6})?", text):
+        if not re.fullmatch(r"[0-9]{1,9}" if whole else
+                            r"[0-9]{1,6}(\.[0-9]{0,40})?(e[+-]?[0-9]{1,3})?", text, re.I):
             raise _bad(name, _range(least, most, whole), text)
         value = int(text) if whole else float(text)
         if not least <= value <= most:
@@ -4060,8 +4061,7 @@ class Query:
 
     def time(self, name: str) -> Optional[float]:
         """A time as seconds since 1970: ISO 8601 or, as Java's client has it, milliseconds."""
-        text = self.text(name)
-        return None if text == "" else _parse_time(name, text)
+        return _parse_time(name, self.text(name)) if name in self._values else None
 
 
 _ISO = re.compile(r"(\d{4})-(\d\d)-(\d\d)(?:[T ](\d\d):(\d\d)(?::(\d\d)(?:\.(\d{1,9}))?)?"
@@ -4080,12 +4080,11 @@ def _parse_time(name: str, text: str) -> float:
         hours, minutes = (int(part or 0) for part in match.group(10, 11))
         if hours > 23 or minutes > 59:
             raise ValueError
-        offset = datetime.timedelta(hours=hours, minutes=minutes)
-        when = datetime.datetime(year, month, day, hour, minute, second, micro,
-                                 datetime.timezone.utc)
-        when += offset if match.group(9) == "-" else -offset
-        return when.timestamp()
-    except (AttributeError, ValueError, OverflowError):      # no match, or no such date
+        offset = 3600 * hours + 60 * minutes
+        when = datetime.datetime(year, month, day, hour, minute, second, micro)
+        seconds = (when - datetime.datetime(1970, 1, 1)).total_seconds()
+        return seconds + (offset if match.group(9) == "-" else -offset)
+    except (AttributeError, ValueError):             # no match, or no such date
         raise _bad(name, "a time such as 2026-01-31T12:00:00Z", text) from None
 
 
@@ -5044,13 +5043,12 @@ def _segment_text(segment: str) -> str:
     if "%" not in segment:
         return segment
     try:
-        text = urllib.parse.unquote(segment, errors="strict")
-        if re.search(r"%(?![0-9A-Fa-f]{2})", segment) or re.search(r"[\x00-\x1f\x7f]", text):
+        if re.search(r"%(?![0-9A-Fa-f]{2})", segment):
             raise ValueError
-        return text
+        return urllib.parse.unquote(segment, errors="strict")
     except ValueError:                   # UnicodeDecodeError is one
-        raise ApiError(400, "bad_request", "Expected percent-encoded UTF-8 without control "
-                       f"characters in the path, got {segment[:80]!r}", "path") from None
+        raise ApiError(400, "bad_request", "Expected percent-encoded UTF-8 in the path, got "
+                                           f"{segment[:80]!r}", "path") from None
 
 
 def body_limit(limits: Limits, method: str, path: str) -> int:
