@@ -4386,7 +4386,7 @@ def search_messages(api: Api, request: Request) -> Response:
                 request.gone)
             items = find()
         except Full:                     # too many wait: this client polls without being held
-            delay = "250"
+            delay = "1000"
     if not items:
         api.store.poll_answered(poll)
         return Response(body=b'{"items":[]}', headers=(("x-ms-delay", delay),))
