@@ -7695,9 +7695,9 @@ def _pytest_plugin(pytest: Any) -> Any:
             yield server
 
     @pytest.fixture
-    def inbox(mailtest_server):
+    def inbox(request, mailtest_server):
         """A fresh address for each test."""
-        inbox = mailtest_server.acquire()
+        inbox = request.node.mailtest_inbox = mailtest_server.acquire()
         yield inbox
         with contextlib.suppress(Unknown):           # the test has deleted it
             inbox.delete()
@@ -7706,7 +7706,7 @@ def _pytest_plugin(pytest: Any) -> Any:
     def pytest_runtest_makereport(item, call):
         """Adds to a failure what the test's inbox received."""
         outcome = yield
-        inbox = getattr(item, "funcargs", {}).get("inbox")
+        inbox = getattr(item, "mailtest_inbox", None)
         if call.excinfo is not None and call.when != "teardown" and isinstance(inbox, Inbox):
             outcome.get_result().sections.append(("mailtest", inbox.report()))
 
@@ -7946,6 +7946,21 @@ def _signals(handler: Any) -> Iterator[None]:
             signal.signal(each, old if old is not None else signal.SIG_DFL)
 
 
+def _give_back_memory(store: Store) -> None:
+    """Returns memory to the system after much mail has ended, since glibc keeps it otherwise:
+    the body of a thread."""
+    held = 0
+    while not store.closed:
+        now = store.counters()["octets"]
+        if now < held - 4_000_000:
+            import ctypes
+            with contextlib.suppress(AttributeError, OSError, TypeError):    # not glibc
+                ctypes.CDLL(None).malloc_trim(0)
+        if now < held - 4_000_000 or now > held:
+            held = now
+        time.sleep(2)
+
+
 def _wait_for_signal() -> None:
     """Returns, or raises what a handler raises, once a signal came.
 
@@ -7969,6 +7984,7 @@ def _run(server: Mailtest, options: argparse.Namespace) -> int:
     if server.smtps_port is not None:
         ready["smtps"] = f"{server.smtp.rpartition(':')[0]}:{server.smtps_port}"
     print(json.dumps(ready), flush=True)
+    threading.Thread(target=_give_back_memory, args=(server.store,), daemon=True).start()
     local = options.host in ("::1", "localhost") or options.host.startswith("127.")
     if not local and not options.api_key:
         print(f"mailtest: anyone who reaches {options.host} can read and delete this mail; "
@@ -8004,7 +8020,7 @@ def sendmail(arguments: List[str]) -> int:
             from email.header import Header
             subject = Header(flags.get("s", ""), "utf-8" if not flags.get("s", "").isascii() else
                              "us-ascii").encode()
-            octets = f"Subject: {subject}\n\n{flags['m']}\n".encode()
+            octets = f"Subject: {subject}\n\n{flags['m']}\n".encode("utf-8", "surrogateescape")
         else:
             octets = sys.stdin.buffer.read()
         octets, named = _completed(octets, flags, recipients)
@@ -8026,12 +8042,27 @@ def _sendmail_flags(arguments: List[str]) -> Tuple[Dict[str, str], List[str]]:
     words = iter(arguments)
     for word in words:
         if word == "--":
-            recipients.extend(words)
+            recipients.extend(itertools.chain.from_iterable(map(_address_list, words)))
         elif not word.startswith("-") or word == "-":
-            recipients.extend(address.email for address in read_addresses(word) if address.email)
+            recipients.extend(_address_list(word))
         else:
             _add_flags(flags, word, words)
     return flags, recipients
+
+
+def _line(text: str) -> str:
+    """The text, if it can stand in a header field."""
+    if re.search(r"[\r\n\0]", text) or re.search("[\ud800-\udfff]", text):
+        raise ValueError(f"expected one line of UTF-8, got {_seen(text)}")
+    return text
+
+
+def _address_list(text: str) -> List[str]:
+    """The addresses of an argument, which may be several with commas."""
+    found = [address.email for address in read_addresses(_line(text))]
+    if not found or not all(found):
+        raise ValueError(f"expected an address, got {_seen(text)}")
+    return found
 
 
 def _add_flags(flags: Dict[str, str], word: str, words: Iterator[str]) -> None:
@@ -8041,7 +8072,7 @@ def _add_flags(flags: Dict[str, str], word: str, words: Iterator[str]) -> None:
             value = word[at + 1:] or next(words, None)
             if value is None:
                 raise ValueError(f"expected a value after -{letter}")
-            flags["f" if letter == "r" else letter] = value
+            flags["f" if letter == "r" else letter] = value if letter == "m" else _line(value)
             return
         if letter in "obdqe":            # -oi, -oem, -bm ...: what follows belongs to it
             if word[at:at + 2] in ("bs", "bd", "bp", "bv"):
@@ -8073,6 +8104,9 @@ def _completed(octets: bytes, flags: Dict[str, str],
     named = [address.email for address in mail.to + mail.cc + mail.bcc if address.email]
     head = re.sub(rb"(?im)^bcc[ \t]*:.*\r\n(?:[ \t].*\r\n)*", b"", head)
     names = {name.lower() for name, _ in mail.headers}
+    sender = read_addresses(flags.get("f", ""))
+    if sender:                           # -f "Bob <bob@x.example>" is bob@x.example
+        flags["f"] = sender[0].email
     flags.setdefault("f", mail.from_[0].email if mail.from_ else _user_address())
     if "from" not in names:
         sender = _qualified(flags["f"].strip("<>")) or _user_address()
