@@ -2113,11 +2113,14 @@ class Store:
         with self._changed:
             self._reserved -= octets
 
-    def keep(self, message: Message, name: str, octets: bytes) -> None:
-        """Keeps JSON as the message's `summary` or `rendered`; beyond the bound forgets that of
-        the messages for which it was kept first."""
+    def keep(self, message: Message, name: str, octets: bytes,
+             inboxes: Optional[Tuple[str, ...]] = None) -> None:
+        """Keeps JSON as the message's `summary` or `rendered`, unless it names inboxes that no
+        longer hold it; beyond the bound forgets that of the messages for which it was kept
+        first."""
         with self._changed:
-            if message.id not in self._messages or len(octets) > self.limits.kept // 4:
+            if (message.id not in self._messages or inboxes not in (None, message.inboxes)
+                    or len(octets) > self.limits.kept // 4):
                 return
             self._kept_octets += len(octets) - len(getattr(message, name) or b"")
             setattr(message, name, octets)
@@ -3445,6 +3448,8 @@ class Listener:
         """Begins to accept."""
         self._add_worker()
         self._add_worker()
+        if not self._threads:
+            raise OSError(errno.EAGAIN, "the system gives no thread")
 
     def connection_count(self) -> int:
         """How many connections are open."""
@@ -3828,6 +3833,9 @@ class SmtpServer(Listener):
                 connection.start_tls(self._tls)
                 connection.set_timeout(self.limits.smtp_timeout)
                 session.tls_started()
+            if self.stopping.is_set() and not session.in_data and not session.ended:
+                replies = session.refuse(Reply(421, "4.3.2", "Shutting down"))
+                continue
             replies = session.receive(b"")           # what was pipelined behind a pause
             if not replies and not session.ended:
                 replies = self._hear(connection, session)
@@ -3943,7 +3951,7 @@ def _head(message: Message, content: Content) -> Dict[str, Any]:
 def summary(api: "Api", message: Message, server: str = "") -> bytes:
     """The JSON of a message in a list.  It is kept until one of the inboxes that hold it ends;
     in the list of a server that is not its first, it names that server."""
-    octets = message.summary
+    octets, inboxes = message.summary, message.inboxes
     if octets is None:
         content = message.content()
         codes = content.text.codes + content.html.codes
@@ -3952,10 +3960,10 @@ def summary(api: "Api", message: Message, server: str = "") -> bytes:
                      attachments=len(content.attachments), size=len(message.octets),
                      code=codes[0] if codes else None,
                      links=len(content.html.links or content.text.links),
-                     warnings=len(content.warnings), inboxes=message.inboxes,
+                     warnings=len(content.warnings), inboxes=inboxes,
                      server=_server(message))
         octets = _json(value)
-        api.store.keep(message, "summary", octets)
+        api.store.keep(message, "summary", octets, inboxes)
     own = _server(message)
     if server in ("", DEFAULT_SERVER, own):
         return octets
@@ -4049,7 +4057,7 @@ class Query:
                whole: bool = True) -> float:
         """A number within bounds; ApiError otherwise."""
         text = self.text(name)
-        if name not in self._values:
+        if text == "":                   # some clients send what they were not given so
             return default
         if not re.fullmatch(r"[0-9]{1,9}" if whole else
                             r"[0-9]{1,6}(\.[0-9]{0,40})?(e[+-]?[0-9]{1,3})?", text, re.I):
@@ -4061,7 +4069,8 @@ class Query:
 
     def time(self, name: str) -> Optional[float]:
         """A time as seconds since 1970: ISO 8601 or, as Java's client has it, milliseconds."""
-        return _parse_time(name, self.text(name)) if name in self._values else None
+        text = self.text(name)
+        return _parse_time(name, text) if text else None
 
 
 _ISO = re.compile(r"(\d{4})-(\d\d)-(\d\d)(?:[T ](\d\d):(\d\d)(?::(\d\d)(?:\.(\d{1,9}))?)?"

@@ -1,0 +1,9317 @@
+"""Tests of mailtest.py: the same sections in the same order.
+
+Tables stand before the function that runs them; the key of a row is a sentence, and names the
+test.  Sessions and requests are played in memory; sockets appear where the socket is the subject.
+
+    python -m pytest                    runs them
+    python test_mailtest.py             prints how fast mailtest is on this machine
+"""
+
+import ast
+import atexit
+import base64
+import contextlib
+import datetime
+import email.message
+import errno
+import functools
+import hmac
+import http.client
+import http.server
+import importlib.util
+import io
+import itertools
+import json
+import logging
+import multiprocessing
+import os
+import pathlib
+import queue
+import re
+import secrets
+import select
+import shutil
+import signal
+import smtplib
+import socket
+import ssl
+import statistics
+import struct
+import subprocess
+import symtable
+import sys
+import tempfile
+import threading
+import time
+import tokenize
+import types
+import urllib.error
+import urllib.parse
+import urllib.request
+
+import pytest
+
+import mailtest
+
+
+def rows(table):
+    """The rows of a table as parameters that are named by their sentences."""
+    return [pytest.param(*(row if isinstance(row, tuple) else (row,)), id=sentence)
+            for sentence, row in table.items()]
+
+
+class FakeClock:
+    """Seconds that grow only when a test says so."""
+
+    def __init__(self, now=1_000.0):
+        self.now = now
+
+    def __call__(self):
+        return self.now
+
+
+def store_on_clock(strict=False, domain="mailtest.example", **limits):
+    """(clock, store): a Store whose both clocks are one fake."""
+    clock = FakeClock()
+    return clock, mailtest.Store(mailtest.Limits(**limits), domain, strict, clock, clock)
+
+
+def letter(*paths, octets=b"Subject: x\r\n\r\nx\r\n", direction="Received", kind="Email"):
+    """A message to these recipients, as a session makes it."""
+    envelope = mailtest.Envelope("s@sender.example", paths)
+    return mailtest.Message(mailtest.new_id(), octets, envelope, kind, direction)
+
+
+def at(text):
+    """The place that a test means: an address, or a server's id behind "/"."""
+    return mailtest.Place(server=text[1:]) if text.startswith("/") else mailtest.Place(text)
+
+
+def delivered(store, *paths, **options):
+    """A message that the store has taken."""
+    server = options.pop("server", "")
+    message = letter(*paths, **options)
+    store.deliver(message, server)
+    return message
+
+
+# ---- Limits ----------------------------------------------------------------
+
+def test_every_limit_has_a_default_that_is_no_negative_number():
+    assert all(value >= 0 for value in mailtest.Limits())
+
+
+def test_rate_window_lets_so_many_requests_pass_and_says_when_the_next_may():
+    window = mailtest.RateWindow(2, 10)
+    assert [window.retry_after("a", now) for now in (0.0, 10.0, 20.0, 30.0)] == [0, 0, 40, 30]
+
+
+def test_rate_window_slides():
+    window = mailtest.RateWindow(2, 10)
+    assert [window.retry_after("a", now) for now in (0.0, 59.0, 60.0, 61.0, 119.0)] == [
+        0, 0, 0, 58, 0]
+
+
+def test_rate_window_does_not_count_what_it_refused():
+    window = mailtest.RateWindow(1, 10)
+    assert [window.retry_after("a", now) for now in (0.0, 30.0, 59.0, 60.0)] == [0, 30, 1, 0]
+
+
+def test_rate_window_counts_each_client_alone():
+    window = mailtest.RateWindow(1, 10)
+    assert [window.retry_after(client, 0.0) for client in "aba"] == [0, 0, 60]
+
+
+def test_rate_window_forgets_the_client_that_was_away_longest():
+    window = mailtest.RateWindow(1, 2)
+    for client in "abac":                # b was away longer than a
+        window.retry_after(client, 0.0)
+    assert [window.retry_after(client, 0.0) for client in "ab"] == [60, 0]
+
+
+# ---- Messages --------------------------------------------------------------
+# One small mail per cause. The key of a row says what holds, and is the test's id.
+
+
+def crlf(*lines):
+    """A mail of these lines, each with its CRLF."""
+    return b"".join((line if isinstance(line, bytes) else line.encode()) + b"\r\n"
+                    for line in lines)
+
+
+def multipart(subtype, *parts):
+    """A multipart mail with boundary "b"; a part is a tuple of lines."""
+    lines = ["Content-Type: multipart/%s; boundary=b" % subtype, ""]
+    for part in parts:
+        lines += ["--b"] + list(part)
+    return crlf(*lines, "--b--")
+
+
+def message_rows(table):
+    return pytest.mark.parametrize("given, expected", list(table.values()), ids=list(table))
+
+
+PLAIN, HTML = "Content-Type: text/plain", "Content-Type: text/html"
+IMAGE = ("Content-Type: image/png", "Content-ID: <i@x>", "Content-Disposition: inline", "", "png")
+
+SUBJECTS = {
+    "a subject is as written": ("hello", "hello"),
+    "no subject is empty": ("", ""),
+    "a folded subject is one line": ("one\r\n two", "one two"),
+    "blanks around it go": ("  x \t", "x"),
+    "base64 words are decoded": ("=?utf-8?B?w7xiZXI=?=", "über"),
+    "Q words are decoded, _ is a blank": ("=?iso-8859-1?Q?a_b=FC?=", "a bü"),
+    "a language in a word is skipped": ("=?utf-8*en?q?hi?=", "hi"),
+    "blanks between words go": ("=?utf-8?q?a?=\r\n =?utf-8?q?b?=", "ab"),
+    "blanks between a word and text stay": ("=?utf-8?q?a?= b", "a b"),
+    "a character may be split over two words": ("=?utf-8?q?=C3?= =?utf-8?q?=BC?=", "ü"),
+    "words of two charsets are joined as text": ("=?utf-8?q?=C3=BC?= =?latin1?q?=FC?=", "üü"),
+    "a question mark in a Q word is kept": ("=?utf-8?q?what?_now??=", "what? now?"),
+    "a word that does not end is text": ("=?utf-8?q?abc", "=?utf-8?q?abc"),
+    "an unknown charset is read as UTF-8": ("=?x-none?q?=C3=BC?=", "ü"),
+    "a zlib word is not inflated": ("=?zlib?b?eJw=?=", "x\u0153"),
+    "raw UTF-8 is read": ("über", "über"),
+    "raw latin-1 is read": (b"\xfcber", "über"),
+    "ISO-2022-JP is read": ("=?ISO-2022-JP?B?GyRCRnxLXBsoQg==?=", "日本"),
+    "a line end that was encoded is a blank": ("=?utf-8?q?a=0D=0AB:_c?=", "a B: c"),
+    "half a surrogate pair is replaced": ("=?utf-7?q?+2AA-?=", "\ufffd"),
+}
+
+
+@message_rows(SUBJECTS)
+def test_subject(given, expected):
+    given = given if isinstance(given, bytes) else given.encode()
+    raw = b"Subject: " + given + b"\r\n\r\nbody\r\n"
+    assert mailtest.read_headers(raw).subject == expected
+    assert mailtest.read_message(raw).subject == expected
+
+
+HEADER_BLOCKS = {
+    "fields come in order, each as often as it is there":
+        (b"A: 1\r\nB: 2\r\nA: 3\r\n\r\n", [("A", "1"), ("B", "2"), ("A", "3")]),
+    "a blank before the colon is no part of the name": (b"A : 1\r\n\r\n", [("A", "1")]),
+    "junk does not end the block": (b"A: 1\r\njunk\r\nB: 2\r\n\r\n", [("A", "1"), ("B", "2")]),
+    "a blank before the first field is skipped":
+        (b" A: 1\r\nB: 2\r\n\r\n", [("A", "1"), ("B", "2")]),
+    "a field may be empty": (b"A:\r\nB: 2\r\n\r\n", [("A", ""), ("B", "2")]),
+    "an mbox line is no field": (b"From x Mon Jan 1 00:00:00 2024\r\nA: 1\r\n\r\n", [("A", "1")]),
+    "bare LF ends lines, too": (b"A: 1\nB: 2\n\nC: 3\n", [("A", "1"), ("B", "2")]),
+    "bare CR ends lines, too": (b"A: 1\rB: 2\r\rC: 3\r", [("A", "1"), ("B", "2")]),
+    "a mail may be all header": (b"A: 1\r\nB: 2\r\n", [("A", "1"), ("B", "2")]),
+    "a mail may have no header": (b"\r\nA: 1\r\n", []),
+    "a mail may be empty": (b"", []),
+}
+
+
+@message_rows(HEADER_BLOCKS)
+def test_header_block(given, expected):
+    assert list(mailtest.read_headers(given).headers) == expected
+    assert list(mailtest.read_message(given).headers) == expected
+
+
+ADDRESSES = {
+    "an address": ("a@b", [("", "a@b")]),
+    "a name": ("Ann B <a@b>", [("Ann B", "a@b")]),
+    "a quoted name": (r'"B, \"Ann\"" <a@b>', [('B, "Ann"', "a@b")]),
+    "a quoted name in single quotes": ("'Ann' <a@b>", [("Ann", "a@b")]),
+    "a comment is the name where there is none": ("a@b (Ann B)", [("Ann B", "a@b")]),
+    "comments nest": ("a@b (Ann (or Bob) B)", [("Ann (or Bob) B", "a@b")]),
+    "a comment beside a name is dropped": ("Ann (x) <a@b>", [("Ann", "a@b")]),
+    "a comment inside <> is dropped": ("Ann <a(x)@b>", [("Ann", "a@b")]),
+    "several": ("a@b, Ann <c@d>", [("", "a@b"), ("Ann", "c@d")]),
+    "semicolons separate, too": ("a@b; c@d", [("", "a@b"), ("", "c@d")]),
+    "a comma too many costs nothing": (",a@b,, c@d,", [("", "a@b"), ("", "c@d")]),
+    "a group is opened": ("team: a@b, Ann <c@d>;", [("", "a@b"), ("Ann", "c@d")]),
+    "an empty group holds no one": ("undisclosed-recipients:;", []),
+    "an address follows a group": ("g: a@b; c@d", [("", "a@b"), ("", "c@d")]),
+    "encoded names are decoded": ("=?utf-8?q?=C3=BC=2C_x?= <a@b>", [("ü, x", "a@b")]),
+    "encoded names in quotes are decoded": ('"=?utf-8?q?=C3=BC?=" <a@b>', [("ü", "a@b")]),
+    "a comma in an encoded name separates nothing": ("=?utf-8?q?B,A?= <a@b>", [("B,A", "a@b")]),
+    "an encoded address is read": ("=?utf-8?q?Ann_<a@b>?=", [("Ann", "a@b")]),
+    "a quoted local part keeps its quotes": ('"a b"@c', [("", '"a b"@c')]),
+    "a route is dropped": ("<@x,@y:a@b>", [("", "a@b")]),
+    "blanks around the @ are dropped": ("a @ b", [("", "a@b")]),
+    "a name without <>": ("Ann B a@b", [("Ann B", "a@b")]),
+    "a local name is an address": ("root", [("", "root")]),
+    "words without an address are a name": ("Ann B", [("Ann B", "")]),
+    "a missing > ends at the comma": ("Ann <a@b, c@d", [("Ann", "a@b"), ("", "c@d")]),
+    "a quote that does not end is dropped": ('"Ann <a@b>, c@d', [("Ann", "a@b"), ("", "c@d")]),
+    "an international address": ("Jürgen <jürgen@exämple>", [("Jürgen", "jürgen@exämple")]),
+    "garbage is no address": ("<<<>>>,;:", []),
+    "null": ("<>", []),
+}
+
+
+@message_rows(ADDRESSES)
+def test_addresses(given, expected):
+    raw = crlf("To: " + given, "", "x")
+    assert [tuple(address) for address in mailtest.read_headers(raw).to] == expected
+
+
+def test_several_to_fields_all_count_and_the_first_from_does():
+    headers = mailtest.read_headers(crlf(
+        "From: a@x", "From: b@x", "To: c@x", "To: d@x", "Cc: e@x", "Bcc: f@x", "Reply-To: g@x"))
+    assert [[address.email for address in field] for field in headers[2:]] == [
+        ["a@x"], ["c@x", "d@x"], ["e@x"], ["f@x"], ["g@x"]]
+
+
+DATES = {
+    "a date": ("Fri, 17 May 2024 10:00:00 +0200", "2024-05-17T10:00:00+02:00"),
+    "a comment after the zone": ("17 May 2024 10:00:00 +0000 (UTC)", "2024-05-17T10:00:00+00:00"),
+    "a comment before the zone": ("20 Sep 95 00:19:00 (EDT) -0400", "1995-09-20T00:19:00-04:00"),
+    "no zone is UTC": ("17 May 2024 10:00", "2024-05-17T10:00:00+00:00"),
+    "an unknown zone is UTC": ("17 May 2024 10:00:00 -0000", "2024-05-17T10:00:00+00:00"),
+    "garbage is none": ("yesterday", None),
+    "an impossible date is none": ("99 Jan 99999999999 99:99:99 +9999999", None),
+    "an impossible zone is none": ("17 May 2024 10:00:00 +9999", None),
+    "empty is none": ("", None),
+    "a time of four numbers is none": ("17 May 2024 10.00.00.00 +0000", None),
+}
+
+
+@message_rows(DATES)
+def test_date(given, expected):
+    date = mailtest.read_message(crlf("Date: " + given, "", "x")).date
+    assert (date and date.isoformat()) == expected
+
+
+PART_NAMES = {
+    "filename": ('Content-Disposition: attachment; filename="a b.txt"', "a b.txt"),
+    "an unquoted name with blanks":
+        ("Content-Disposition: attachment; filename=a b.txt", "a b.txt"),
+    "a semicolon in quotes":
+        ('Content-Disposition: attachment; filename="a;b=c.txt"', "a;b=c.txt"),
+    "name of the Content-Type": ('Content-Type: image/png; name="a.png"', "a.png"),
+    "an encoded word": ('Content-Disposition: attachment; filename="=?utf-8?q?=C3=BC?="', "ü"),
+    "raw UTF-8": ('Content-Disposition: attachment; filename="ü.txt"', "ü.txt"),
+    "RFC 2231": ("Content-Disposition: attachment; filename*=utf-8''%C3%BC.txt", "ü.txt"),
+    "RFC 2231 wins over the plain one":
+        ("Content-Disposition: attachment; filename=u.txt; filename*=utf-8''%C3%BC.txt", "ü.txt"),
+    "RFC 2231 without a charset":
+        ("Content-Disposition: attachment; filename*=%C3%BC.txt", "ü.txt"),
+    "RFC 2231 in latin-1":
+        ("Content-Disposition: attachment; filename*=iso-8859-1'de'%FC.txt", "ü.txt"),
+    "continuations in any order":
+        ('Content-Disposition: attachment; filename*1="b.txt"; filename*0="a"', "ab.txt"),
+    "a character split over continuations":
+        ("Content-Disposition: attachment; filename*0*=utf-8''%C3; filename*1*=%BC.txt", "ü.txt"),
+    "an encoded word split over continuations":
+        ('Content-Disposition: attachment; filename*0="=?utf-8?q?"; filename*1="=C3=BC?="', "ü"),
+    "a quoted pair": (r'Content-Disposition: attachment; filename="a\"b"', 'a"b'),
+    "a folder is kept": ("Content-Disposition: attachment; filename=Resources/dog.png",
+                         "Resources/dog.png"),
+    "the first of two counts": ("Content-Disposition: attachment; filename=a; filename=b", "a"),
+    "line ends are dropped":
+        ("Content-Disposition: attachment; filename*=utf-8''a%0D%0AX-Injected:%201",
+         "a X-Injected: 1"),
+    "half a surrogate pair is replaced":
+        ("Content-Disposition: attachment; filename*=utf-8''%ED%A0%80", "\ufffd\ufffd\ufffd"),
+    "none": ("Content-Disposition: attachment", ""),
+}
+
+
+@message_rows(PART_NAMES)
+def test_file_name(given, expected):
+    content = mailtest.read_message(multipart("mixed", (PLAIN, "", "hi"), (given, "", "x")))
+    assert [attachment.file_name for attachment in content.attachments] == [expected]
+
+
+# mail: (text, html, [(type, name, content id, octets) of each attachment])
+STRUCTURES = {
+    "text": (crlf("", "hi"), ("hi\n", None, [])),
+    "HTML only": (crlf(HTML, "", "<p>hi"), (None, "<p>hi\n", [])),
+    "nothing": (b"", ("", None, [])),
+    "an alternative is two bodies":
+        (multipart("alternative", (PLAIN, "", "hi"), (HTML, "", "<p>hi")), ("hi", "<p>hi", [])),
+    "several texts are joined":
+        (multipart("mixed", (PLAIN, "", "one"), IMAGE, (PLAIN, "", "two")),
+         ("one\ntwo", None, [("image/png", "", "i@x", b"png")])),
+    "an inline image is an attachment":
+        (multipart("related", (HTML, "", "<img src=cid:i@x>"), IMAGE),
+         (None, "<img src=cid:i@x>", [("image/png", "", "i@x", b"png")])),
+    "only the root of related is a body":
+        (multipart("related", (HTML, "", "<p>"), (PLAIN, "", "x")),
+         (None, "<p>", [("text/plain", "", None, b"x")])),
+    "text said to be an attachment is one":
+        (multipart("mixed", (PLAIN, "", "hi"),
+                   (PLAIN, "Content-Disposition: attachment; filename=a.txt", "", "x")),
+         ("hi", None, [("text/plain", "a.txt", None, b"x")])),
+    "a calendar in an alternative is an attachment":
+        (multipart("alternative", (PLAIN, "", "hi"), ("Content-Type: text/calendar", "", "BEGIN")),
+         ("hi", None, [("text/calendar", "", None, b"BEGIN")])),
+    "a signature is an attachment":
+        (multipart("signed", (PLAIN, "", "hi"),
+                   ("Content-Type: application/pgp-signature", "", "s")),
+         ("hi", None, [("application/pgp-signature", "", None, b"s")])),
+    "an attached mail is not looked into":
+        (multipart("mixed", (PLAIN, "", "hi"),
+                   ("Content-Type: message/rfc822", "", "Subject: in", "", "x  ")),
+         ("hi", None, [("message/rfc822", "", None, b"Subject: in\r\n\r\nx  ")])),
+    "parts of a digest are mails":
+        (multipart("digest", ("", "Subject: in", "", "x")),
+         (None, None, [("message/rfc822", "", None, b"Subject: in\r\n\r\nx")])),
+    "a mail may be an attachment only":
+        (crlf("Content-Type: image/png; name=a.png", "", "png"),
+         (None, None, [("image/png", "a.png", None, b"png\r\n")])),
+    "a type without a subtype is a file":
+        (crlf("Content-Type: application-gzip", "", "x"),
+         (None, None, [("application-gzip", "", None, b"x\r\n")])),
+    "a part without a header is text": (multipart("mixed", ("", "hi")), ("hi", None, [])),
+    "preamble and epilogue are no content":
+        (crlf("Content-Type: multipart/mixed; boundary=b", "", "pre", "--b", "", "hi", "--b--",
+              "epi"),
+         ("hi", None, [])),
+    "a missing final boundary costs nothing":
+        (crlf("Content-Type: multipart/mixed; boundary=b", "", "--b", "", "hi"),
+         ("hi\n", None, [])),
+    "an inner multipart without its end":
+        (crlf("Content-Type: multipart/mixed; boundary=b", "", "--b",
+              "Content-Type: multipart/alternative; boundary=c", "", "--c", "", "hi", "--b",
+              "Content-Type: image/png", "", "png", "--b--"),
+         ("hi", None, [("image/png", "", None, b"png")])),
+    "a boundary may begin with another":
+        (crlf("Content-Type: multipart/mixed; boundary=b", "", "--b",
+              "Content-Type: multipart/alternative; boundary=b-c", "", "--b-c", "", "hi",
+              "--b-c--", "--b", "Content-Type: image/png", "", "png", "--b--"),
+         ("hi", None, [("image/png", "", None, b"png")])),
+    "a boundary may end with hyphens":
+        (crlf('Content-Type: multipart/mixed; boundary="b--"', "", "--b--", "", "one", "--b--", "",
+              "two", "--b----"), ("one\ntwo", None, [])),
+    "a line that only begins like a boundary is content":
+        (multipart("mixed", ("", "hi", "--bb", "--")), ("hi\n--bb\n--", None, [])),
+    "blanks after a boundary do not matter":
+        (crlf("Content-Type: multipart/mixed; boundary=b", "", "--b  ", "", "hi", "--b-- \t"),
+         ("hi", None, [])),
+    "a boundary cuts a header block short":
+        (multipart("mixed", ("X: y",), (PLAIN, "", "hi")), ("\nhi", None, [])),
+    "base64":
+        (crlf("Content-Transfer-Encoding: BASE64", "", "aGk="), ("hi", None, [])),
+    "quoted-printable":
+        (crlf("Content-Transfer-Encoding: quoted-printable", "", "h=69=", "x =  ", "=C3=BC"),
+         ("hix \u00fc\n", None, [])),
+    "uuencode":
+        (multipart("mixed", ("Content-Type: image/png",
+                             "Content-Transfer-Encoding: x-uuencode", "",
+                             "begin 644 a", "#86)C", "`", "end")),
+         (None, None, [("image/png", "", None, b"abc")])),
+    "an encoding with a comment or a semicolon":
+        (crlf("Content-Transfer-Encoding: base64; (x)", "", "aGk="), ("hi", None, [])),
+    "an unknown encoding is taken as it is":
+        (crlf("Content-Transfer-Encoding: spam", "", "aGk="), ("aGk=\n", None, [])),
+    "CR CR LF is one line end":
+        (crlf("Content-Transfer-Encoding: quoted-printable", "", "a=0D", "b"),
+         ("a\nb\n", None, [])),
+}
+
+
+@message_rows(STRUCTURES)
+def test_structure(given, expected):
+    content = mailtest.read_message(given)
+    attachments = [(attachment.content_type, attachment.file_name, attachment.content_id,
+                    mailtest.attachment_octets(given, attachment))
+                   for attachment in content.attachments]
+    assert (content.text.body, content.html.body, attachments) == expected
+    assert [len(octets) for _, _, _, octets in attachments] == [
+        attachment.length for attachment in content.attachments]
+
+
+BASE64 = {
+    "padding": (b"YQ==", b"a"),
+    "no padding": (b"YWI", b"ab"),
+    "one symbol too many": (b"YWJjZ", b"abc"),
+    "two files joined": (b"YQ==YmM=ZGVm", b"abcdef"),
+    "junk between": (b"Y!W\r\n J\xffj", b"abc"),
+    "nothing": (b"", b""),
+    "only padding": (b"====", b""),
+    "longer than a chunk": (base64.encodebytes(b"abcdefg" * 60000), b"abcdefg" * 60000),
+}
+
+
+@message_rows(BASE64)
+def test_base64(given, expected):
+    raw = b"Content-Type: image/png\r\nContent-Transfer-Encoding: base64\r\n\r\n" + given
+    attachment, = mailtest.read_message(raw).attachments
+    assert mailtest.attachment_octets(raw, attachment) == expected
+    assert attachment.length == len(expected)
+
+
+CHARSETS = {
+    "none, UTF-8": (("", "ü".encode()), "ü"),
+    "none, no UTF-8": (("", b"\xfc\x80"), "ü€"),
+    "latin-1 is cp1252": (("iso-8859-1", b"\x93x\x94"), "“x”"),
+    "what cp1252 leaves out is a control character": (("windows-1252", b"a\x81"), "a\x81"),
+    "ascii that lies": (("us-ascii", "ü".encode()), "ü"),
+    "gb2312 is gb18030": (("gb2312", "鎔".encode("gb18030")), "鎔"),
+    "gbk": (("GBK", "日本".encode("gbk")), "日本"),
+    "big5": (("big5", "日本".encode("big5")), "日本"),
+    "shift_jis is cp932": (("Shift_JIS", "①".encode("cp932")), "①"),
+    "iso-2022-jp": (("iso-2022-jp", "日本".encode("iso-2022-jp")), "日本"),
+    "euc-kr is cp949": (("ks_c_5601-1987", "똠".encode("cp949")), "똠"),
+    "koi8-r": (("koi8-r", "да".encode("koi8-r")), "да"),
+    "windows-1251": (("Windows-1251", "да".encode("cp1251")), "да"),
+    "cp-850": (("cp-850", "ü".encode("cp850")), "ü"),
+    "utf-16": (("utf-16", "ü".encode("utf-16")), "ü"),
+    "utf-7": (("utf-7", b"+APw-"), "ü"),
+    "utf-7, half a pair": (("utf-7", b"+2AA-"), "\ufffd"),
+    "a byte order mark goes": (("utf-8", b"\xef\xbb\xbfx"), "x"),
+    "a damaged one": (("utf-8", b"a\xffb"), "a\ufffdb"),
+    "an unknown one": (("x-none", "ü".encode()), "ü"),
+    "quoted, in capitals, with a blank": (('"UTF-8 "', "ü".encode()), "ü"),
+    "one that Python must not look for": (("../../x", b"x"), "x"),
+    "one with a NUL": (('"a\0b"', b"x"), "x"),
+    **{"no charset: " + name: ((name, b"abc"), "abc") for name in (
+        "idna", "punycode", "undefined", "rot13", "hex", "zlib", "bz2", "base64", "uu", "quopri",
+        "unicode_escape", "raw_unicode_escape", "mbcs", "oem")},
+}
+
+
+@message_rows(CHARSETS)
+def test_charset(given, expected):
+    label, octets = given
+    head = PLAIN + ("; charset=" + label if label else "")
+    assert mailtest.read_message(head.encode() + b"\r\n\r\n" + octets).text.body == expected
+
+
+def test_charset_of_html_is_in_its_meta_element():
+    raw = (HTML + "\r\n\r\n<meta charset=koi8-r>да").encode("koi8-r")
+    assert mailtest.read_message(raw).html.body == "<meta charset=koi8-r>да"
+
+
+# HTML: ([(href, text)], [(src, alt)])
+HTML_LINKS = {
+    "a link": ('<a href="http://x/">y</a>', ([("http://x/", "y")], [])),
+    "twice is two": ("<a href=x>y</a><a href=x>y</a>", ([("x", "y"), ("x", "y")], [])),
+    "single quotes, no quotes, capitals": ("<A HREF='x y'>1</A><a href=z>2</a>",
+                                           ([("x y", "1"), ("z", "2")], [])),
+    "entities": ('<a href="x?a=1&amp;b=2">&lt;y&gt;</a>', ([("x?a=1&b=2", "<y>")], [])),
+    "text is what is seen": ("<a href=x> a <b>b</b>\n c </a>", ([("x", "a b c")], [])),
+    "an image has no text": ("<a href=x><img src=i alt=pic></a>", ([("x", None)], [("i", "pic")])),
+    "blanks have no text": ("<a href=x> &nbsp; </a>", ([("x", None)], [])),
+    "line ends in href": ('<a href=" http://x/\n  y ">z</a>', ([("http://x/  y", "z")], [])),
+    "an anchor without href is no link": ("<a name=x>y</a><a href=''>z</a>", ([], [])),
+    "> in an attribute": ('<a title="a>b" href=x>y</a>', ([("x", "y")], [])),
+    "an anchor ends where the next begins":
+        ("<a href=x>1<a href=y>2", ([("x", "1"), ("y", "2")], [])),
+    "an area": ("<area href=x alt=y>", ([("x", None)], [])),
+    "a comment holds nothing": ("<!-- <a href=x>y</a> --><a href=z>1</a>", ([("z", "1")], [])),
+    "what is shown to all but Outlook": ("<!--[if !mso]><!--><a href=x>y</a><!--<![endif]-->",
+                                         ([("x", "y")], [])),
+    "what is shown to Outlook only": ("<!--[if mso]><a href=x>y</a><![endif]-->", ([], [])),
+    "scripts and styles hold nothing":
+        ("<style><a href=x></style><script>'<a href=x>'</script><a href=z>1</a>",
+         ([("z", "1")], [])),
+    "a base is joined": ('<base href="http://x/a/"><a href=b>1</a><img src="/c">',
+                         ([("http://x/a/b", "1")], [("http://x/c", None)])),
+    "a base changes no cid": ('<base href="http://x/"><img src=cid:i>', ([], [("cid:i", None)])),
+    "images, with and without alt": ('<img src=a><img alt="" src=b><img alt=c>',
+                                     ([], [("a", None), ("b", "")])),
+    "the first of two attributes counts": ("<a href=x href=y>1</a>", ([("x", "1")], [])),
+    "what is not closed ends the scan": ('<a href=x>1</a><a href="y>2</a>', ([("x", "1")], [])),
+    "half a surrogate pair as an entity": ("<a href=x>&#xD800;</a>", ([("x", "\ufffd")], [])),
+    "a number too long for int": ("<a href=x>&#%s;</a>" % ("9" * 5000), ([("x", "\ufffd")], [])),
+}
+
+
+@message_rows(HTML_LINKS)
+def test_html_links(given, expected):
+    body = mailtest.read_message((HTML + "\r\n\r\n" + given).encode()).html
+    links, images = [tuple(link) for link in body.links], [tuple(image) for image in body.images]
+    assert (links, images) == expected
+
+
+TEXT_LINKS = {
+    "a URL": ("see https://x.example/a?b=1#c now", [("https://x.example/a?b=1#c",) * 2]),
+    "in <>": ("mailosaur <https://x.example/>", [("https://x.example/",) * 2]),
+    "the sentence's full stop is not in it":
+        ("go to http://x.example/a.", [("http://x.example/a",) * 2]),
+    "brackets around it are not in it": ("(http://x.example/a)", [("http://x.example/a",) * 2]),
+    "brackets that pair are in it": ("http://x.example/a_(b)", [("http://x.example/a_(b)",) * 2]),
+    "www": ("www.x.example, too", [("http://www.x.example", "www.x.example")]),
+    "mailto": ("mailto:a@x.example", [("mailto:a@x.example",) * 2]),
+    "twice is two": ("http://a.x http://a.x", [("http://a.x",) * 2] * 2),
+    "a word is none": ("invalid awww.x http://", []),
+}
+
+
+@message_rows(TEXT_LINKS)
+def test_text_links(given, expected):
+    links = mailtest.read_message(crlf("", given)).text.links
+    assert [(link.href, link.text) for link in links] == expected
+
+
+CODES = {
+    "after the word": ("Your code is 4711", ["4711"]),
+    "before the word": ("482913 is your verification code", ["482913"]),
+    "on the next line": ("Your PIN:\n\n  0042\n", ["0042"]),
+    "two groups, joined": ("Code: 482 913 or 123-456", ["482913", "123456"]),
+    "a no-break space between": ("code 482\u00a0913", ["482913"]),
+    "digits one by one": ("Your PIN\n4 8 2 9 1 3", ["482913"]),
+    "letters and digits": ("enter G3H1Y2 here", ["G3H1Y2"]),
+    "letters and digits in groups stay": ("code: K7Q-T2M", ["K7Q-T2M"]),
+    "small letters right after the word": ("code: x7k2p9", ["x7k2p9"]),
+    "a prefix is not typed in": ("G-482913 is your Google verification code", ["482913"]),
+    "six digits need no word": ("so 123456 it is", ["123456"]),
+    "in order, duplicates kept": ("123456 5H0Y2 123456", ["123456", "5H0Y2", "123456"]),
+    "alone on its line, in a mail about codes": ("Use this code to go on.\n\n4711\n", ["4711"]),
+    "alone on its line, in another mail": ("Sales\n4711\n", []),
+    "German": ("Ihr Bestätigungscode lautet 482913.", ["482913"]),
+    "French": ("Votre code : 12345", ["12345"]),
+    "Russian": ("Ваш код: 4711", ["4711"]),
+    "Chinese": ("您的验证码是1234，", ["1234"]),
+    "in brackets, quotes and asterisks":
+        ('(code: 9182) code "9183" code *9184*', ["9182", "9183", "9184"]),
+    "a year that is said to be one": ("Your code is 2024", ["2024"]),
+    "years": ("since 2019, copyright 2024", []),
+    "dates": ("2024-05-17, 17.05.2024, 05/17/2024, 20240517", []),
+    "times": ("at 12:30:45 or 1430", []),
+    "prices": ("$1234 and EUR 4999 and 4999 EUR and 1234.50 and 123,456.00", []),
+    "amounts": ("250000 people, 250 000 users, 100000 kB", []),
+    "colours": ("#A1B2C3 #123456", []),
+    "URLs and addresses": ("https://x.example/123456?c=G3H1Y2 a123456@x.example", []),
+    "telephone numbers": ("+49 30 123456, (030) 123456, 1-800-123456, Tel. 123456, 555-1234", []),
+    "order, invoice and customer numbers":
+        ("Order 482913, invoice no. 482914, customer number: 482915", []),
+    "ZIP codes": ("ZIP code 90210, CA 94043", []),
+    "cards": ("The PIN for your card ending in 4711 is 9182", ["9182"]),
+    "names that end in digits": ("SHA256, HTTP2, ISO8859", []),
+    "words": ("XVLBZGBAIC code VERIFY", []),
+    "parts of longer numbers": ("code 12345678901, version 1.2.3456", []),
+}
+
+
+@message_rows(CODES)
+def test_codes_in_text(given, expected):
+    assert list(mailtest.read_message(crlf("", *given.split("\n"))).text.codes) == expected
+
+
+HTML_CODES = {
+    "across elements": ("<p>Your code: <b>482</b> <b>913</b></p>", ["482913"]),
+    "a digit in each cell":
+        ("<p>Your code</p><tr><td>4</td><td>7</td><td>1</td><td>1</td></tr>", ["4711"]),
+    "in its own block": ("<p>Use this code.</p><p>4711</p><p>Bye</p>", ["4711"]),
+    "not in style sheets, scripts, comments":
+        ("<style>.A1B2C3{color:#123456}</style><script>123456</script><!-- 123456 -->", []),
+    "not in attributes": ('<p id=123456><a href="http://x/123456">x</a>', []),
+    "not hidden": ('<div style="display: none">code 123456<div>123456</div>123456</div>', []),
+    "not hidden otherwise": ('<p hidden>123456</p><p style="font-size:0px">123456</p>', []),
+    "after what is hidden": ('<div style="display:none">x</div><p>123456</p>', ["123456"]),
+}
+
+
+@message_rows(HTML_CODES)
+def test_codes_in_html(given, expected):
+    assert list(mailtest.read_message(crlf(HTML, "", given)).html.codes) == expected
+
+
+PREVIEWS = {
+    "text, on one line": (crlf("", "", " one", "two  three"), "one two three"),
+    "of HTML what is seen":
+        (crlf(HTML, "", "<style>x</style><p>one</p><p>two</p>"), "one two"),
+    "the subject where there is nothing else": (crlf("Subject: hi", "", " "), "hi"),
+    "not more than 200 characters": (crlf("", "a" * 300), "a" * 200),
+    "invisible padding is skipped": (crlf("", "\u200b\u034f \u200c x\u00ady"), "xy"),
+    "nothing": (b"", ""),
+}
+
+
+@message_rows(PREVIEWS)
+def test_preview(given, expected):
+    assert mailtest.read_message(given).preview == expected
+
+
+FINE = ("From: a@b", "Date: Fri, 17 May 2024 10:00:00 +0000", "Message-ID: <1@b>")
+MIXED = FINE + ("Content-Type: multipart/mixed; boundary=b", "", "--b")
+WARNINGS = {
+    "nothing": (crlf(*FINE, "", "x"), []),
+    "an empty mail": (b"", ["no From field", "no Date field", "no Message-ID field"]),
+    "fields twice": (crlf(*FINE, "From: c@d", "Subject: x", "Subject: y", "", "x"),
+                     ["2 From fields: one is allowed", "2 Subject fields: one is allowed"]),
+    "no date": (crlf(FINE[0], "Date: x", FINE[2], "", "x"), ["Date field that is no date"]),
+    "no address": (crlf("From: <>", *FINE[1:], "", "x"), ["From field without an address"]),
+    "junk": (crlf(*FINE, "junk", "", "x"), ["header line that is no field: 'junk'"]),
+    "8-bit header": (crlf(*FINE, "Subject: ü", "", "x"), [
+        "raw 8-bit octets in the header block: only SMTPUTF8 mail may have them",
+        "8-bit octets, but BODY=8BITMIME was not announced"]),
+    "8-bit body": (crlf(*FINE, "", "ü"), ["8-bit octets, but BODY=8BITMIME was not announced"]),
+    "bare LF": (crlf(*FINE, "", "x\ny"), ["bare LF: a line that does not end in CRLF"]),
+    "bare CR": (crlf(*FINE, "", "x\ry"), ["bare CR: a CR without LF"]),
+    "998 octets": (crlf(*FINE, "", "x" * 998), []),
+    "999 octets": (crlf(*FINE, "", "x" * 999), ["line over 998 octets (RFC 5322 2.1.1)"]),
+    "HTML only": (crlf(*FINE, HTML, "", "x"), ["HTML without a text alternative"]),
+    "no boundary": (crlf(*FINE, "Content-Type: multipart/mixed", "", "x"),
+                    ["multipart/mixed without a boundary: its parts were not read"]),
+    "no final boundary": (crlf(*MIXED, "", "x"), ["multipart without its final boundary"]),
+    "no type": (crlf(*FINE, "Content-Type: ;", "", "x"), ["Content-Type '' is no type/subtype"]),
+    "unknown charset": (crlf(*FINE, PLAIN + "; charset=x-y", "", "x"),
+                        ["text/plain part names the unknown charset 'x-y'"]),
+    "a charset that lies": (crlf(*FINE, PLAIN + "; charset=utf-8",
+                                 "Content-Transfer-Encoding: quoted-printable", "", "=FF"),
+                            ["text/plain part says charset utf-8 but is not valid in it"]),
+    "broken base64": (crlf(*FINE, "Content-Type: image/x; name=a",
+                           "Content-Transfer-Encoding: base64", "", "YWJ!"),
+                      ["attachment a: broken base64 (other characters in it)"]),
+    "cut base64": (crlf(*FINE, "Content-Transfer-Encoding: base64", "", "YWJ"),
+                   ["text/plain part is broken base64 (cut off)"]),
+    "broken quoted-printable":
+        (crlf(*FINE, "Content-Transfer-Encoding: quoted-printable", "", "=x"),
+                                ["text/plain part is broken quoted-printable"]),
+    "unknown encoding": (crlf(*FINE, "Content-Transfer-Encoding: spam", "", "x"),
+                         ["unknown Content-Transfer-Encoding 'spam': taken as it is"]),
+}
+
+
+@message_rows(WARNINGS)
+def test_warnings(given, expected):
+    assert list(mailtest.read_message(given, eight_bit=False).warnings) == expected
+
+
+def nested(depth):
+    return b"".join(b"Content-Type: multipart/mixed; boundary=b%d\r\n\r\n--b%d\r\n" % (n, n)
+                    for n in range(depth)) + b"\r\nx"
+
+
+# mail: the warning
+BOUNDED = {
+    "multiparts in multiparts":
+        (nested(3000), "multiparts nested over 200 deep: deeper ones were not read"),
+    "parts": (b"Content-Type: multipart/mixed; boundary=a\r\n\r\n" + b"--a\r\n\r\n" * 5000,
+              "more than 1000 parts: the rest of them was not read"),
+    "fields": (b"X: y\r\n" * 5000, "more than 2000 header fields: the rest of them was not read"),
+    "a field": (b"X: " + b"y" * 300000 + b"\r\n",
+                "header field X over 262144 octets: the rest of it was not read"),
+    "a header block": (b"X: " + b"y" * 1100000 + b"\r\n",
+                       "header block over 1000000 octets: the rest of it was not read"),
+    "addresses": (b"To: a@b" + b",a@b" * 20000 + b"\r\n\r\n",
+                  "more than 10000 addresses in To: the rest of them was not read"),
+    "parameters": (b"Content-Type: text/plain" + b";a=b" * 5000 + b"\r\n\r\n",
+                   "more than 500 parameters in one header field: the rest was not read"),
+    "links": (b"Content-Type: text/html\r\n\r\n" + b"<a href=x>" * 6000,
+              "more than 5000 links or images: the rest of them is not listed"),
+    "HTML": (b"Content-Type: text/html\r\n\r\n" + b"<" * 1100000,
+             "HTML over 1000000 characters: links and images after that are not listed"),
+}
+
+
+@message_rows(BOUNDED)
+def test_bound_is_told(given, expected):
+    assert expected in mailtest.read_message(given).warnings
+
+
+HOSTILE_MAIL = {
+    "quotes": b"To: " + b'"' * 190000, "commas": b"To: " + b"," * 190000,
+    "comments": b"To: " + b"(" * 190000, "words": b"To: " + b"a " * 90000,
+    "open words": b"Subject: " + b"=?a?q?" * 30000, "markers": b"Subject: " + b"=?" * 90000,
+    "sections": b"Content-Disposition: x" + b"".join(b";filename*%d=a" % n for n in range(9000)),
+    "escapes": b"Content-Type: text/plain" + b';a="\\' * 40000,
+    "open tags": b"Content-Type: text/html\r\n\r\n" + b"<a " * 60000,
+    "open quotes": b"Content-Type: text/html\r\n\r\n" + b'<a href="' * 20000,
+    "open comments": b"Content-Type: text/html\r\n\r\n" + b"<!--" * 45000,
+    "ampersands": b"Content-Type: text/html\r\n\r\n" + b"&#" * 90000,
+    "open brackets": b"\r\n\r\nhttp://x/" + b"(" * 180000,
+    "closed brackets": b"\r\n\r\nhttp://x/" + b")" * 180000,
+    "equals signs": b"Content-Transfer-Encoding: quoted-printable\r\n\r\n" + b"=" * 180000,
+    "padding": b"Content-Transfer-Encoding: base64\r\n\r\n" + b"A=" * 90000,
+    "carriage returns": b"\r" * 180000 + b"\n", "NULs": b"\0" * 180000, "0xFF": b"\xff" * 180000,
+}
+
+
+@pytest.mark.parametrize("raw", list(HOSTILE_MAIL.values()), ids=list(HOSTILE_MAIL))
+def test_hostile_mail_is_read_and_its_text_is_valid_utf_8(raw):
+    content = mailtest.read_message(raw)
+    json.dumps(content._asdict(), default=str, ensure_ascii=False).encode("utf-8")
+    assert content.headers == mailtest.read_headers(raw).headers
+
+
+def test_a_date_is_aware_and_a_message_id_is_as_written():
+    content = mailtest.read_message(crlf(*FINE, "", "x"))
+    assert content.date == datetime.datetime(2024, 5, 17, 10, tzinfo=datetime.timezone.utc)
+    assert content.message_id == "<1@b>"
+
+
+# ---- Search ----------------------------------------------------------------
+
+SEARCHED = (b"From: Ann Sender <Ann@Sender.example>\r\nTo: Bob <bob@mailtest.example>\r\n"
+            b"Cc: carl@cc.example\r\nSubject: Your Code is 482913\r\n"
+            b"Content-Type: text/plain; charset=utf-8\r\n\r\n"
+            b"Hello Stra\xc3\x9fe, see https://x.example/one, the code is 482913\r\n")
+
+# the arguments of criteria(), whether they match
+CRITERIA = {
+    "no condition matches": ({}, True),
+    "no condition matches, any of none": ({"any_of": True}, True),
+    "part of the subject": ({"subject": "code IS"}, True),
+    "not in the subject": ({"subject": "invoice"}, False),
+    "sender's full address in any case": ({"sent_from": "ann@SENDER.example"}, True),
+    "part of the sender's address is not enough": ({"sent_from": "ann@"}, False),
+    "To": ({"sent_to": "bob@mailtest.example"}, True),
+    "Cc": ({"sent_to": "carl@cc.example"}, True),
+    "envelope recipient that no field names": ({"sent_to": "hidden@bcc.example"}, True),
+    "part of a recipient is not enough": ({"sent_to": "bob"}, False),
+    "part of the body": ({"body": "HELLO stra"}, True),
+    "not in the body": ({"body": "goodbye"}, False),
+    "all: one of two fails": ({"subject": "code", "body": "goodbye"}, False),
+    "any: one of two holds": ({"subject": "code", "body": "goodbye", "any_of": True}, True),
+    "any: none holds": ({"subject": "no", "body": "goodbye", "any_of": True}, False),
+}
+
+
+@pytest.mark.parametrize("arguments, expected", rows(CRITERIA))
+def test_criteria(arguments, expected):
+    message = letter("bob@mailtest.example", "hidden@bcc.example", octets=SEARCHED)
+    assert mailtest.criteria(**arguments).match(message) is expected
+
+
+# what is typed into the search box, whether it matches
+WORDS = {
+    "nothing matches everything": ("", True),
+    "a word of the subject": ("code", True),
+    "a word of the body": ("hello", True),
+    "a display name": ("ann", True),
+    "a recipient of the envelope": ("hidden@", True),
+    "a word that is nowhere": ("nowhere", False),
+    "each word must be somewhere": ("code nowhere", False),
+    "two words in quotes are one": ('"code is"', True),
+    "two words in quotes in the wrong order": ('"is code"', False),
+    "minus means not": ("-nowhere", True),
+    "minus on a word that is there": ("-hello", False),
+    "from: takes a part": ("from:sender", True),
+    "from: does not look at recipients": ("from:bob", False),
+    "to: takes a part": ("to:bob@", True),
+    "to: does not look at senders": ("to:ann", False),
+    "subject:": ('subject:"your code"', True),
+    "subject: does not look at bodies": ("subject:hello", False),
+    "body:": ("body:hello", True),
+    "body: does not look at subjects": ("body:your", False),
+    "fields in capitals": ("FROM:ANN", True),
+    "has:link": ("has:link", True),
+    "has:code": ("has:code", True),
+    "has:text": ("has:text", True),
+    "has:html": ("has:html", False),
+    "has:attachment": ("has:attachment", False),
+    "-has:attachments": ("-has:attachments", True),
+    "has:warning for a mail without Date": ("has:warning", True),
+    "has: something unknown": ("has:money", False),
+    "an unknown field is a word": ("colour:red", False),
+    "a lone minus is a word": ("-", False),
+}
+
+
+@pytest.mark.parametrize("query, expected", rows(WORDS))
+def test_words_of_the_search_box(query, expected):
+    message = letter("bob@mailtest.example", "hidden@bcc.example", octets=SEARCHED)
+    assert mailtest.words(query).match(message) is expected
+
+
+def test_words_look_at_header_fields_before_bodies():
+    fields = [term.field for term in mailtest.words("free body:b has:link from:f subject:s").terms]
+    assert fields == ["from", "subject", "free", "body", "has"]
+
+
+# ---- Store -----------------------------------------------------------------
+
+def test_acquired_address_has_the_promised_shape():
+    _, store = store_on_clock(domain="s1.mail.example")
+    shape = re.compile(r"test-[A-Za-z2-9]{11}@s1\.mail\.example")
+    assert all(shape.fullmatch(store.acquire().address) for _ in range(50))
+
+
+def test_acquired_addresses_are_unguessable_and_never_the_same():
+    _, store = store_on_clock()
+    names = [store.acquire().address[5:16] for _ in range(200)]
+    assert len({name.lower() for name in names}) == 200
+    for place in range(11):              # each of the 11 characters varies
+        assert len({name[place] for name in names}) > 20
+
+
+def test_acquired_name_that_is_taken_is_drawn_again(monkeypatch):
+    _, store = store_on_clock()
+    drawn = iter("A" * 11 + "a" * 11 + "B" * 11)     # the second is the first in another case
+    monkeypatch.setattr(secrets, "choice", lambda letters: next(drawn))
+    assert [store.acquire().address[5:16] for _ in range(2)] == ["A" * 11, "B" * 11]
+
+
+def test_acquired_inbox_says_what_there_is_to_say():
+    clock, store = store_on_clock()
+    inbox = store.acquire()
+    assert inbox == mailtest.InboxView(inbox.address, True, clock.now + 600, 0, 0, ())
+
+
+def test_acquired_inbox_ends_ten_minutes_after_acquiring_whatever_it_gets():
+    clock, store = store_on_clock()
+    address = store.acquire().address
+    clock.now += 599.0
+    delivered(store, address)
+    assert store.inbox(address).count == 1
+    clock.now += 1.0
+    with pytest.raises(mailtest.Unknown) as unknown:
+        store.inbox(address)
+    assert str(unknown.value) == (f"the inbox {address.lower()!r} expired at "
+                                  "1970-01-01T00:26:40.000000+00:00; acquire a new one")
+    assert store.counters()["messages"] == 0
+
+
+def test_inbox_that_came_with_a_mail_lives_after_its_latest():
+    clock, store = store_on_clock()
+    delivered(store, "app@user.example")
+    for _ in range(3):
+        clock.now += 599.0
+        delivered(store, "App@USER.example")
+    assert store.inbox("app@user.example")[:4] == ("app@user.example", False, clock.now + 600, 4)
+    clock.now += 600.0
+    with pytest.raises(mailtest.Unknown):
+        store.inbox("app@user.example")
+
+
+def test_expired_inbox_opens_again_with_new_mail():
+    clock, store = store_on_clock()
+    delivered(store, "app@user.example")
+    clock.now += 600.0
+    new = delivered(store, "app@user.example")
+    assert store.arrivals(at("app@user.example")) == (new.number, [new])
+
+
+def _unknown_inbox(store, clock):
+    store.inbox("nobody@x.example")
+
+
+def _deleted_inbox(store, clock):
+    delivered(store, "a@x.example")
+    store.drop_inbox("A@x.example")
+    clock.now += 5
+    store.inbox("a@x.example")
+
+
+def _dropping_an_unknown_inbox(store, clock):
+    store.drop_inbox("nobody@x.example")
+
+
+def _unknown_message(store, clock):
+    store.message("5d0f")
+
+
+def _deleting_an_unknown_message(store, clock):
+    store.delete("5d0f")
+
+
+def _dropping_an_unknown_device(store, clock):
+    store.drop_device("5d0f")
+
+
+def _outbox_as_inbox(store, clock):
+    delivered(store, "a@x.example", direction="Sent", server="mailtest")
+    store.inbox("outbox of mailtest")
+
+
+UNKNOWN = {
+    "an inbox that never was": (
+        _unknown_inbox, "no inbox 'nobody@x.example'; acquire one, or send mail to it first"),
+    "an inbox that was deleted": (
+        _deleted_inbox, "the inbox 'a@x.example' deleted at 1970-01-01T00:16:40.000000+00:00; "
+                        "acquire a new one"),
+    "deleting an inbox that never was": (
+        _dropping_an_unknown_inbox,
+        "no inbox 'nobody@x.example'; acquire one, or send mail to it first"),
+    "a message": (
+        _unknown_message, "no message has the id '5d0f'; it may be deleted or expired"),
+    "deleting a message": (
+        _deleting_an_unknown_message,
+        "no message has the id '5d0f'; it may be deleted or expired"),
+    "a device": (_dropping_an_unknown_device, "no device has the id '5d0f'"),
+    "an outbox is no inbox": (
+        _outbox_as_inbox,
+        "no inbox 'outbox of mailtest'; acquire one, or send mail to it first"),
+}
+
+
+@pytest.mark.parametrize("action, text", rows(UNKNOWN))
+def test_unknown_says_what_is_known(action, text):
+    clock, store = store_on_clock()
+    with pytest.raises(mailtest.Unknown) as unknown:
+        action(store, clock)
+    assert str(unknown.value) == text
+
+
+def test_ends_of_inboxes_are_remembered_up_to_the_bound():
+    _, store = store_on_clock(expired_kept=2)
+    for name in "abc":
+        delivered(store, f"{name}@x.example")
+        store.drop_inbox(f"{name}@x.example")
+    seen = []
+    for name in "abc":
+        with pytest.raises(mailtest.Unknown) as unknown:
+            store.inbox(f"{name}@x.example")
+        seen.append(str(unknown.value).partition(" ")[0])
+    assert seen == ["no", "the", "the"]
+
+
+def test_latest_ends_of_inboxes_are_the_ones_remembered():
+    _, store = store_on_clock(expired_kept=2)
+    for name in "abac":
+        delivered(store, f"{name}@x.example")
+        store.drop_inbox(f"{name}@x.example")
+    with pytest.raises(mailtest.Unknown, match="the inbox 'a@x.example' deleted"):
+        store.inbox("a@x.example")
+
+
+# recipient ("test" stands for the local-part acquired), whether the acquired inbox takes it
+TAGS = {
+    "the address itself": ("test@mailtest.example", True),
+    "a tag": ("test+shop@mailtest.example", True),
+    "a tag in capitals": ("TEST+SHOP@Mailtest.EXAMPLE", True),
+    "two tags": ("test+a+b@mailtest.example", True),
+    "an empty tag": ("test+@mailtest.example", True),
+    "another local-part": ("other+test@mailtest.example", False),
+    "another domain": ("test+shop@other.example", False),
+    "a quoted local-part": ('"test+shop"@mailtest.example', False),
+}
+
+
+@pytest.mark.parametrize("path, lands", rows(TAGS))
+def test_tagged_recipient_lands_in_the_acquired_inbox(path, lands):
+    _, store = store_on_clock()
+    address = store.acquire().address
+    local = address.partition("@")[0]
+    path = re.sub('(?<![a-z])test(?=[@+])', local, re.sub("^TEST", local.upper(), path))
+    message = delivered(store, path)
+    assert message.envelope.forward_paths == (path,)
+    assert [store.inbox(address).count, store.arrivals(at(path))[1]] == [int(lands), [message]]
+
+
+def test_tagged_recipient_has_an_inbox_of_its_own_beside_one_that_was_not_acquired():
+    _, store = store_on_clock()
+    delivered(store, "a@x.example")
+    delivered(store, "a+tag@x.example")
+    assert [view.address for view in store.inboxes()] == ["a+tag@x.example", "a@x.example"]
+
+
+def test_message_lives_while_one_inbox_holds_it():
+    clock, store = store_on_clock()
+    address = store.acquire().address
+    clock.now += 300.0
+    message = delivered(store, address, "b@x.example", address.upper())
+    assert message.inboxes == (address.lower(), "b@x.example")
+    clock.now += 300.0                   # the acquired one ends
+    assert store.message(message.id) is message
+    assert message.inboxes == ("b@x.example",)
+    store.drop_inbox("b@x.example")
+    with pytest.raises(mailtest.Unknown):
+        store.message(message.id)
+    assert store.counters()["octets"] == 0
+
+
+def test_deleted_message_leaves_every_inbox():
+    _, store = store_on_clock()
+    gone, stays = delivered(store, "a@x.example", "b@x.example"), delivered(store, "a@x.example")
+    store.delete(gone.id.upper())
+    assert store.arrivals(at("a@x.example"))[1] == [stays]
+    assert store.arrivals(at("b@x.example")) == (0, [])
+    assert store.newest("x") == store.newest("mailtest") == [stays]
+
+
+def test_message_is_found_by_its_id_in_any_case():
+    _, store = store_on_clock()
+    message = delivered(store, "a@x.example")
+    assert store.message(message.id.upper()) is message
+
+
+def test_messages_have_growing_times_even_when_the_clock_stands():
+    _, store = store_on_clock()
+    times = [delivered(store, "a@x.example").received for _ in range(3)]
+    assert times[0] < times[1] < times[2] < times[0] + 0.001
+
+
+def test_messages_have_growing_times_even_when_the_clock_goes_back():
+    clock, store = store_on_clock()
+    first = delivered(store, "a@x.example").received
+    clock.now -= 50.0
+    assert first < delivered(store, "a@x.example").received < first + 0.001
+
+
+# -- memory
+
+def _delete_each(store, clock, messages):
+    for message in messages:
+        store.delete(message.id)
+    for view in store.inboxes():
+        store.drop_inbox(view.address)
+
+
+def _empty_and_drop(store, clock, messages):
+    store.empty("mailtest")
+    for view in store.inboxes():
+        store.drop_inbox(view.address)
+
+
+def _drop_inboxes(store, clock, messages):
+    for view in store.inboxes():
+        store.drop_inbox(view.address)
+
+
+def _expire(store, clock, messages):
+    clock.now += 600.0
+
+
+def _empty_servers_and_expire(store, clock, messages):
+    for server in store.servers():
+        store.empty(server)
+    clock.now += 600.0
+
+
+ENDS = {
+    "messages one by one, then inboxes": _delete_each,
+    "all at once, then inboxes": _empty_and_drop,
+    "inboxes with their mail": _drop_inboxes,
+    "by expiry": _expire,
+    "server by server": _empty_servers_and_expire,
+}
+
+
+@pytest.mark.parametrize("end", rows(ENDS))
+def test_memory_returns_to_zero_when_everything_has_ended(end):
+    clock, store = store_on_clock()
+    address = store.acquire().address
+    messages = [delivered(store, address, f"u{i}@s{i % 3}.example", octets=b"x" * i)
+                for i in range(20)]
+    for message in messages:
+        store.keep(message, "summary", b"json")
+        store.keep(message, "rendered", b"more json")
+    end(store, clock, messages)
+    counters = store.counters()
+    assert (counters["octets"], counters["messages"], counters["inboxes"]) == (0, 0, 0)
+    assert store.servers() == {"mailtest": "Every message"}
+    assert store._kept_octets == len(store._kept) == 0
+
+
+def test_outboxes_end_too():
+    clock, store = store_on_clock()
+    delivered(store, "a@x.example", direction="Sent", server="abcd1234")
+    assert store.counters()["octets"] > 0
+    clock.now += 600.0
+    assert store.counters()["octets"] == 0
+
+
+def test_memory_counts_what_messages_inboxes_and_places_cost():
+    _, store = store_on_clock(message_cost=100, inbox_cost=10, place_cost=1)
+    message = mailtest.Message(mailtest.new_id(), b"x" * 1000,
+                               mailtest.Envelope("", ("a@x.example", "b@x.example")),
+                               session=(b"C: EHLO x\r\n", b"S: 250\r\n"))
+    store.deliver(message)
+    assert store.counters()["octets"] == 1000 + 11 + 8 + 100 + 2 * 10 + 2 * 1
+
+
+def test_heap_of_due_times_does_not_grow_with_deleting_and_refilling_one_inbox():
+    clock, store = store_on_clock(ttl=10.0)
+    delivered(store, "a@x.example")
+    for _ in range(3_000):
+        store.drop_inbox("a@x.example")
+        delivered(store, "a@x.example")
+        clock.now += 0.001
+    assert len(store._due) <= 1_100
+    clock.now += 10.0
+    store.counters()
+    assert store._due == []
+
+
+def _too_many_octets(store):
+    delivered(store, "a@x.example", octets=b"x" * 10_000)
+
+
+def _too_many_reserved(store):
+    store.reserve(5_001)
+
+
+def _acquire_without_memory(store):
+    store.reserve(5_000)
+    store.acquire()
+
+
+def _mail_beside_reserved(store):
+    store.reserve(4_999)
+    delivered(store, "a@x.example")
+
+
+def _too_many_inboxes(store):
+    for name in "abcd":
+        delivered(store, f"{name}@x.example")
+
+
+def _too_many_inboxes_at_once(store):
+    delivered(store, *(f"{name}@x.example" for name in "abcd"))
+
+
+def _too_many_acquired(store):
+    for _ in range(4):
+        store.acquire()
+
+
+def _too_many_servers(store):
+    for name in "abc":
+        store.name_server(name, "n")
+
+
+def _too_many_devices(store):
+    for name in "abc":
+        store.add_device(name, "S")
+
+
+def _too_many_waiters(store):
+    store.wait(at("a@x.example"), mailtest.NOT_YET, 60)
+
+
+FULL = {
+    "octets": (_too_many_octets, "the 5000 octets of --max-memory are in use"),
+    "octets that are arriving": (_too_many_reserved, "the 5000 octets of --max-memory are in use"),
+    "no memory for an inbox": (
+        _acquire_without_memory, "the 5000 octets of --max-memory are in use"),
+    "mail beside octets that are arriving": (
+        _mail_beside_reserved, "the 5000 octets of --max-memory are in use"),
+    "inboxes": (_too_many_inboxes, "3 inboxes are open"),
+    "inboxes of one mail": (_too_many_inboxes_at_once, "3 inboxes are open"),
+    "acquired inboxes": (_too_many_acquired, "3 inboxes are open"),
+    "servers": (_too_many_servers, "2 servers exist"),
+    "devices": (_too_many_devices, "2 devices exist"),
+    "waiters": (_too_many_waiters, "0 requests are waiting for mail"),
+}
+
+
+@pytest.mark.parametrize("action, text", rows(FULL))
+def test_full_at_each_bound(action, text):
+    _, store = store_on_clock(max_memory=5_000, inboxes=3, servers=2, devices=2, waiters=0,
+                              message_cost=10, inbox_cost=10, place_cost=1)
+    with pytest.raises(mailtest.Full) as full:
+        action(store)
+    assert str(full.value) == text
+
+
+def test_refused_mail_leaves_no_trace():
+    _, store = store_on_clock(inboxes=2)
+    kept = delivered(store, "a@x.example")
+    before = store.counters()
+    with pytest.raises(mailtest.Full):
+        delivered(store, "a@x.example", "b@x.example", "c@x.example")
+    assert store.counters() == before
+    assert store.newest("mailtest") == [kept]
+
+
+def test_bound_of_memory_is_met_exactly():
+    _, store = store_on_clock(max_memory=1_000, message_cost=0, inbox_cost=0, place_cost=0)
+    delivered(store, "a@x.example", octets=b"x" * 1_000)
+    with pytest.raises(mailtest.Full):
+        delivered(store, "a@x.example", octets=b"x")
+
+
+def test_mail_that_opens_no_inbox_is_taken_when_there_are_too_many():
+    _, store = store_on_clock(inboxes=1)
+    address = store.acquire().address
+    with pytest.raises(mailtest.Full):
+        store.acquire()
+    message = delivered(store, address)
+    assert store.newest("mailtest") == [message]
+
+
+def test_released_octets_make_room():
+    _, store = store_on_clock(max_memory=1_000)
+    store.reserve(1_000)
+    with pytest.raises(mailtest.Full):
+        store.reserve(1)
+    store.release(1_000)
+    store.reserve(1_000)
+    assert store.counters()["octets"] == 1_000
+
+
+def test_expiry_makes_room_without_a_request():
+    clock, store = store_on_clock(max_memory=3_000)
+    delivered(store, "a@x.example", octets=b"x" * 600)
+    clock.now += 600.0
+    store.reserve(3_000)                 # all of it is free
+
+
+def test_thread_that_expires_ends_with_the_store():
+    clock, store = store_on_clock()
+    delivered(store, "a@x.example")
+    clock.now += 600.0
+    thread = threading.Thread(target=store.keep_expiring)
+    thread.start()
+    events, _ = store.events(1, 10.0)    # returns when the inbox has expired: nobody asked for it
+    store.close()
+    thread.join(10.0)
+    assert [event.kind for event in events] == ["expired"]
+    assert not thread.is_alive()
+
+
+# -- servers, lists, directions
+
+SERVERS_OF = {
+    "first label and whole domain": ("a@abcd1234.mailosaur.net",
+                                     ("abcd1234", "abcd1234.mailosaur.net")),
+    "a domain of one label": ("a@localhost", ("localhost",)),
+    "an address literal": ("a@[127.0.0.1]", ("[127.0.0.1]",)),
+    "postmaster has none": ("postmaster", ()),
+    "a telephone has none": ("+4915112345", ()),
+    "a quoted at sign": ('"a@b"@c.example', ("c", "c.example")),
+}
+
+
+@pytest.mark.parametrize("key, ids", rows(SERVERS_OF))
+def test_servers_of_an_address(key, ids):
+    assert mailtest.servers_of(key) == ids
+
+
+def test_server_lists_its_messages_newest_first():
+    _, store = store_on_clock()
+    first = delivered(store, "a@abcd1234.example")
+    second = delivered(store, "b@ABCD1234.example", "c@other.example")
+    assert store.newest("abcd1234") == store.newest("abcd1234.example") == [second, first]
+    assert store.newest("other") == [second]
+    assert store.newest("mailtest") == [second, first]
+    assert store.newest("unknown1") == []
+    assert [store.count(each) for each in ("abcd1234", "other", "mailtest", "unknown1")] == [
+        2, 1, 2, 0]
+
+
+def test_slices_of_a_list():
+    _, store = store_on_clock()
+    sent = [delivered(store, "a@x.example") for _ in range(5)][::-1]
+    assert store.newest("x", skip=1, count=2) == sent[1:3]
+    assert store.newest("x", skip=9, count=2) == store.newest("x", count=0) == []
+    assert store.newest("x", after=sent[2].received) == sent[:2]
+    assert store.newest("x", after=sent[0].received) == []
+
+
+def test_sent_mail_is_in_the_outbox_alone():
+    _, store = store_on_clock()
+    sent = delivered(store, "a@x.example", direction="Sent", server="abcd1234")
+    assert sent.inboxes == ("outbox of abcd1234",)
+    assert store.newest("abcd1234", "Sent") == store.newest("mailtest", "Sent") == [sent]
+    assert store.newest("abcd1234") == store.newest("x") == store.newest("mailtest") == []
+    assert store.inboxes() == []
+    with pytest.raises(mailtest.Unknown):
+        store.inbox("a@x.example")
+
+
+def test_delivered_under_a_server_that_is_named_it_is_listed_there_too():
+    _, store = store_on_clock()
+    message = delivered(store, "a@x.example", server="abcd1234")
+    assert message.servers == ("abcd1234", "x", "x.example")
+    assert store.newest("abcd1234") == store.newest("x") == [message]
+
+
+def test_emptying_a_server_ends_its_messages_everywhere():
+    _, store = store_on_clock()
+    delivered(store, "a@x.example", "b@y.example")
+    stays = delivered(store, "b@y.example")
+    store.empty("x")
+    assert store.newest("mailtest") == store.newest("y") == [stays]
+    assert store.arrivals(at("b@y.example"))[1] == [stays]
+    assert store.arrivals(at("a@x.example")) == (0, [])
+
+
+def test_emptying_the_default_server_ends_every_message():
+    _, store = store_on_clock()
+    delivered(store, "a@x.example")
+    delivered(store, "b@mailtest.example")
+    store.empty("mailtest")
+    assert store.counters()["messages"] == 0
+    assert store.newest("x") == store.newest("mailtest.example") == []
+
+
+def test_servers_are_the_default_the_named_and_those_that_hold_mail():
+    _, store = store_on_clock()
+    store.name_server("abcd1234", "Shop")
+    delivered(store, "a@x.example")
+    assert store.servers() == {"mailtest": "Every message", "abcd1234": "Shop",
+                               "x": "x", "x.example": "x.example"}
+    store.name_server("abcd1234", "Shop 2")
+    assert store.servers()["abcd1234"] == "Shop 2"
+    store.drop_server("abcd1234")
+    assert "abcd1234" not in store.servers()
+
+
+def test_devices_are_kept_until_they_are_dropped():
+    _, store = store_on_clock()
+    device = store.add_device("phone", "ONSWG4TFOQYTEMY=")
+    assert device == {"id": device["id"], "name": "phone", "sharedSecret": "ONSWG4TFOQYTEMY="}
+    assert store.devices() == [device]
+    store.drop_device(device["id"])
+    assert store.devices() == []
+
+
+def test_ids_are_random_uuids():
+    ids = {mailtest.new_id() for _ in range(100)}
+    shape = re.compile(r"[0-9a-f]{8}-[0-9a-f]{4}-4[0-9a-f]{3}-[89ab][0-9a-f]{3}-[0-9a-f]{12}")
+    assert len(ids) == 100 and all(map(shape.fullmatch, ids))
+
+
+OURS = {
+    "an acquired inbox": ("{acquired}", True),
+    "a tag of it": ("{tagged}", True),
+    "our domain in any case": ("new@MAILTEST.example", True),
+    "a named server's first label": ("a@abcd1234.mailosaur.net", True),
+    "an inbox that came with a mail": ("app@user.example", False),
+    "anyone else": ("someone@else.example", False),
+    "a subdomain of ours": ("a@sub.mailtest.example", False),
+}
+
+
+@pytest.mark.parametrize("address, ours", rows(OURS))
+def test_is_ours(address, ours):
+    _, store = store_on_clock()
+    acquired = store.acquire().address
+    store.name_server("abcd1234", "Shop")
+    delivered(store, "app@user.example")
+    tagged = acquired.replace("@", "+tag@")
+    assert store.is_ours(address.format(acquired=acquired, tagged=tagged)) is ours
+
+
+def test_inboxes_are_listed_acquired_first():
+    _, store = store_on_clock()
+    delivered(store, "z@x.example", "a@x.example")
+    acquired = store.acquire().address
+    assert [view.address for view in store.inboxes()] == [acquired, "a@x.example", "z@x.example"]
+
+
+def test_counters_of_a_store():
+    _, store = store_on_clock(max_memory=10_000)
+    delivered(store, "a@x.example", octets=b"")
+    delivered(store, "+4915112345", octets=b"hi", kind="SMS")
+    store.reserve(5)
+    assert store.counters() == {
+        "messages": 2, "inboxes": 2, "octets": 2 * 1_200 + 2 * 1_000 + 2 * 100 + 2 + 5,
+        "max_memory": 10_000, "accepted": 1, "sms": 1, "sessions": 0, "events": 2, "waiters": 0}
+
+
+# -- strict, scripted failures
+
+def test_strict_store_takes_mail_for_acquired_inboxes_alone():
+    clock, store = store_on_clock(strict=True)
+    address = store.acquire().address
+    assert store.refusal(address.upper()) == store.refusal(address.replace("@", "+tag@")) == ""
+    assert store.refusal("a@x.example") == "no such inbox"
+    clock.now += 600.0
+    assert store.refusal(address) == (f"the inbox {address.lower()!r} expired at "
+                                      "1970-01-01T00:26:40.000000+00:00; acquire a new one")
+
+
+def test_strict_store_knows_the_end_of_a_tagged_inbox_too():
+    clock, store = store_on_clock(strict=True)
+    address = store.acquire().address
+    clock.now += 600.0
+    assert "expired at" in store.refusal(address.replace("@", "+tag@"))
+
+
+# fail=..., then (stage, code, delay, times)
+FAILURES = {
+    "a reply code once": ("rcpt:451", ("rcpt", 451, 0.0, 1)),
+    "a reply code so often": ("rcpt:451*2", ("rcpt", 451, 0.0, 2)),
+    "5xx": ("data:554*3", ("data", 554, 0.0, 3)),
+    "drop": ("mail:drop", ("mail", -1, 0.0, 1)),
+    "delay": ("data:delay=2.5*9", ("data", 0, 2.5, 9)),
+    "capitals and blanks around": (" RCPT:DROP ", ("rcpt", -1, 0.0, 1)),
+    "the longest delay": ("rcpt:delay=60", ("rcpt", 0, 60.0, 1)),
+}
+
+
+@pytest.mark.parametrize("text, expected", rows(FAILURES))
+def test_parse_failure(text, expected):
+    failure = mailtest.parse_failure(text, mailtest.Limits())
+    assert (failure.stage, failure.code, failure.delay, failure.times) == expected
+    assert (failure.text, failure.answered) == (text.strip(), 0)
+
+
+@pytest.mark.parametrize("text", [
+    "", "rcpt", "rcpt:", "rcpt:250", "rcpt:600", "rcpt:45", "ehlo:451", "rcpt:451*0", "rcpt:451*",
+    "rcpt:451*-1", "rcpt:delay", "rcpt:delay=-1", "rcpt:delay=1e3", "rcpt:delay=.5", "rcpt:451 2",
+    "rcpt:451*2*3", "rcpt:451,data:drop"])
+def test_failure_that_is_none_says_what_was_expected(text):
+    with pytest.raises(ValueError) as error:
+        mailtest.parse_failure(text, mailtest.Limits())
+    assert str(error.value) == (
+        "expected fail=STAGE:ACTION[*TIMES] with a stage mail, rcpt or data and an action 4xx, "
+        f"5xx, drop or delay=SECONDS, such as fail=rcpt:451*2; got {text!r}")
+
+
+def test_failure_with_too_long_a_delay_says_what_was_expected():
+    with pytest.raises(ValueError) as error:
+        mailtest.parse_failure("rcpt:delay=60.5", mailtest.Limits())
+    assert str(error.value) == "expected a delay of at most 60 seconds, got 'rcpt:delay=60.5'"
+
+
+def failing(store, *texts):
+    """The address of an inbox with these scripted failures."""
+    return store.acquire(tuple(mailtest.parse_failure(text, store.limits)
+                               for text in texts)).address
+
+
+def test_scripted_failures_are_answered_in_order_and_counted():
+    _, store = store_on_clock()
+    address = failing(store, "rcpt:451*2", "data:552", "rcpt:550")
+    found = [store.scripted("rcpt", address.upper()) for _ in range(4)]
+    assert [failure and failure.text for failure in found] == [
+        "rcpt:451*2", "rcpt:451*2", "rcpt:550", None]
+    assert store.inbox(address).failures == (
+        ("rcpt:451*2", 2, 0), ("data:552", 0, 1), ("rcpt:550", 1, 0))
+
+
+def test_scripted_failures_stay_exact_under_concurrency():
+    _, store = store_on_clock()
+    address = failing(store, "rcpt:451*100")
+    answers = []
+
+    def ask():
+        for _ in range(50):
+            answers.append(store.scripted("rcpt", address) is not None)
+    threads = [threading.Thread(target=ask) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert (answers.count(True), len(answers)) == (100, 200)
+
+
+def test_expired_inbox_scripts_nothing():
+    clock, store = store_on_clock()
+    address = failing(store, "mail:451")
+    clock.now += 600.0
+    assert store.scripted("mail", address) is None
+
+
+# -- events
+
+def test_events_are_numbered_from_one_and_tell_what_happened():
+    clock, store = store_on_clock()
+    address = store.acquire().address
+    message = delivered(store, address)
+    other = delivered(store, "b@x.example")
+    store.delete(other.id)
+    store.empty("x")
+    store.drop_inbox("b@x.example")
+    clock.now += 600.0
+    store.counters()
+    assert store.events(0, 0.0) == ([
+        mailtest.Event(1, "inbox", {"address": address, "expires": 1600.0}),
+        mailtest.Event(2, "message", {"id": message.id}),
+        mailtest.Event(3, "message", {"id": other.id}),
+        mailtest.Event(4, "deleted", {"id": other.id}),
+        mailtest.Event(5, "emptied", {"server": "x"}),
+        mailtest.Event(6, "deleted", {"address": "b@x.example"}),
+        mailtest.Event(7, "expired", {"address": address}),
+    ], False)
+    assert (message.number, other.number, store.number) == (2, 3, 7)
+
+
+# events seen, then the numbers that follow and whether some were lost; 3 of 6 are kept
+RESUMED = {
+    "from the start": (0, [4, 5, 6], True),
+    "after one that is not kept": (2, [4, 5, 6], True),
+    "after the last that is not kept": (3, [4, 5, 6], False),
+    "after one that is kept": (5, [6], False),
+    "after the latest": (6, [], False),
+}
+
+
+@pytest.mark.parametrize("after, numbers, lost", rows(RESUMED))
+def test_events_resume(after, numbers, lost):
+    _, store = store_on_clock(events=3)
+    for _ in range(6):
+        delivered(store, "a@x.example")
+    events, was_lost = store.events(after, 0.0)
+    assert ([event.number for event in events], was_lost) == (numbers, lost)
+
+
+def test_no_events_are_lost_before_the_first():
+    _, store = store_on_clock()
+    assert store.events(0, 0.0) == ([], False)
+
+
+# -- waiting
+
+@pytest.fixture
+def waiting_store(monkeypatch):
+    """A store whose waiters are announced: next_waiter() returns once one more has begun."""
+    entered = threading.Semaphore(0)
+
+    class Announced(threading.Condition):
+        """Says when somebody begins to wait.  The lock is held then, so whoever takes the lock
+        afterwards finds him waiting."""
+
+        def wait(self, timeout=None):
+            entered.release()
+            return super().wait(timeout)
+
+    class Threading:
+        Condition = Announced
+        Lock = staticmethod(threading.Lock)
+    monkeypatch.setattr(mailtest, "threading", Threading)
+    store = mailtest.Store(mailtest.Limits(waiters=1_000))
+
+    def next_waiter():
+        assert entered.acquire(timeout=10), "nobody waits"
+    store.next_waiter = next_waiter
+    yield store
+    store.close()
+
+
+def in_thread(function, *arguments):
+    """A thread that runs the function; join_value() returns its result."""
+    results = []
+
+    def run():
+        try:
+            results.append(function(*arguments))
+        except Exception as error:       # handed to the test
+            results.append(error)
+    thread = threading.Thread(target=run, daemon=True)
+
+    def join_value():
+        thread.join(10)
+        assert results, "the thread did not end"
+        return results[0]
+    thread.join_value = join_value
+    thread.start()
+    return thread
+
+
+def test_arrivals_of_a_place():
+    _, store = store_on_clock()
+    first, second = delivered(store, "a@x.example"), delivered(store, "a@x.example")
+    assert store.arrivals(at("A@x.example")) == (2, [second, first])
+    assert store.arrivals(at("a@x.example"), 1) == (2, [second])
+    assert store.arrivals(at("/x"), 2) == (2, [])
+    assert store.arrivals(at("/mailtest")) == (2, [second, first])
+    assert store.arrivals(at("/unknown")) == (0, [])
+    assert store.arrivals(at("b@x.example")) == (mailtest.NOT_YET, [])
+
+
+def test_wait_returns_at_once_for_what_is_there():
+    _, store = store_on_clock(waiters=0)         # nobody may wait
+    delivered(store, "a@x.example")
+    store.wait(at("a@x.example"), 0, 60.0)
+    store.wait(at("/x"), 0, 60.0)
+    with pytest.raises(mailtest.Full):
+        store.wait(at("a@x.example"), 1, 60.0)
+
+
+def test_wait_returns_at_once_when_the_inbox_has_ended():
+    _, store = store_on_clock(waiters=0)
+    delivered(store, "a@x.example")
+    store.drop_inbox("a@x.example")
+    store.wait(at("a@x.example"), 1, 60.0)
+
+
+def test_wait_returns_at_once_when_the_store_is_closed():
+    _, store = store_on_clock(waiters=0)
+    store.close()
+    store.wait(at("a@x.example"), mailtest.NOT_YET, 60.0)
+    assert store.closed
+
+
+def test_wait_ends_after_its_time_and_leaves_nothing_behind():
+    _, store = store_on_clock()
+    store.wait(at("a@x.example"), mailtest.NOT_YET, 0.001)
+    assert (store.counters()["waiters"], store._waiting) == (0, {})
+
+
+PLACES = {
+    "an inbox": ("a@x.example", "a@x.example"),
+    "an inbox in another case": ("A@X.example", "a@x.example"),
+    "a server": ("/x", "a@x.example"),
+    "a server's whole domain": ("/x.example", "a@x.example"),
+    "the default server": ("/mailtest", "a@x.example"),
+    "the second recipient's inbox": ("b@x.example", "a@x.example"),
+    "the second recipient's server": ("/y", "a@x.example"),
+}
+
+
+@pytest.mark.parametrize("place, path", rows(PLACES))
+def test_waiter_is_woken_by_mail_at_its_place(place, path, waiting_store):
+    store = waiting_store
+    seen, _ = store.arrivals(at(place))
+    waiter = in_thread(store.wait, at(place), seen, 60.0)
+    store.next_waiter()
+    delivered(store, path, "b@x.example", "c@y.example")
+    waiter.join_value()
+    assert store.counters()["waiters"] == 0
+
+
+def test_waiter_of_a_tagged_address_is_woken(waiting_store):
+    store = waiting_store
+    tagged = store.acquire().address.replace("@", "+tag@")
+    waiter = in_thread(store.wait, at(tagged), 0, 60.0)
+    store.next_waiter()
+    delivered(store, tagged)
+    waiter.join_value()
+
+
+def test_waiter_is_woken_by_the_end_of_its_inbox(waiting_store):
+    store = waiting_store
+    address = store.acquire().address
+    waiter = in_thread(store.wait, at(address), 0, 60.0)
+    store.next_waiter()
+    store.drop_inbox(address)
+    waiter.join_value()
+
+
+def test_two_hundred_waiters_are_each_woken_by_their_own_mail_alone(waiting_store):
+    store = waiting_store
+    addresses = [store.acquire().address for _ in range(200)]
+    waiters = [in_thread(store.wait, at(address), 0, 60.0) for address in addresses]
+    for _ in waiters:
+        store.next_waiter()
+    assert store.counters()["waiters"] == 200
+    for done, (waiter, address) in enumerate(zip(waiters, addresses), 1):
+        delivered(store, address)
+        waiter.join_value()
+        assert store.counters()["waiters"] == 200 - done
+
+
+def test_close_wakes_everyone(waiting_store):
+    store = waiting_store
+    waiters = [in_thread(store.wait, at(place), store.arrivals(at(place))[0], 60.0)
+               for place in ("a@x.example", "/x", "/mailtest")]
+    waiters += [in_thread(store.events, 0, 60.0), in_thread(store.keep_expiring)]
+    for _ in waiters:
+        store.next_waiter()
+    store.close()
+    assert [waiter.join_value() for waiter in waiters] == [None] * 3 + [([], False), None]
+
+
+def test_events_are_waited_for(waiting_store):
+    store = waiting_store
+    waiter = in_thread(store.events, 0, 60.0)
+    store.next_waiter()
+    message = delivered(store, "a@x.example")
+    assert waiter.join_value() == ([mailtest.Event(1, "message", {"id": message.id})], False)
+
+
+def test_collect_returns_at_once_what_is_there():
+    _, store = store_on_clock(waiters=0)
+    sent = [delivered(store, "a@x.example") for _ in range(3)][::-1]
+    assert mailtest.collect(store, at("a@x.example"), lambda message: True, 2, 60.0) == sent
+    assert mailtest.collect(store, at("a@x.example"), lambda message: True, 1, 60.0,
+                            after=sent[1].number) == sent[:1]
+    assert mailtest.collect(store, at("a@x.example"), lambda message: False, 1, 0.0) == []
+
+
+def test_collect_looks_at_each_message_once_and_waits_for_the_rest(waiting_store):
+    store = waiting_store
+    looked_at = []
+
+    def match(message):
+        looked_at.append(message)
+        return b"yes" in message.octets
+    first = delivered(store, "a@x.example", octets=b"yes 1")
+    collected = in_thread(mailtest.collect, store, at("a@x.example"), match, 2, 60.0)
+    store.next_waiter()
+    other = delivered(store, "a@x.example", octets=b"no")
+    store.next_waiter()
+    second = delivered(store, "a@x.example", octets=b"yes 2")
+    assert collected.join_value() == [second, first]
+    assert looked_at == [first, other, second]
+
+
+def test_collect_waits_for_an_inbox_that_does_not_exist_yet(waiting_store):
+    store = waiting_store
+    collected = in_thread(mailtest.collect, store, at("new@x.example"), lambda message: True,
+                          1, 60.0)
+    store.next_waiter()
+    message = delivered(store, "new@x.example")
+    assert collected.join_value() == [message]
+
+
+def test_collect_returns_no_message_twice_when_others_are_deleted(waiting_store):
+    store = waiting_store
+    messages = [delivered(store, "a@x.example") for _ in range(2)]
+    collected = in_thread(mailtest.collect, store, at("a@x.example"), lambda message: True,
+                          3, 60.0)
+    store.next_waiter()
+    store.delete(messages[1].id)
+    third = delivered(store, "a@x.example")
+    assert collected.join_value() == [third, messages[1], messages[0]]
+
+
+def test_collect_ends_when_the_store_closes(waiting_store):
+    store = waiting_store
+    collected = in_thread(mailtest.collect, store, at("a@x.example"), lambda message: True,
+                          1, 60.0)
+    store.next_waiter()
+    store.close()
+    assert collected.join_value() == []
+
+
+def test_collect_gives_up_when_its_client_has_hung_up():
+    _, store = store_on_clock()
+    with pytest.raises(mailtest.Abandoned):
+        mailtest.collect(store, at("a@x.example"), lambda message: True, 1, 60.0,
+                         abandoned=lambda: True)
+    assert store.counters()["waiters"] == 0
+
+
+# -- what is kept beside
+
+def test_json_is_kept_up_to_the_bound():
+    _, store = store_on_clock(kept=100)
+    messages = [delivered(store, "a@x.example") for _ in range(5)]
+    for message in messages:
+        store.keep(message, "summary", b"x" * 10)
+        store.keep(message, "rendered", b"y" * 14)
+    assert [(message.summary, message.rendered) for message in messages] == (
+        [(None, None)] + [(b"x" * 10, b"y" * 14)] * 4)
+    assert store._kept_octets == 96
+
+
+def test_json_that_is_too_large_is_not_kept():
+    _, store = store_on_clock(kept=100)
+    message = delivered(store, "a@x.example")
+    store.keep(message, "rendered", b"x" * 26)
+    assert message.rendered is None
+
+
+def test_json_that_is_kept_again_is_counted_once():
+    _, store = store_on_clock()
+    message = delivered(store, "a@x.example")
+    store.keep(message, "rendered", b"xx")
+    store.keep(message, "rendered", b"xxxx")
+    assert (message.rendered, store._kept_octets) == (b"xxxx", 4)
+
+
+def test_json_goes_with_its_message():
+    _, store = store_on_clock()
+    message = delivered(store, "a@x.example")
+    store.keep(message, "summary", b"xx")
+    store.delete(message.id)
+    store.keep(message, "summary", b"late")      # made while it was deleted
+    assert (message.summary, store._kept_octets, len(store._kept)) == (None, 0, 0)
+
+
+def test_json_goes_when_one_of_its_inboxes_ends():
+    _, store = store_on_clock()
+    message = delivered(store, "a@x.example", "b@x.example")
+    store.keep(message, "summary", b"a and b")
+    store.drop_inbox("a@x.example")
+    assert (message.summary, store._kept_octets) == (None, 0)
+
+
+def test_polling_client_is_told_from_one_that_searches_again():
+    clock, store = store_on_clock()
+    store.poll_answered("search")
+    assert not store.polled_again("another search")
+    clock.now += 0.25
+    assert store.polled_again("search")
+    assert not store.polled_again("search")      # it was not answered since
+    store.poll_answered("search")
+    clock.now += 0.26
+    assert not store.polled_again("search")
+
+
+def test_polls_are_remembered_up_to_the_bound():
+    _, store = store_on_clock(polls=2)
+    for key in "abc":
+        store.poll_answered(key)
+    assert [store.polled_again(key) for key in "abc"] == [False, True, True]
+
+
+def test_store_counts_requests_by_client():
+    clock, store = store_on_clock(rate=2)
+    assert [store.rate("192.0.2.1") for _ in range(3)] == [0, 0, 60]
+    assert store.rate("192.0.2.2") == 0
+    clock.now += 60.0
+    assert store.rate("192.0.2.1") == 0
+
+
+def test_store_without_a_rate_counts_nothing():
+    _, store = store_on_clock()
+    assert [store.rate("192.0.2.1") for _ in range(100)] == [0] * 100
+
+
+def test_sessions_are_remembered_newest_first_up_to_the_bound():
+    _, store = store_on_clock(sessions=2)
+    for _ in range(3):
+        mailtest.Session(store, client="192.0.2.1").receive(b"QUIT\r\n")
+    assert [record.number for record in store.sessions()] == [3, 2]
+    assert store.counters()["sessions"] == 3
+
+
+def test_keepers_are_called_with_each_message_and_without_the_lock():
+    _, store = store_on_clock()
+    kept = []
+    store.keepers.append(lambda message: kept.append((message, store.counters()["messages"])))
+    message = delivered(store, "a@x.example")
+    assert kept == [(message, 1)]
+
+
+# ---- SMTP session ----------------------------------------------------------
+# Dialogues.  "C: " sends a line, "c: " octets without CRLF, "S: " is a line that comes back, "M: "
+# is a message that is stored then, "E: " says that the session has ended, and how.  \r, \n and
+# \xNN stand for octets, {x*9} for nine x, <id> for the id of a message.  Sessions have small
+# limits: 2000 octets of a message, 3 recipients, 6 bad commands.
+
+SMALL = {"max_size": 2_000, "recipients": 3, "bad_commands": 6}
+
+EHLO_LINES = """\
+    S: 250-mailtest.example
+    S: 250-SIZE 2000
+    S: 250-8BITMIME
+    S: 250-SMTPUTF8
+    S: 250-PIPELINING
+    S: 250-ENHANCEDSTATUSCODES
+    S: 250-CHUNKING
+    S: 250-AUTH PLAIN LOGIN CRAM-MD5
+    S: 250 HELP
+"""
+
+GREETED = "    C: EHLO client.example\n" + EHLO_LINES
+
+HELP_LINES = """\
+    S: 214-2.0.0 Commands:
+    S: 214-2.0.0 EHLO domain
+    S: 214-2.0.0 HELO domain
+    S: 214-2.0.0 MAIL FROM:<reverse-path> [SIZE=n] [BODY=7BIT|8BITMIME] [SMTPUTF8] [AUTH=mailbox]
+    S: 214-2.0.0 RCPT TO:<forward-path>
+    S: 214-2.0.0 DATA
+    S: 214-2.0.0 BDAT octets [LAST]
+    S: 214-2.0.0 RSET
+    S: 214-2.0.0 NOOP [text]
+    S: 214-2.0.0 VRFY mailbox
+    S: 214-2.0.0 HELP [command]
+    S: 214-2.0.0 QUIT
+    S: 214-2.0.0 STARTTLS
+    S: 214 2.0.0 AUTH mechanism [initial-response]
+"""
+
+TO_DATA = """
+    C: MAIL FROM:<a@client.example>
+    S: 250 2.1.0 Ok
+    C: RCPT TO:<b@mailtest.example>
+    S: 250 2.1.5 Ok
+    C: DATA
+    S: 354 End data with <CR><LF>.<CR><LF>
+"""
+
+TO_BDAT = """
+    C: MAIL FROM:<a@client.example>
+    S: 250 2.1.0 Ok
+    C: RCPT TO:<b@mailtest.example>
+    S: 250 2.1.5 Ok
+"""
+
+QUEUED = "    S: 250 2.0.0 Ok: queued as <id>\n"
+NOT_CONTROL = ("500 5.5.2 Expected no control character, NUL, bare CR or bare LF in a command")
+
+# from the greeting on
+UNGREETED = {
+    "EHLO lists the extensions": GREETED,
+    "HELO answers one line": """
+        C: HELO client.example
+        S: 250 mailtest.example""",
+    "a mail goes through after HELO": """
+        C: HELO client.example
+        S: 250 mailtest.example""" + TO_DATA + r"""
+        C: .
+        S: 250 2.0.0 Ok: queued as <id>
+        M: """,
+    "EHLO may be an address literal": "C: EHLO [127.0.0.1]\n" + EHLO_LINES,
+    "EHLO without a domain": """
+        C: EHLO
+        S: 501 5.5.4 Expected EHLO with your domain or address literal""",
+    "HELO without a domain": """
+        C: HELO
+        S: 501 5.5.4 Expected HELO with your domain or address literal""",
+    "EHLO that failed does not greet": """
+        C: EHLO
+        S: 501 5.5.4 Expected EHLO with your domain or address literal
+        C: MAIL FROM:<>
+        S: 503 5.5.1 Send EHLO first""",
+    "MAIL, RCPT, DATA and AUTH want EHLO first": """
+        C: MAIL FROM:<a@client.example>
+        S: 503 5.5.1 Send EHLO first
+        C: RCPT TO:<b@mailtest.example>
+        S: 503 5.5.1 Send EHLO first
+        C: DATA
+        S: 503 5.5.1 Send EHLO first
+        C: AUTH PLAIN AGFsaWNlAHNlY3JldA==
+        S: 503 5.5.1 Send EHLO first""",
+    "BDAT before EHLO is refused once its octets are read": r"""
+        C: BDAT 6 LAST
+        c: NOOP\r\n
+        S: 503 5.5.1 Send EHLO first""",
+    "RSET, NOOP, VRFY, HELP and QUIT need no EHLO": """
+        C: RSET
+        S: 250 2.0.0 Ok
+        C: NOOP
+        S: 250 2.0.0 Ok
+        C: VRFY b@mailtest.example
+        S: 252 2.5.2 Not verified, but mail to it may be accepted
+        C: HELP QUIT
+        S: 214 2.0.0 QUIT
+        C: QUIT
+        S: 221 2.0.0 Bye
+        E: quit""",
+    "commands and keywords are written in any case": r"""
+        C: hElO client.example
+        S: 250 mailtest.example
+        C: mAiL fRoM:<a@client.example> sIzE=10 bOdY=8bitMime sMtPuTf8 aUtH=<>
+        S: 250 2.1.0 Ok
+        C: rCpT tO:<b@mailtest.example>
+        S: 250 2.1.5 Ok
+        C: bDaT 1 lAsT
+        c: x
+        S: 250 2.0.0 Ok: queued as <id>
+        C: qUiT
+        S: 221 2.0.0 Bye
+        M: x
+        E: quit""",
+    "an HTTP request is cut off": """
+        C: POST / HTTP/1.1
+        S: 421 4.7.0 This is SMTP, not HTTP
+        E: spoke HTTP""",
+    "an HTTP request through a proxy is cut off": """
+        C: GET http://localhost:2525/ HTTP/1.1
+        S: 421 4.7.0 This is SMTP, not HTTP
+        E: spoke HTTP""",
+    "an HTTP request that is not known is cut off at its Host field": """
+        C: OPTIONS * HTTP/1.1
+        S: 500 5.5.2 Unknown command 'OPTIONS': HELP lists them
+        C: host: localhost:2525
+        S: 421 4.7.0 This is SMTP, not HTTP
+        E: spoke HTTP""",
+    "an HTTP request with a long line is cut off": """
+        C: POST /{a*2000} HTTP/1.1
+        S: 421 4.7.0 This is SMTP, not HTTP
+        E: spoke HTTP""",
+    "an HTTP request with a control character is cut off": r"""
+        C: POST /\x09 HTTP/1.1
+        S: 421 4.7.0 This is SMTP, not HTTP
+        E: spoke HTTP""",
+    "a TLS talker is cut off": r"""
+        c: \x16\x03
+        E: spoke TLS at once: use STARTTLS, or the port of --smtps""",
+    "a TLS talker whose hello holds CRLF is cut off": r"""
+        c: \x16\x03\x01\x00\xfa\r\n
+        E: spoke TLS at once: use STARTTLS, or the port of --smtps""",
+    "a session of many blank lines ends": """
+        C:
+        C:
+        C:
+        C:
+        C:
+        C:
+        C:
+        S: 500 5.5.2 Unknown command '': HELP lists them
+        S: 500 5.5.2 Unknown command '': HELP lists them
+        S: 500 5.5.2 Unknown command '': HELP lists them
+        S: 500 5.5.2 Unknown command '': HELP lists them
+        S: 500 5.5.2 Unknown command '': HELP lists them
+        S: 500 5.5.2 Unknown command '': HELP lists them
+        S: 421 4.7.0 Too many bad commands
+        E: too many bad commands""",
+}
+
+# after EHLO
+DIALOGUES = {
+    "null reverse-path is a transaction": r"""
+        C: MAIL FROM:<>
+        S: 250 2.1.0 Ok
+        C: RCPT TO:<b@mailtest.example>
+        S: 250 2.1.5 Ok
+        C: DATA
+        S: 354 End data with <CR><LF>.<CR><LF>
+        C: Subject: bounce
+        C: .
+        S: 250 2.0.0 Ok: queued as <id>
+        M: Subject: bounce\r\n""",
+    "two transactions in a session": TO_DATA + r"""
+        C: one
+        C: .
+        S: 250 2.0.0 Ok: queued as <id>
+        M: one\r\n""" + TO_DATA + r"""
+        C: two
+        C: .
+        S: 250 2.0.0 Ok: queued as <id>
+        M: two\r\n""",
+    "mail data without a line": TO_DATA + """
+        C: .
+        S: 250 2.0.0 Ok: queued as <id>
+        M: """,
+    "mail data that is one empty line": TO_DATA + r"""
+        C:
+        C: .
+        S: 250 2.0.0 Ok: queued as <id>
+        M: \r\n""",
+    "mail data that holds commands": TO_DATA + r"""
+        C: QUIT
+        C: RSET
+        C: DATA
+        C: .
+        S: 250 2.0.0 Ok: queued as <id>
+        M: QUIT\r\nRSET\r\nDATA\r\n""",
+    "dot-stuffing is undone": TO_DATA + r"""
+        C: a
+        C: ..
+        C: ...
+        C: ..x
+        C: .y
+        C: a..b
+        C: .
+        S: 250 2.0.0 Ok: queued as <id>
+        M: a\r\n.\r\n..\r\n.x\r\ny\r\na..b\r\n""",
+    "dot-stuffing is undone in the first line": TO_DATA + r"""
+        C: ..
+        C: .
+        S: 250 2.0.0 Ok: queued as <id>
+        M: .\r\n""",
+    "octets are kept exactly": TO_DATA + r"""
+        C: \x00\x01\x7f\x80\xff\n\r\x0c bare\n\nLF\rCR
+        C: {x*1500}
+        C: .
+        S: 250 2.0.0 Ok: queued as <id>
+        M: \x00\x01\x7f\x80\xff\n\r\x0c bare\n\nLF\rCR\r\n{x*1500}\r\n""",
+    "mail data that is too large is read to its end": TO_DATA + """
+        C: {x*1999}
+        C: QUIT
+        C: .
+        S: 552 5.3.4 Message too large: expected at most 2000 octets (--max-size)
+        C: NOOP
+        S: 250 2.0.0 Ok
+        C: DATA
+        S: 503 5.5.1 Send MAIL first""",
+    "mail data with an argument": """
+        C: MAIL FROM:<>
+        S: 250 2.1.0 Ok
+        C: RCPT TO:<b@mailtest.example>
+        S: 250 2.1.5 Ok
+        C: DATA now
+        S: 501 5.5.4 Expected DATA alone, got 'now' after it""",
+
+    "order: RCPT before MAIL": "C: RCPT TO:<b@mailtest.example>\nS: 503 5.5.1 Send MAIL first",
+    "order: DATA before MAIL": "C: DATA\nS: 503 5.5.1 Send MAIL first",
+    "order: DATA before RCPT": """
+        C: MAIL FROM:<>
+        S: 250 2.1.0 Ok
+        C: DATA
+        S: 503 5.5.1 Send RCPT first: no recipient was accepted""",
+    "order: DATA after every recipient was refused": """
+        C: MAIL FROM:<>
+        S: 250 2.1.0 Ok
+        C: RCPT TO:<nobody>
+        S: 501 5.1.3 Expected local-part@domain, got 'nobody'
+        C: DATA
+        S: 503 5.5.1 Send RCPT first: no recipient was accepted""",
+    "order: MAIL within a transaction": """
+        C: MAIL FROM:<>
+        S: 250 2.1.0 Ok
+        C: MAIL FROM:<>
+        S: 503 5.5.1 A mail transaction is open: send RSET, or end it""",
+    "order: AUTH within a transaction": """
+        C: MAIL FROM:<>
+        S: 250 2.1.0 Ok
+        C: AUTH PLAIN AGFsaWNlAHNlY3JldA==
+        S: 503 5.5.1 A mail transaction is open: send RSET, or end it""",
+    "order: the transaction ends with its mail": TO_DATA + """
+        C: .
+        S: 250 2.0.0 Ok: queued as <id>
+        M:
+        C: RCPT TO:<b@mailtest.example>
+        S: 503 5.5.1 Send MAIL first""",
+    "RSET ends a transaction": """
+        C: MAIL FROM:<>
+        S: 250 2.1.0 Ok
+        C: RCPT TO:<b@mailtest.example>
+        S: 250 2.1.5 Ok
+        C: RSET
+        S: 250 2.0.0 Ok
+        C: DATA
+        S: 503 5.5.1 Send MAIL first""",
+    "EHLO ends a transaction": """
+        C: MAIL FROM:<>
+        S: 250 2.1.0 Ok
+""" + GREETED + """
+        C: RCPT TO:<b@mailtest.example>
+        S: 503 5.5.1 Send MAIL first""",
+    "EHLO that fails does not end a transaction": """
+        C: MAIL FROM:<>
+        S: 250 2.1.0 Ok
+        C: EHLO
+        S: 501 5.5.4 Expected EHLO with your domain or address literal
+        C: RCPT TO:<b@mailtest.example>
+        S: 250 2.1.5 Ok""",
+    "NOOP, VRFY and HELP do not touch a transaction": r"""
+        C: MAIL FROM:<>
+        S: 250 2.1.0 Ok
+        C: RCPT TO:<b@mailtest.example>
+        S: 250 2.1.5 Ok
+        C: NOOP
+        S: 250 2.0.0 Ok
+        C: VRFY b
+        S: 252 2.5.2 Not verified, but mail to it may be accepted
+        C: HELP NOOP
+        S: 214 2.0.0 NOOP [text]
+        C: BDAT 1 LAST
+        c: x
+        S: 250 2.0.0 Ok: queued as <id>
+        M: x""",
+    "a refused RCPT leaves the others": r"""
+        C: MAIL FROM:<>
+        S: 250 2.1.0 Ok
+        C: RCPT TO:<b@mailtest.example>
+        S: 250 2.1.5 Ok
+        C: RCPT TO:<>
+        S: 501 5.5.4 Expected RCPT TO:<address>, got 'RCPT' 'TO:<>'
+        C: BDAT 1 LAST
+        c: x
+        S: 250 2.0.0 Ok: queued as <id>
+        M: x""",
+    "too many recipients": r"""
+        C: MAIL FROM:<>
+        S: 250 2.1.0 Ok
+        C: RCPT TO:<b@mailtest.example>
+        S: 250 2.1.5 Ok
+        C: RCPT TO:<c@mailtest.example>
+        S: 250 2.1.5 Ok
+        C: RCPT TO:<d@mailtest.example>
+        S: 250 2.1.5 Ok
+        C: RCPT TO:<e@mailtest.example>
+        S: 452 4.5.3 Too many recipients: expected at most 3
+        C: BDAT 1 LAST
+        c: x
+        S: 250 2.0.0 Ok: queued as <id>
+        M: x""",
+    "too many bad commands end the session": r"""
+        C: FOO
+        S: 500 5.5.2 Unknown command 'FOO': HELP lists them
+        C: FOO
+        S: 500 5.5.2 Unknown command 'FOO': HELP lists them
+        C: FOO
+        S: 500 5.5.2 Unknown command 'FOO': HELP lists them
+        C: FOO
+        S: 500 5.5.2 Unknown command 'FOO': HELP lists them
+        C: NOOP
+        S: 250 2.0.0 Ok
+        C: EXPN list
+        S: 502 5.5.1 EXPN is not implemented
+        C: NOOP\x00
+        S: """ + NOT_CONTROL + """
+        C: FOO
+        S: 421 4.7.0 Too many bad commands
+        E: too many bad commands""",
+    "QUIT stores nothing": """
+        C: MAIL FROM:<>
+        S: 250 2.1.0 Ok
+        C: RCPT TO:<b@mailtest.example>
+        S: 250 2.1.5 Ok
+        C: QUIT
+        S: 221 2.0.0 Bye
+        E: quit""",
+    "HELP lists the commands": "C: HELP\n" + HELP_LINES,
+    "HELP with something unknown lists the commands": "C: HELP me\n" + HELP_LINES,
+    "HELP with something beyond ASCII lists the commands": "C: HELP ü\n" + HELP_LINES,
+
+    # lines
+    "a bare CR does not end a line": r"C: NOOP\rNOOP" + f"\nS: {NOT_CONTROL}",
+    "a bare LF does not end a line": r"C: NOOP\nNOOP" + f"\nS: {NOT_CONTROL}",
+    "CR CR LF ends a line that holds a bare CR": r"C: NOOP\r" + f"\nS: {NOT_CONTROL}",
+    "NUL in a command": r"C: NOOP \x00" + f"\nS: {NOT_CONTROL}",
+    "TAB in a command": r"C: NOOP" + r"\x09x" + f"\nS: {NOT_CONTROL}",
+    "DEL in a command": r"C: NOOP \x7f" + f"\nS: {NOT_CONTROL}",
+    "an argument that is not UTF-8": r"C: NOOP \xff" + "\nS: 501 5.5.2 Expected ASCII or UTF-8",
+    "a verb that is not UTF-8": r"""
+        C: \xff\xfe
+        S: 500 5.5.2 Unknown command '\x5c\x5cxff\x5c\x5cxfe': HELP lists them""",
+    "an empty line": "C:\nS: 500 5.5.2 Unknown command '': HELP lists them",
+    "a blank before the verb": "C:  NOOP\nS: 500 5.5.2 Unknown command '': HELP lists them",
+    "an unknown verb is quoted in short":
+        "C: {X*100}\nS: 500 5.5.2 Unknown command '{X*57}...': HELP lists them",
+    "a line of 512 octets": "C: NOOP {x*505}\nS: 250 2.0.0 Ok",
+    "a line of 1065 octets": "C: NOOP {x*1058}\nS: 250 2.0.0 Ok",
+    "a line of 1066 octets": """
+        C: NOOP {x*1059}
+        S: 500 5.5.2 Line too long: expected at most 1065 octets with CRLF""",
+    "a line of 64 kB": """
+        C: NOOP {x*65531}
+        S: 500 5.5.2 Line too long: expected at most 1065 octets with CRLF""",
+    "a line that is too long within a transaction": r"""
+        C: MAIL FROM:<>
+        S: 250 2.1.0 Ok
+        C: RCPT TO:<{x*2000}@mailtest.example>
+        S: 500 5.5.2 Line too long: expected at most 1065 octets with CRLF
+        C: RCPT TO:<b@mailtest.example>
+        S: 250 2.1.5 Ok""",
+    "a line that is too long and ends in CR CR LF": r"""
+        C: {x*2000}\r
+        S: 500 5.5.2 Line too long: expected at most 1065 octets with CRLF""",
+    "AUTH may have a line of 12288 octets": """
+        C: AUTH NONE {x*12276}
+        S: 504 5.5.4 Unknown mechanism: expected PLAIN, LOGIN, CRAM-MD5""",
+    "AUTH with a line of 12289 octets": """
+        C: AUTH NONE {x*12277}
+        S: 500 5.5.2 Line too long: expected at most 12288 octets with CRLF""",
+
+    # BDAT
+    "BDAT: one chunk": TO_BDAT + r"""
+        C: BDAT 12 LAST
+        c: Subject: x\r\n
+        S: 250 2.0.0 Ok: queued as <id>
+        M: Subject: x\r\n""",
+    "BDAT: chunks": TO_BDAT + r"""
+        C: BDAT 3
+        c: a\r\n
+        S: 250 2.0.0 3 octets so far
+        C: BDAT 0
+        S: 250 2.0.0 3 octets so far
+        C: BDAT 2
+        c: b\r
+        S: 250 2.0.0 5 octets so far
+        C: BDAT 1 LAST
+        c: \n
+        S: 250 2.0.0 Ok: queued as <id>
+        M: a\r\nb\r\n""",
+    "BDAT: an empty last chunk": TO_BDAT + r"""
+        C: BDAT 1
+        c: x
+        S: 250 2.0.0 1 octets so far
+        C: BDAT 0 LAST
+        S: 250 2.0.0 Ok: queued as <id>
+        M: x""",
+    "BDAT: nothing but an empty last chunk": TO_BDAT + """
+        C: BDAT 0 LAST
+        S: 250 2.0.0 Ok: queued as <id>
+        M: """,
+    "BDAT: octets are kept exactly": TO_BDAT + r"""
+        C: BDAT 14 LAST
+        c: .\r\n..\r\n.\r\n\x00\xff\n\r
+        S: 250 2.0.0 Ok: queued as <id>
+        M: .\r\n..\r\n.\r\n\x00\xff\n\r""",
+    "BDAT: a chunk that looks like commands": TO_BDAT + r"""
+        C: BDAT 12 LAST
+        c: QUIT\r\nRSET\r\n
+        S: 250 2.0.0 Ok: queued as <id>
+        M: QUIT\r\nRSET\r\n""",
+    "BDAT: too large": TO_BDAT + """
+        C: BDAT 1999
+        c: {x*1999}
+        S: 250 2.0.0 1999 octets so far
+        C: BDAT 2 LAST
+        c: xx
+        S: 552 5.3.4 Message too large: expected at most 2000 octets (--max-size)
+        C: BDAT 5 LAST
+        c: xxxxx
+        S: 503 5.5.1 Send MAIL first""",
+    "BDAT: far too large before the last chunk": TO_BDAT + """
+        C: BDAT 3000
+        c: {x*3000}
+        S: 552 5.3.4 Message too large: expected at most 2000 octets (--max-size)
+        C: BDAT 5 LAST
+        c: xxxxx
+        S: 503 5.5.1 Send MAIL first""",
+    "BDAT: before RCPT": """
+        C: MAIL FROM:<>
+        S: 250 2.1.0 Ok
+        C: BDAT 5 LAST
+        c: xxxxx
+        S: 503 5.5.1 Send RCPT first: no recipient was accepted""",
+    "BDAT: a refused chunk without octets": """
+        C: BDAT 0 LAST
+        S: 503 5.5.1 Send MAIL first""",
+    "BDAT: DATA after a chunk": TO_BDAT + """
+        C: BDAT 1
+        c: x
+        S: 250 2.0.0 1 octets so far
+        C: DATA
+        S: 503 5.5.1 Expected BDAT: this transaction began with it
+        C: BDAT 1 LAST
+        c: y
+        S: 250 2.0.0 Ok: queued as <id>
+        M: xy""",
+    "BDAT: RSET between chunks": TO_BDAT + """
+        C: BDAT 1
+        c: x
+        S: 250 2.0.0 1 octets so far
+        C: RSET
+        S: 250 2.0.0 Ok
+        C: BDAT 1 LAST
+        c: y
+        S: 503 5.5.1 Send MAIL first""",
+    "BDAT: QUIT between chunks": TO_BDAT + """
+        C: BDAT 1
+        c: x
+        S: 250 2.0.0 1 octets so far
+        C: QUIT
+        S: 221 2.0.0 Bye
+        E: quit, 1 octets into the mail data""",
+
+    # AUTH
+    "AUTH: PLAIN with an initial response": """
+        C: AUTH PLAIN AGFsaWNlAHNlY3JldA==
+        S: 235 2.7.0 Authenticated
+        C: AUTH PLAIN AGFsaWNlAHNlY3JldA==
+        S: 503 5.5.1 Already authenticated""",
+    "AUTH: PLAIN without one": """
+        C: AUTH PLAIN
+        S: 334{ *1}
+        C: AGFsaWNlAHNlY3JldA==
+        S: 235 2.7.0 Authenticated""",
+    "AUTH: PLAIN with an identity": """
+        C: auth plain Ym9iAGFsaWNlAHNlY3JldA==
+        S: 235 2.7.0 Authenticated""",
+    "AUTH: PLAIN with an empty initial response": """
+        C: AUTH PLAIN =
+        S: 501 5.5.2 Expected base64 of [identity] NUL user NUL password""",
+    "AUTH: PLAIN with one NUL": """
+        C: AUTH PLAIN YWxpY2UAc2VjcmV0
+        S: 501 5.5.2 Expected base64 of [identity] NUL user NUL password""",
+    "AUTH: PLAIN without a user": """
+        C: AUTH PLAIN AABzZWNyZXQ=
+        S: 501 5.5.2 Expected base64 of [identity] NUL user NUL password""",
+    "AUTH: an initial response that is not base64": """
+        C: AUTH PLAIN !!!
+        S: 501 5.5.2 Expected base64""",
+    "AUTH: a response that is not base64 ends the exchange": """
+        C: AUTH PLAIN
+        S: 334{ *1}
+        C: !!!
+        S: 501 5.5.2 Expected base64""",
+    "AUTH: a response that is not ASCII ends the exchange": """
+        C: AUTH PLAIN
+        S: 334{ *1}
+        C: ü
+        S: 501 5.5.2 Expected base64""",
+    "AUTH: an empty response ends the exchange": """
+        C: AUTH PLAIN
+        S: 334{ *1}
+        C:
+        S: 501 5.5.2 Expected base64 of [identity] NUL user NUL password""",
+    "AUTH: cancelled": """
+        C: AUTH PLAIN
+        S: 334{ *1}
+        C: *
+        S: 501 5.7.0 Authentication cancelled""",
+    "AUTH: a response that is too long ends the exchange": """
+        C: AUTH PLAIN
+        S: 334{ *1}
+        C: {x*12287}
+        S: 500 5.5.6 Line too long: expected at most 12288 octets with CRLF
+        C: NOOP
+        S: 250 2.0.0 Ok""",
+    "AUTH: LOGIN": """
+        C: AUTH LOGIN
+        S: 334 VXNlcm5hbWU6
+        C: YWxpY2U=
+        S: 334 UGFzc3dvcmQ6
+        C: c2VjcmV0
+        S: 235 2.7.0 Authenticated""",
+    "AUTH: LOGIN with the user at once": """
+        C: AUTH LOGIN YWxpY2U=
+        S: 334 UGFzc3dvcmQ6
+        C: c2VjcmV0
+        S: 235 2.7.0 Authenticated""",
+    "AUTH: LOGIN cancelled at the password, then again": """
+        C: AUTH LOGIN YWxpY2U=
+        S: 334 UGFzc3dvcmQ6
+        C: *
+        S: 501 5.7.0 Authentication cancelled
+        C: AUTH LOGIN YWxpY2U=
+        S: 334 UGFzc3dvcmQ6
+        C: c2VjcmV0
+        S: 235 2.7.0 Authenticated""",
+    "AUTH: CRAM-MD5 takes no initial response": """
+        C: AUTH CRAM-MD5 YWxpY2U=
+        S: 501 5.5.4 Expected CRAM-MD5 without an initial response""",
+    "AUTH: without a mechanism": "C: AUTH\nS: 501 5.5.4 Expected AUTH mechanism",
+    "AUTH: an unknown mechanism": """
+        C: AUTH XOAUTH2
+        S: 504 5.5.4 Unknown mechanism: expected PLAIN, LOGIN, CRAM-MD5""",
+    "AUTH: EHLO keeps who authenticated": """
+        C: AUTH PLAIN AGFsaWNlAHNlY3JldA==
+        S: 235 2.7.0 Authenticated
+""" + GREETED + """
+        C: AUTH PLAIN AGFsaWNlAHNlY3JldA==
+        S: 503 5.5.1 Already authenticated""",
+}
+
+# one line after EHLO, and its reply
+LINES = {
+    "RSET with an argument": ("RSET now", "501 5.5.4 Expected RSET alone, got 'now' after it"),
+    "RSET with blanks": ("RSET  ", "250 2.0.0 Ok"),
+    "QUIT with an argument": ("QUIT now", "501 5.5.4 Expected QUIT alone, got 'now' after it"),
+    "NOOP with text": ("NOOP some text ü", "250 2.0.0 Ok"),
+    "VRFY without a mailbox": ("VRFY ", "501 5.5.4 Expected VRFY mailbox"),
+    "STARTTLS that is not offered": (
+        "STARTTLS", "502 5.5.1 TLS is not offered: start with --tls or --tls-cert"),
+    "TURN": ("TURN", "502 5.5.1 TURN is not implemented"),
+    "ETRN": ("ETRN x", "502 5.5.1 ETRN is not implemented"),
+    "ATRN": ("ATRN x", "502 5.5.1 ATRN is not implemented"),
+    "SEND": ("SEND FROM:<a@b>", "502 5.5.1 SEND is not implemented"),
+    "SOML": ("SOML FROM:<a@b>", "502 5.5.1 SOML is not implemented"),
+    "SAML": ("SAML FROM:<a@b>", "502 5.5.1 SAML is not implemented"),
+    "EXPN": ("EXPN list", "502 5.5.1 EXPN is not implemented"),
+    "XCLIENT": ("XCLIENT ADDR=192.0.2.1",
+                "500 5.5.2 Unknown command 'XCLIENT': HELP lists them"),
+    "BDAT without a number": ("BDAT", "501 5.5.4 Expected BDAT octets [LAST], got ''"),
+    "BDAT with a negative number": ("BDAT -1", "501 5.5.4 Expected BDAT octets [LAST], got '-1'"),
+    "BDAT with something after it": (
+        "BDAT 5 FIRST", "501 5.5.4 Expected BDAT octets [LAST], got '5 FIRST'"),
+    "BDAT with digits beyond ASCII": (
+        "BDAT ٣", "501 5.5.4 Expected BDAT octets [LAST], got '\\u0663'"),
+    "HELP with a command": ("HELP bdat", "214 2.0.0 BDAT octets [LAST]"),
+}
+
+_NO_PATH = "501 5.5.4 Expected MAIL FROM:<address>, got 'MAIL' "
+_NO_DOMAIN = "501 5.1.7 Expected a domain or address literal, got "
+_NOT_ASCII = "553 5.6.7 Expected an ASCII address, or SMTPUTF8 on MAIL; got "
+_OK_MAIL = "250 2.1.0 Ok"
+
+# what follows MAIL, and the reply
+MAIL_ARGUMENTS = {
+    "a mailbox": ("FROM:<a@client.example>", _OK_MAIL),
+    "the null reverse-path": ("FROM:<>", _OK_MAIL),
+    "a blank after the colon": ("FROM: <a@client.example>", _OK_MAIL),
+    "a blank after it": ("FROM:<a@client.example> ", _OK_MAIL),
+    "a local-part alone": ("FROM:<root>", _OK_MAIL),
+    "an empty domain": ("FROM:<a@>", _OK_MAIL),
+    "a domain of one label": ("FROM:<a@localhost>", _OK_MAIL),
+    "an underscore in the domain": ("FROM:<a@my_host.example>", _OK_MAIL),
+    "every character of an atom": ("FROM:<!#$%&'*+-/=?^_`{|}~@client.example>", _OK_MAIL),
+    "a local-part of 64": ("FROM:<{x*64}@client.example>", _OK_MAIL),
+    "dots anywhere": ("FROM:<.a..b.@client.example>", _OK_MAIL),
+    "quoted": ('FROM:<"a b"@client.example>', _OK_MAIL),
+    "quoted angle brackets": ('FROM:<"a>b<c"@client.example>', _OK_MAIL),
+    "quoted at sign": ('FROM:<"a@b"@client.example>', _OK_MAIL),
+    "quoted pairs": (r'FROM:<"a\"b\\"@client.example>', _OK_MAIL),
+    "quoted and empty": ('FROM:<""@client.example>', _OK_MAIL),
+    "an IPv4 literal": ("FROM:<a@[127.0.0.1]>", _OK_MAIL),
+    "an IPv6 literal": ("FROM:<a@[IPv6:::1]>", _OK_MAIL),
+    "an IPv6 literal in lower case": ("FROM:<a@[ipv6:2001:db8::1]>", _OK_MAIL),
+    "a source route": ("FROM:<@a.example,@b.example:a@client.example>", _OK_MAIL),
+    "a source route to nobody": ("FROM:<@a.example:>", _NO_PATH + "'FROM:<@a.example:>'"),
+    "UTF-8 with SMTPUTF8": ("FROM:<jürgen@exämple.example> SMTPUTF8", _OK_MAIL),
+    "UTF-8 without SMTPUTF8": ("FROM:<jürgen@client.example>",
+                               _NOT_ASCII + r"'j\x5cxfcrgen@client.example'"),
+    "a UTF-8 domain without SMTPUTF8": ("FROM:<a@exämple.example>",
+                                        _NOT_ASCII + r"'a@ex\x5cxe4mple.example'"),
+    "nothing": ("", _NO_PATH + "''"),
+    "no colon": ("FROM <a@client.example>", _NO_PATH + "'FROM <a@client.example>'"),
+    "no path": ("FROM:", _NO_PATH + "'FROM:'"),
+    "TO": ("TO:<a@client.example>", _NO_PATH + "'TO:<a@client.example>'"),
+    "no bracket": ("FROM:a@client.example", _NO_PATH + "'FROM:a@client.example'"),
+    "no closing bracket": ("FROM:<a@client.example", _NO_PATH + "'FROM:<a@client.example'"),
+    "two opening brackets": ("FROM:<<a@b>>", _NO_PATH + "'FROM:<<a@b>>'"),
+    "something after the bracket": ("FROM:<a@b>x", _NO_PATH + "'FROM:<a@b>x'"),
+    "two at signs": ("FROM:<a@@b>", _NO_PATH + "'FROM:<a@@b>'"),
+    "three parts": ("FROM:<a@b@c>", _NO_PATH + "'FROM:<a@b@c>'"),
+    "a blank in the path": ("FROM:<a b@c>", _NO_PATH + "'FROM:<a b@c>'"),
+    "a name before the path": ("FROM:Ann <a@b>", _NO_PATH + "'FROM:Ann <a@b>'"),
+    "an open quote": ('FROM:<"a@b>', _NO_PATH + "'FROM:<\"a@b>'"),
+    "no local-part": ("FROM:<@b>", _NO_PATH + "'FROM:<@b>'"),
+    "a literal that is no address": ("FROM:<a@[x]>", _NO_DOMAIN + "'[x]'"),
+    "an IPv4 literal out of range": ("FROM:<a@[256.0.0.1]>", _NO_DOMAIN + "'[256.0.0.1]'"),
+    "an IPv6 literal that is none": ("FROM:<a@[IPv6:zz]>", _NO_DOMAIN + "'[IPv6:zz]'"),
+    "an IPv6 address without its tag": ("FROM:<a@[::1]>", _NO_DOMAIN + "'[::1]'"),
+    "a literal that is not closed": ("FROM:<a@[127.0.0.1>", _NO_PATH + "'FROM:<a@[127.0.0.1>'"),
+    "an empty label": ("FROM:<a@b..example>", _NO_DOMAIN + "'b..example'"),
+    "a label that begins with a hyphen": ("FROM:<a@-b.example>", _NO_DOMAIN + "'-b.example'"),
+    "a label of 63": ("FROM:<a@{b*63}.example>", _OK_MAIL),
+    "a label of 64": ("FROM:<a@{b*64}>", _NO_DOMAIN + "'{b*57}...'"),
+    "a domain of 256": ("FROM:<a@{b*63}.{b*63}.{b*63}.{b*63}.>",
+                        _NO_DOMAIN + "'{b*57}...'"),
+    "a control character in the path": (r"FROM:<a\x1b@b>", NOT_CONTROL),
+    "NUL in the path": (r"FROM:<a\x00@b>", NOT_CONTROL),
+    "a bare CR in the path": (r"FROM:<a\r@b>", NOT_CONTROL),
+    "a bare LF in the path": (r"FROM:<a\n@b>", NOT_CONTROL),
+    "DEL in a quoted local-part": (r'FROM:<"a\x7f"@b>', NOT_CONTROL),
+    "octets that are not UTF-8": (r"FROM:<\xff@b> SMTPUTF8", "501 5.5.2 Expected ASCII or UTF-8"),
+
+    "SIZE": ("FROM:<> SIZE=2000", _OK_MAIL),
+    "SIZE 0": ("FROM:<> SIZE=0", _OK_MAIL),
+    "SIZE above the limit": ("FROM:<> SIZE=2001", "552 5.3.4 Message too large: expected at most "
+                                                  "2000 octets, got SIZE=2001"),
+    "SIZE of 20 digits": ("FROM:<> SIZE={9*20}", "552 5.3.4 Message too large: expected at most "
+                                                 "2000 octets, got SIZE={9*20}"),
+    "SIZE of 21 digits": ("FROM:<> SIZE={9*21}", "501 5.5.4 Expected SIZE=octets, got '{9*21}'"),
+    "SIZE that is no number": ("FROM:<> SIZE=big", "501 5.5.4 Expected SIZE=octets, got 'big'"),
+    "SIZE that is negative": ("FROM:<> SIZE=-1", "501 5.5.4 Expected SIZE=octets, got '-1'"),
+    "SIZE without a number": ("FROM:<> SIZE=", "501 5.5.4 Expected SIZE=octets, got ''"),
+    "SIZE without a value": ("FROM:<> SIZE", "501 5.5.4 Expected SIZE=octets, got ''"),
+    "SIZE twice": ("FROM:<> SIZE=1 size=1", "501 5.5.4 Parameter 'size' was given twice"),
+    "BODY=7BIT": ("FROM:<> BODY=7BIT", _OK_MAIL),
+    "BODY=8BITMIME": ("FROM:<> BODY=8BITMIME", _OK_MAIL),
+    "BODY=BINARYMIME is not offered": (
+        "FROM:<> BODY=BINARYMIME",
+        "501 5.5.4 Expected BODY=7BIT or BODY=8BITMIME, got 'BINARYMIME'"),
+    "BODY without a value": (
+        "FROM:<> BODY", "501 5.5.4 Expected BODY=7BIT or BODY=8BITMIME, got ''"),
+    "BODY twice": ("FROM:<> BODY=7BIT BODY=7BIT", "501 5.5.4 Parameter 'BODY' was given twice"),
+    "SMTPUTF8 with a value": (
+        "FROM:<> SMTPUTF8=yes", "501 5.5.4 Expected SMTPUTF8 without a value"),
+    "SMTPUTF8 twice": (
+        "FROM:<> SMTPUTF8 SMTPUTF8", "501 5.5.4 Parameter 'SMTPUTF8' was given twice"),
+    "AUTH=<>": ("FROM:<> AUTH=<>", _OK_MAIL),
+    "AUTH=mailbox": ("FROM:<> AUTH=e+3Dmc2@example.com", _OK_MAIL),
+    "AUTH without a value": ("FROM:<> AUTH", "501 5.5.4 Expected AUTH=mailbox or AUTH=<>"),
+    "all parameters": ("FROM:<>  SIZE=1  BODY=8BITMIME SMTPUTF8 AUTH=<>  ", _OK_MAIL),
+    "an unknown parameter": (
+        "FROM:<> RET=HDRS",
+        "555 5.5.4 Unknown parameter 'RET': expected SIZE, BODY, SMTPUTF8 or AUTH"),
+    "an unknown parameter without a value": (
+        "FROM:<> FOO", "555 5.5.4 Unknown parameter 'FOO': expected SIZE, BODY, SMTPUTF8 or AUTH"),
+}
+
+_NO_RECIPIENT = "501 5.5.4 Expected RCPT TO:<address>, got 'RCPT' "
+_NO_MAILBOX = "501 5.1.3 Expected local-part@domain, got "
+_OK_RCPT = "250 2.1.5 Ok"
+
+# what follows RCPT, and the reply
+RCPT_ARGUMENTS = {
+    "a mailbox": ("TO:<b@mailtest.example>", _OK_RCPT),
+    "a blank after the colon": ("TO: <b@mailtest.example>", _OK_RCPT),
+    "blanks after it": ("TO:<b@mailtest.example>  ", _OK_RCPT),
+    "postmaster": ("TO:<Postmaster>", _OK_RCPT),
+    "quoted": (r'TO:<"b \"c\""@mailtest.example>', _OK_RCPT),
+    "an IPv4 literal": ("TO:<b@[127.0.0.1]>", _OK_RCPT),
+    "an IPv6 literal": ("TO:<b@[IPv6:::1]>", _OK_RCPT),
+    "a source route": ("TO:<@a.example,@b.example:b@mailtest.example>", _OK_RCPT),
+    "nobody": ("TO:<>", _NO_RECIPIENT + "'TO:<>'"),
+    "a source route to nobody": ("TO:<@a.example:>", _NO_RECIPIENT + "'TO:<@a.example:>'"),
+    "nothing": ("", _NO_RECIPIENT + "''"),
+    "no colon": ("TO b@x.example", _NO_RECIPIENT + "'TO b@x.example'"),
+    "FROM": ("FROM:<b@x.example>", _NO_RECIPIENT + "'FROM:<b@x.example>'"),
+    "no brackets": ("TO:b@x.example", _NO_RECIPIENT + "'TO:b@x.example'"),
+    "no closing bracket": ("TO:<b@x.example", _NO_RECIPIENT + "'TO:<b@x.example'"),
+    "two recipients": ("TO:<b@x.example>,<c@x.example>",
+                       _NO_RECIPIENT + "'TO:<b@x.example>,<c@x.example>'"),
+    "a local-part alone": ("TO:<root>", _NO_MAILBOX + "'root'"),
+    "an empty domain": ("TO:<b@>", _NO_MAILBOX + "'b@'"),
+    "a domain that is none": ("TO:<b@-x>", _NO_MAILBOX + "'b@-x'"),
+    "a literal that is none": ("TO:<b@[1.2.3]>", _NO_MAILBOX + "'b@[1.2.3]'"),
+    "UTF-8 without SMTPUTF8 on MAIL": ("TO:<jürgen@x.example>",
+                                       _NOT_ASCII + r"'j\x5cxfcrgen@x.example'"),
+    "a parameter": ("TO:<b@x.example> NOTIFY=NEVER",
+                    "555 5.5.4 Unknown parameter 'NOTIFY': expected none"),
+    "a parameter twice": ("TO:<b@x.example> A=1 A=2", "501 5.5.4 Parameter 'A' was given twice"),
+    "a control character": (r"TO:<b\x07@x.example>", NOT_CONTROL),
+}
+
+# what stands between two lines of mail data and must not end it
+SMUGGLING = {
+    "LF . LF": rb"\n.\n", "LF . CRLF": rb"\n.\r\n", "CRLF . LF": rb"\r\n.\n",
+    "CR . CR": rb"\r.\r", "CR . CRLF": rb"\r.\r\n", "CRLF . CR": rb"\r\n.\r",
+    "CR . LF": rb"\r.\n", "LF . CR": rb"\n.\r", "CRCRLF . CRCRLF": rb"\r\r\n.\r\r\n",
+    "CRLF NUL . CRLF": rb"\r\n\x00.\r\n", "CRLF . NUL CRLF": rb"\r\n.\x00\r\n",
+    "CRLF . SP CRLF": rb"\r\n. \r\n", "CRLF SP . CRLF": rb"\r\n .\r\n",
+    "CRLF . CRCRLF": rb"\r\n.\r\r\n", "LFCR . LFCR": rb"\n\r.\n\r",
+    "CRLF .. CRLF": rb"\r\n..\r\n", "CRLF . CR NUL LF": rb"\r\n.\r\x00\n",
+    "LF LF . LF LF": rb"\n\n.\n\n", "CRLF U+FF0E CRLF": rb"\r\n\xef\xbc\x8e\r\n",
+    "CRLF . CRLF with the high bit": rb"\x8d\x8a.\x8d\x8a",
+}
+
+
+def _smuggling(between):
+    """The dialogue in which a second mail is hidden behind these octets."""
+    hidden = (rb"body" + between + rb"MAIL FROM:<evil@x.example>\r\nRCPT TO:<b@mailtest.example>"
+              rb"\r\nDATA\r\nSubject: smuggled\r\n")
+    kept = re.sub(rb"(^|\\r\\n)\.", rb"\1", hidden).decode()
+    return TO_DATA + f"c: {hidden.decode()}\nC: .\n{QUEUED}M: {kept}"
+
+
+DIALOGUES.update(("smuggling: " + name, _smuggling(between))
+                 for name, between in SMUGGLING.items())
+DIALOGUES.update(("line: " + name, f"C: {line}\nS: {reply}")
+                 for name, (line, reply) in LINES.items())
+DIALOGUES.update(("MAIL: " + name, f"C: MAIL {argument}\nS: {reply}")
+                 for name, (argument, reply) in MAIL_ARGUMENTS.items())
+DIALOGUES.update(("RCPT: " + name,
+                  f"C: MAIL FROM:<>\nS: {_OK_MAIL}\nC: RCPT {argument}\nS: {reply}")
+                 for name, (argument, reply) in RCPT_ARGUMENTS.items())
+PLAYED = dict(UNGREETED, **{name: GREETED + text for name, text in DIALOGUES.items()})
+
+class Dialogue:
+    """A dialogue's text as turns: (octets of the client, octets of the server)."""
+
+    def __init__(self, text):
+        self.turns, self.messages, self.ending = [], [], ""
+        for line in text.split("\n"):
+            kind, value = line.strip(" ")[:2], line.lstrip(" ")[3:]
+            if kind in ("C:", "c:"):
+                if not self.turns or self.turns[-1][1]:
+                    self.turns.append([b"", b""])
+                self.turns[-1][0] += self.octets(value) + b"\r\n" * (kind == "C:")
+            elif kind == "S:":
+                self.turns[-1][1] += self.octets(value) + b"\r\n"
+            elif kind == "M:":
+                self.messages.append(self.octets(value))
+            elif kind == "E:":
+                self.ending = value
+            else:
+                assert not kind, f"what is {line!r}?"
+
+    @staticmethod
+    def octets(text):
+        """What a line of a dialogue stands for."""
+        octets = text.encode("utf-8")
+        octets = re.sub(rb"\{(.)\*(\d+)\}", lambda match: match[1] * int(match[2]), octets)
+        return re.sub(rb"\\(r|n|x[0-9a-f]{2})",
+                      lambda match: {b"r": b"\r", b"n": b"\n"}.get(match[1])
+                      or bytes.fromhex(match[1][1:].decode()), octets)
+
+
+def masked(octets):
+    """Replies with the ids of messages replaced."""
+    return re.sub(rb"queued as [0-9a-f-]{36}", b"queued as <id>", octets)
+
+
+def new_session(policy=mailtest.SmtpPolicy(), strict=False, tls=False, **limits):
+    """(clock, store, session) with small limits."""
+    clock, store = store_on_clock(strict=strict, **dict(SMALL, **limits))
+    return clock, store, mailtest.Session(store, policy, "192.0.2.1", tls)
+
+
+def stored(store):
+    """The octets of all messages, oldest first."""
+    return [message.octets for message in store.newest("mailtest")][::-1]
+
+
+def check_end(dialogue, store, session):
+    """After a dialogue: what was stored, and whether the session has ended as it should."""
+    assert stored(store) == dialogue.messages
+    assert session.ended is bool(dialogue.ending)
+    if session.ended:
+        assert [record.ending for record in store.sessions()] == [dialogue.ending]
+        assert session.receive(b"NOOP\r\n") == b""
+    elif not dialogue.turns[-1][1].startswith(b"334"):
+        assert session.receive(b"NOOP\r\n") == b"250 2.0.0 Ok\r\n"
+    session.end("test")
+    assert store._reserved == 0
+
+
+CUTS = {
+    "at once": lambda octets: [octets],
+    "byte by byte": lambda octets: [octets[at:at + 1] for at in range(len(octets))],
+}
+
+
+@pytest.mark.parametrize("text", rows(PLAYED))
+def test_dialogue(text):
+    """Each turn at once, each octet alone, and everything in one go."""
+    dialogue = Dialogue(text)
+    for cut in CUTS.values():
+        _, store, session = new_session()
+        assert session.greet() == b"220 mailtest.example ESMTP mailtest\r\n"
+        for said, answered in dialogue.turns:
+            assert masked(b"".join(map(session.receive, cut(said)))) == answered
+        check_end(dialogue, store, session)
+    _, store, session = new_session()
+    said, answered = map(b"".join, zip(*dialogue.turns))
+    assert masked(session.receive(said)) == answered
+    check_end(dialogue, store, session)
+
+
+# -- mail data
+
+# octets as they are sent, before CRLF.CRLF or the dot that ends nothing else
+ENDINGS = {
+    "an empty mail": (b".\r\n", b""),
+    "an empty line": (b"\r\n.\r\n", b"\r\n"),
+    "a line": (b"x\r\n.\r\n", b"x\r\n"),
+    "a stuffed dot": (b"..\r\n.\r\n", b".\r\n"),
+    "a CR before CRLF": (b"x\r\r\n.\r\n", b"x\r\r\n"),
+    "a dot and CR before it": (b"x\r\n.\r\r\n.\r\n", b"x\r\n\r\r\n"),
+    "dots without end": (b"\r\n.\r.\r\n.\r\n", b"\r\n\r.\r\n"),
+}
+
+
+@pytest.mark.parametrize("sent, kept", rows(ENDINGS))
+def test_end_of_data_in_every_cut(sent, kept):
+    _, store, session = new_session()
+    session.receive(b"EHLO client.example\r\n")
+    cuts = [places for count in range(len(sent)) for places in
+            itertools.combinations(range(1, len(sent)), count)]
+    for places in cuts:
+        session.receive(b"MAIL FROM:<>\r\nRCPT TO:<b@mailtest.example>\r\nDATA\r\n")
+        edges = (0,) + places + (len(sent),)
+        replies = [session.receive(sent[start:end]) for start, end in zip(edges, edges[1:])]
+        assert b"".join(replies[:-1]) == b""
+        assert masked(replies[-1]) == b"250 2.0.0 Ok: queued as <id>\r\n"
+        message = store.newest("mailtest")[0]
+        assert message.octets == kept
+        store.delete(message.id)
+    assert len(cuts) == 2 ** (len(sent) - 1)
+
+
+@pytest.mark.parametrize("cut", rows({
+    "at once": (b"",), "after CRLF": (b"\r\n",), "after CRLF.": (b"\r\n.",),
+    "after CRLF.CR": (b"\r\n.\r",)}))
+def test_mail_of_exactly_the_largest_size_is_taken_however_it_is_cut(cut):
+    _, store, session = new_session(max_size=100)
+    session.receive(b"EHLO x\r\nMAIL FROM:<> SIZE=100\r\nRCPT TO:<b@x.example>\r\nDATA\r\n")
+    assert session.receive(b"x" * 98 + cut) == b""
+    assert masked(session.receive(b"\r\n.\r\n"[len(cut):])) == b"250 2.0.0 Ok: queued as <id>\r\n"
+    assert stored(store) == [b"x" * 98 + b"\r\n"]
+
+
+def test_mail_one_octet_larger_is_refused_however_it_is_cut():
+    for cut in CUTS.values():
+        _, store, session = new_session(max_size=100)
+        session.receive(b"EHLO x\r\nMAIL FROM:<>\r\nRCPT TO:<b@x.example>\r\nDATA\r\n")
+        assert b"".join(map(session.receive, cut(b"x" * 99 + b"\r\n.\r\n"))) == (
+            b"552 5.3.4 Message too large: expected at most 100 octets (--max-size)\r\n")
+        assert stored(store) == []
+
+
+def test_doubled_dots_do_not_count_as_size():
+    _, store, session = new_session(max_size=100)
+    session.receive(b"EHLO x\r\nMAIL FROM:<>\r\nRCPT TO:<b@x.example>\r\nDATA\r\n")
+    assert session.receive(b"..\r\n" * 26 + b".\r\n").startswith(b"250 2.0.0 Ok: queued as ")
+    assert stored(store) == [b".\r\n" * 26]
+
+
+def test_every_octet_is_kept_through_data_and_bdat():
+    octets = bytes(range(256)) * 4
+    for said in (b"DATA\r\n" + octets + b"\r\n.\r\n",
+                 b"BDAT %d LAST\r\n" % (len(octets) + 2) + octets + b"\r\n"):
+        _, store, session = new_session()
+        session.receive(b"EHLO x\r\nMAIL FROM:<>\r\nRCPT TO:<b@x.example>\r\n")
+        for piece in CUTS["byte by byte"](said):
+            session.receive(piece)
+        assert stored(store) == [octets + b"\r\n"]
+
+
+def test_memory_that_is_full_is_told_at_the_end_of_the_data():
+    _, store, session = new_session(max_size=10_000, max_memory=4_000, reserve_step=1_000)
+    session.receive(b"EHLO x\r\nMAIL FROM:<>\r\nRCPT TO:<b@x.example>\r\nDATA\r\n")
+    assert session.receive(b"x" * 3_000) == b""
+    assert store.counters()["octets"] == 3_000
+    assert session.receive(b"x" * 3_000) == b""
+    assert store.counters()["octets"] == 0       # it is refused already: nothing is held
+    assert session.receive(b"x\r\n.\r\nNOOP\r\n") == (
+        b"452 4.3.1 Out of memory: the 4000 octets of --max-memory are in use\r\n250 2.0.0 Ok\r\n")
+    assert (stored(store), store.counters()["octets"]) == ([], 0)
+
+
+def test_memory_that_is_full_at_the_last_moment():
+    _, store, session = new_session(max_memory=1_000)
+    assert session.receive(b"EHLO x\r\nMAIL FROM:<>\r\nRCPT TO:<b@x.example>\r\nDATA\r\nx\r\n.\r\n"
+                           b"NOOP\r\n").splitlines()[-2:] == [
+        b"452 4.3.1 Not stored: the 1000 octets of --max-memory are in use", b"250 2.0.0 Ok"]
+    assert store.counters()["octets"] == 0
+
+
+def test_memory_that_is_full_in_a_chunk():
+    _, store, session = new_session(max_size=10_000, max_memory=4_000, reserve_step=1_000)
+    session.receive(b"EHLO x\r\nMAIL FROM:<>\r\nRCPT TO:<b@x.example>\r\n")
+    assert session.receive(b"BDAT 6000\r\n" + b"x" * 6_000 + b"BDAT 5 LAST\r\nxxxxxNOOP\r\n") == (
+        b"452 4.3.1 Out of memory: the 4000 octets of --max-memory are in use\r\n"
+        b"503 5.5.1 Send MAIL first\r\n250 2.0.0 Ok\r\n")
+    assert store.counters()["octets"] == 0
+
+
+ABORTS = {
+    "RSET between chunks": (b"BDAT 2500\r\n" + b"x" * 2_500 + b"RSET\r\n",),
+    "EHLO between chunks": (b"BDAT 2500\r\n" + b"x" * 2_500 + b"EHLO x\r\n",),
+    "QUIT between chunks": (b"BDAT 2500\r\n" + b"x" * 2_500 + b"QUIT\r\n",),
+    "the end of the session within the data": (b"DATA\r\n" + b"x" * 2_500,),
+    "the end of the session within a chunk": (b"BDAT 5000\r\n" + b"x" * 2_500,),
+}
+
+
+@pytest.mark.parametrize("said", rows(ABORTS))
+def test_reserved_memory_is_given_back_after(said):
+    _, store, session = new_session(max_size=10_000, reserve_step=1_000)
+    session.receive(b"EHLO x\r\nMAIL FROM:<>\r\nRCPT TO:<b@x.example>\r\n" + said)
+    session.end("left without QUIT")
+    assert (store.counters()["octets"], stored(store)) == (0, [])
+
+
+def test_overlong_line_is_not_kept_while_it_arrives():
+    _, _, session = new_session()
+    for _ in range(50):
+        session.receive(b"x" * 65_536)
+        assert len(session._buffer) <= 1
+    assert session.receive(b"\r\nNOOP\r\n") == (
+        b"500 5.5.2 Line too long: expected at most 1065 octets with CRLF\r\n250 2.0.0 Ok\r\n")
+
+
+# -- envelope
+
+def test_envelope_is_kept_beside_the_mail():
+    _, store, session = new_session(tls=True)
+    session.receive(b"EHLO [192.0.2.9]\r\nAUTH PLAIN AGFsaWNlAHNlY3JldA==\r\n"
+                    b"MAIL FROM:<\"A b\"@Client.example> BODY=8BITMIME\r\n"
+                    b"RCPT TO:<@route.example:B@mailtest.example>\r\nRCPT TO:<c@x.example>\r\n"
+                    b"BDAT 1 LAST\r\nx")
+    assert store.newest("mailtest")[0].envelope == mailtest.Envelope(
+        '"A b"@Client.example', ("B@mailtest.example", "c@x.example"), "[192.0.2.9]", "192.0.2.1",
+        "alice", True, True)
+
+
+def test_envelope_without_anything_special():
+    _, store, session = new_session()
+    session.receive(b"HELO x\r\nMAIL FROM:<>\r\nRCPT TO:<b@x.example>\r\nBDAT 1 LAST\r\nx")
+    assert store.newest("mailtest")[0].envelope == mailtest.Envelope(
+        "", ("b@x.example",), "x", "192.0.2.1", "", False, False)
+
+
+def test_recipient_that_is_given_twice_gets_one_mail():
+    _, store, session = new_session()
+    session.receive(b"EHLO x\r\nMAIL FROM:<>\r\nRCPT TO:<b@x.example>\r\nRCPT TO:<B@X.example>\r\n"
+                    b"BDAT 1 LAST\r\nx")
+    message, = store.arrivals(at("b@x.example"))[1]
+    assert message.envelope.forward_paths == ("b@x.example", "B@X.example")
+
+
+def test_id_in_the_reply_is_the_message():
+    _, store, session = new_session()
+    reply = session.receive(b"EHLO x\r\nMAIL FROM:<>\r\nRCPT TO:<b@x.example>\r\nBDAT 1 LAST\r\nx")
+    assert store.message(reply.split()[-1].decode()).octets == b"x"
+
+
+def test_utf8_recipient_needs_smtputf8_on_mail():
+    _, store, session = new_session()
+    replies = session.receive("EHLO x\r\nMAIL FROM:<> SMTPUTF8\r\n"
+                              "RCPT TO:<jürgen@exämple.example>\r\nBDAT 1 LAST\r\nx".encode())
+    assert masked(replies).splitlines()[-3:] == [
+        b"250 2.1.0 Ok", b"250 2.1.5 Ok", b"250 2.0.0 Ok: queued as <id>"]
+    assert store.arrivals(at("JÜRGEN@exämple.example"))[0] == 1
+
+
+# -- AUTH with credentials, and what is told of it
+
+ALICE = mailtest.SmtpPolicy(credentials=("alice", "secret"))
+REFUSED_AUTH = b"535 5.7.8 Expected the user and password of --auth\r\n"
+
+
+def b64(text):
+    return base64.b64encode(text.encode())
+
+
+# what is sent after EHLO, whether these are the credentials
+CREDENTIALS = {
+    "PLAIN": (b"AUTH PLAIN " + b64("\0alice\0secret"), True),
+    "PLAIN with an identity": (b"AUTH PLAIN " + b64("bob\0alice\0secret"), True),
+    "PLAIN, wrong password": (b"AUTH PLAIN " + b64("\0alice\0Secret"), False),
+    "PLAIN, no password": (b"AUTH PLAIN " + b64("\0alice\0"), False),
+    "PLAIN, wrong user": (b"AUTH PLAIN " + b64("\0bob\0secret"), False),
+    "PLAIN, user beyond ASCII": (b"AUTH PLAIN " + b64("\0älice\0secret"), False),
+    "PLAIN, user that is not UTF-8": (
+        b"AUTH PLAIN " + base64.b64encode(b"\0\xff\0secret"), False),
+    "LOGIN": (b"AUTH LOGIN\r\n" + b64("alice") + b"\r\n" + b64("secret"), True),
+    "LOGIN with the user at once": (
+        b"AUTH LOGIN " + b64("alice") + b"\r\n" + b64("secret"), True),
+    "LOGIN, wrong password": (b"AUTH LOGIN\r\n" + b64("alice") + b"\r\n" + b64("x"), False),
+    "LOGIN, empty password": (b"AUTH LOGIN\r\n" + b64("alice") + b"\r\n", False),
+    "LOGIN, wrong user": (b"AUTH LOGIN\r\n" + b64("bob") + b"\r\n" + b64("secret"), False),
+}
+
+
+@pytest.mark.parametrize("cut", rows(CUTS))
+@pytest.mark.parametrize("said, right", rows(CREDENTIALS))
+def test_credentials(said, right, cut):
+    _, _, session = new_session(ALICE)
+    session.receive(b"EHLO x\r\n")
+    reply = b"".join(map(session.receive, cut(said + b"\r\n"))).splitlines(True)[-1]
+    assert reply == (b"235 2.7.0 Authenticated\r\n" if right else REFUSED_AUTH)
+    assert session.user == ("alice" if right else "")
+    again = session.receive(b"AUTH PLAIN " + b64("\0alice\0secret") + b"\r\n")
+    assert again == (b"503 5.5.1 Already authenticated\r\n" if right else
+                     b"235 2.7.0 Authenticated\r\n")
+
+
+@pytest.mark.parametrize("user, password, right", rows({
+    "right": ("alice", "secret", True), "wrong password": ("alice", "x", False),
+    "wrong user": ("bob", "secret", False)}))
+def test_credentials_by_cram_md5(user, password, right):
+    _, _, session = new_session(ALICE)
+    session.receive(b"EHLO x\r\n")
+    challenge = base64.b64decode(session.receive(b"AUTH CRAM-MD5\r\n")[4:])
+    assert re.fullmatch(rb"<[^<>@ ]{16,}@mailtest>", challenge)      # a msg-id (RFC 2195 2)
+    digest = hmac.new(password.encode(), challenge, "md5").hexdigest()
+    assert session.receive(b64(f"{user} {digest}") + b"\r\n") == (
+        b"235 2.7.0 Authenticated\r\n" if right else REFUSED_AUTH)
+
+
+def test_cram_md5_without_a_digest():
+    _, _, session = new_session(ALICE)
+    session.receive(b"EHLO x\r\nAUTH CRAM-MD5\r\n")
+    assert session.receive(b64("alice") + b"\r\n") == (
+        b"501 5.5.2 Expected base64 of user, blank, digest\r\n")
+
+
+def test_cram_md5_never_challenges_twice_alike():
+    challenges = set()
+    for _ in range(20):
+        _, _, session = new_session()
+        challenges.add(session.receive(b"EHLO x\r\nAUTH CRAM-MD5\r\n").splitlines()[-1])
+    assert len(challenges) == 20
+
+
+SECRETS = {
+    "PLAIN at once": (b"AUTH PLAIN AGFsaWNlAHNlY3JldA==",),
+    "PLAIN": (b"AUTH PLAIN\r\nAGFsaWNlAHNlY3JldA==",),
+    "in lower case with many blanks": (b"auth   plain   AGFsaWNlAHNlY3JldA==",),
+    "an unknown mechanism": (b"AUTH XOAUTH2 AGFsaWNlAHNlY3JldA==",),
+    "behind a TAB": (b"AUTH PLAIN\tAGFsaWNlAHNlY3JldA==",),
+    "with a NUL": (b"AUTH PLAIN AGFsaWNlAHNlY3JldA==\0",),
+    "behind a blank": (b" AUTH PLAIN AGFsaWNlAHNlY3JldA==",),
+    "LOGIN": (b"AUTH LOGIN\r\nYWxpY2U=\r\nAGFsaWNlAHNlY3JldA==",),
+    "before EHLO": (b"QUIT x\r\nAUTH PLAIN AGFsaWNlAHNlY3JldA==",),
+    "without a mechanism": (b"AUTH AGFsaWNlAHNlY3JldA==",),
+}
+
+
+@pytest.mark.parametrize("said", rows(SECRETS))
+def test_secrets_are_in_no_record_and_no_reply(said):
+    _, store, session = new_session()
+    greeting = b"" if b"QUIT" in said else b"EHLO x\r\n"
+    replies = session.receive(greeting + said + b"\r\nMAIL FROM:<>\r\n"
+                              b"RCPT TO:<b@x.example>\r\nBDAT 1 LAST\r\nx")
+    session.end("left without QUIT")
+    records = [replies, repr(store.sessions()).encode()]
+    records += [b"".join(message.session) for message in store.newest("mailtest")]
+    assert not [record for record in records if b"AGFsaWNl" in record or b"secret" in record]
+
+
+# -- STARTTLS
+
+def test_starttls_is_offered_and_forgets_what_was_said_before():
+    _, store, session = new_session(mailtest.SmtpPolicy(starttls=True))
+    assert session.receive(b"EHLO x\r\n").splitlines()[1] == b"250-STARTTLS"
+    session.receive(b"AUTH PLAIN AGFsaWNlAHNlY3JldA==\r\n"
+                    b"MAIL FROM:<>\r\nRCPT TO:<b@x.example>\r\n")
+    assert session.receive(b"STARTTLS\r\nNOOP\r\nRSET\r\n") == b"220 2.0.0 Go ahead\r\n"
+    assert session.wants_tls
+    session.tls_started()
+    assert (session.wants_tls, session.tls, session.helo, session.user) == (False, True, "", "")
+    assert session.receive(b"DATA\r\n") == b"503 5.5.1 Send EHLO first\r\n"
+    assert b"STARTTLS" not in session.receive(b"EHLO x\r\n")
+    assert session.receive(b"STARTTLS\r\n") == b"503 5.5.1 TLS has begun already\r\n"
+    assert session.receive(b"RCPT TO:<b@x.example>\r\n") == b"503 5.5.1 Send MAIL first\r\n"
+
+
+def test_starttls_in_the_middle_of_a_chunked_mail_gives_its_memory_back():
+    _, store, session = new_session(mailtest.SmtpPolicy(starttls=True), reserve_step=10)
+    session.receive(b"EHLO x\r\nMAIL FROM:<>\r\nRCPT TO:<b@x.example>\r\nBDAT 50\r\n" + b"x" * 50)
+    assert session.receive(b"STARTTLS\r\n") == b"220 2.0.0 Go ahead\r\n"
+    session.tls_started()
+    assert store.counters()["octets"] == 0
+
+
+def test_starttls_with_an_argument():
+    _, _, session = new_session(mailtest.SmtpPolicy(starttls=True))
+    assert session.receive(b"STARTTLS now\r\n") == (
+        b"501 5.5.4 Expected STARTTLS alone, got 'now' after it\r\n")
+    assert not session.wants_tls
+
+
+def test_starttls_needs_no_ehlo():
+    _, _, session = new_session(mailtest.SmtpPolicy(starttls=True))
+    assert session.receive(b"STARTTLS\r\n") == b"220 2.0.0 Go ahead\r\n"
+
+
+# -- strict mode, scripted failures
+
+def test_strict_mode_refuses_who_was_not_acquired():
+    clock, store, session = new_session(strict=True)
+    address = store.acquire().address
+    session.receive(b"EHLO x\r\nMAIL FROM:<>\r\n")
+    assert session.receive(b"RCPT TO:<b@x.example>\r\n") == (
+        b"550 5.1.1 'b@x.example': no such inbox\r\n")
+    assert session.receive(b"RCPT TO:<Postmaster>\r\n") == (
+        b"550 5.1.1 'Postmaster': no such inbox\r\n")
+    assert session.receive(f"RCPT TO:<{address.upper()}>\r\n".encode()) == b"250 2.1.5 Ok\r\n"
+    clock.now += 600.0
+    assert session.receive(f"RCPT TO:<{address}>\r\n".encode()) == (
+        f"550 5.1.1 '{address}': the inbox '{address.lower()}' expired at 1970-01-01T00:26:40."
+        "000000+00:00; acquire a new one\r\n").encode()
+
+
+def say(session, *lines):
+    """The replies to these lines, one by one, without ids."""
+    return [masked(session.receive(line.encode() + b"\r\n")).decode().rstrip() for line in lines]
+
+
+def test_recipient_fails_twice_and_is_then_accepted_and_attempts_are_counted():
+    _, store, session = new_session()
+    bob, alice = failing(store, "rcpt:451*2"), store.acquire().address
+    say(session, "EHLO x", "MAIL FROM:<a@x.example>")
+    to_bob, to_alice = f"RCPT TO:<{bob}>", f"RCPT TO:<{alice}>"
+    assert say(session, to_bob, to_alice, to_bob, to_bob) == [
+        "451 4.0.0 Scripted: fail=rcpt:451*2", "250 2.1.5 Ok",
+        "451 4.0.0 Scripted: fail=rcpt:451*2", "250 2.1.5 Ok"]
+    assert say(session, "BDAT 0 LAST") == ["250 2.0.0 Ok: queued as <id>"]
+    assert store.inbox(bob)[3:] == (1, 3, (("rcpt:451*2", 2, 0),))
+    assert store.inbox(alice)[3:] == (1, 1, ())
+
+
+def test_refused_recipient_gets_no_mail_though_others_do():
+    _, store, session = new_session()
+    bob = failing(store, "rcpt:550*9")
+    say(session, "EHLO x", "MAIL FROM:<a@x.example>", f"RCPT TO:<{bob}>", "RCPT TO:<c@x.example>",
+        "BDAT 0 LAST")
+    assert (store.inbox(bob).count, store.inbox("c@x.example").count) == (0, 1)
+
+
+# what the inbox is told, then the replies to MAIL from it, RCPT to it, DATA, and its end
+SCRIPTED = {
+    "mail": ("mail:452", ["452 4.0.0 Scripted: fail=mail:452", "503 5.5.1 Send MAIL first",
+                          "503 5.5.1 Send MAIL first", ""]),
+    "rcpt": ("rcpt:550", ["250 2.1.0 Ok", "550 5.0.0 Scripted: fail=rcpt:550",
+                          "503 5.5.1 Send RCPT first: no recipient was accepted", ""]),
+    "data": ("data:554", ["250 2.1.0 Ok", "250 2.1.5 Ok", "354 End data with <CR><LF>.<CR><LF>",
+                          "554 5.0.0 Scripted: fail=data:554"]),
+    "drop at mail": ("mail:drop", ["", "", "", ""]),
+    "drop at rcpt": ("rcpt:drop", ["250 2.1.0 Ok", "", "", ""]),
+    "drop at data": ("data:drop", ["250 2.1.0 Ok", "250 2.1.5 Ok",
+                                   "354 End data with <CR><LF>.<CR><LF>", ""]),
+}
+
+
+@pytest.mark.parametrize("script, replies", rows(SCRIPTED))
+def test_scripted_failure(script, replies):
+    _, store, session = new_session()
+    address = failing(store, script)
+    said = ["MAIL FROM:<%s>" % address, "RCPT TO:<%s>" % address, "DATA"]
+    say(session, "EHLO x")
+    seen = say(session, *said)
+    seen += say(session, "x\r\n.") if seen[-1].startswith("354") else [""]
+    assert seen == replies
+    assert session.ended is script.endswith("drop")
+    assert stored(store) == [] and store.counters()["octets"] == 1_000   # of the inbox
+    if session.ended:
+        assert store.sessions()[0].ending == f"dropped by fail={script}"
+        session = mailtest.Session(store, client="192.0.2.1")
+        say(session, "EHLO x")
+    say(session, "RSET", *said)
+    assert say(session, "x\r\n.") == ["250 2.0.0 Ok: queued as <id>"]    # once, then never again
+
+
+def test_scripted_failure_at_mail_counts_as_an_attempt():
+    _, store, session = new_session()
+    address = failing(store, "mail:451")
+    say(session, "EHLO x", f"MAIL FROM:<{address}>", f"MAIL FROM:<{address}>")
+    assert store.inbox(address).attempts == 1
+
+
+def test_scripted_delay_holds_what_follows_until_it_is_over():
+    _, store, session = new_session()
+    address = failing(store, "rcpt:delay=2.5")
+    said = f"EHLO x\r\nMAIL FROM:<>\r\nRCPT TO:<{address}>\r\nDATA\r\n".encode()
+    assert session.receive(said).splitlines()[-2:] == [b"250 2.1.0 Ok", b"250 2.1.5 Ok"]
+    assert session.pause == 2.5
+    assert session.receive(b"x\r\n.\r\n") == b""        # what arrives meanwhile waits too
+    session.pause = 0.0
+    assert masked(session.receive(b"")) == (
+        b"354 End data with <CR><LF>.<CR><LF>\r\n250 2.0.0 Ok: queued as <id>\r\n")
+
+
+# -- records
+
+def test_session_is_recorded():
+    clock, store, session = new_session(tls=True)
+    session.greet()
+    clock.now += 1
+    say(session, "EHLO x", "AUTH PLAIN AGFsaWNlAHNlY3JldA==", "MAIL FROM:<>", "RCPT TO:<nobody>",
+        "RCPT TO:<b@x.example>", "BDAT 0 LAST", "QUIT")
+    record, = store.sessions()
+    assert record._replace(transcript=b"") == mailtest.SessionRecord(
+        1, "192.0.2.1", "x", "alice", True, 1_000.0, 1_001.0, 1,
+        "501 5.1.3 Expected local-part@domain, got 'nobody'", "quit", b"")
+    assert masked(record.transcript).decode() == (
+        "S: 220 mailtest.example ESMTP mailtest\r\n"
+        "C: EHLO x\r\n"
+        "S: 250-mailtest.example\r\nS: 250-SIZE 2000\r\nS: 250-8BITMIME\r\n"
+        "S: 250-SMTPUTF8\r\nS: 250-PIPELINING\r\nS: 250-ENHANCEDSTATUSCODES\r\n"
+        "S: 250-CHUNKING\r\nS: 250-AUTH PLAIN LOGIN CRAM-MD5\r\nS: 250 HELP\r\n"
+        "C: AUTH PLAIN ********\r\n"
+        "S: 235 2.7.0 Authenticated\r\n"
+        "C: MAIL FROM:<>\r\n"
+        "S: 250 2.1.0 Ok\r\n"
+        "C: RCPT TO:<nobody>\r\n"
+        "S: 501 5.1.3 Expected local-part@domain, got 'nobody'\r\n"
+        "C: RCPT TO:<b@x.example>\r\n"
+        "S: 250 2.1.5 Ok\r\n"
+        "C: BDAT 0 LAST\r\n"
+        "C: (0 octets of mail data)\r\n"
+        "S: 250 2.0.0 Ok: queued as <id>\r\n"
+        "C: QUIT\r\n"
+        "S: 221 2.0.0 Bye\r\n")
+
+
+def transcript(store):
+    """The lines of the newest message's transcript that the client said."""
+    lines = b"".join(store.newest("mailtest")[0].session).decode().splitlines()
+    return [line[3:] for line in lines if line.startswith("C: ")]
+
+
+def test_message_knows_how_it_came():
+    _, store, session = new_session()
+    say(session, "EHLO x", "MAIL FROM:<>", "RCPT TO:<b@x.example>", "DATA", "first\r\n.",
+        "MAIL FROM:<c@x.example>", "RCPT TO:<d@x.example>", "DATA", "second\r\n.")
+    assert transcript(store) == ["EHLO x", "MAIL FROM:<c@x.example>", "RCPT TO:<d@x.example>",
+                                 "DATA", "(8 octets of mail data)"]
+    last = store.newest("mailtest")[0].session[-1].splitlines()[-1]
+    assert masked(last) == b"S: 250 2.0.0 Ok: queued as <id>"
+
+
+def test_message_knows_how_it_came_even_when_mail_was_said_twice():
+    _, store, session = new_session()
+    say(session, "EHLO x", "MAIL FROM:<>", "RCPT TO:<b@x.example>", "MAIL FROM:<>", "DATA",
+        "x\r\n.")
+    assert transcript(store) == ["EHLO x", "MAIL FROM:<>", "RCPT TO:<b@x.example>", "MAIL FROM:<>",
+                                 "DATA", "(3 octets of mail data)"]
+
+
+def test_transcript_is_bounded():
+    _, store, session = new_session(transcript_lines=5)
+    say(session, "EHLO x", *["NOOP"] * 20, "QUIT")
+    lines = store.sessions()[0].transcript.splitlines()
+    assert lines[-1] == b"(further lines were not kept)"
+    assert lines.count(b"C: NOOP") <= 2
+
+
+def test_transcript_of_many_transactions_is_bounded():
+    _, store, session = new_session()
+    for _ in range(200):
+        say(session, "HELO x", "MAIL FROM:<>", "RSET")
+    session.end("left without QUIT")
+    assert store.sessions()[0].transcript.count(b"MAIL FROM") == 20
+
+
+def test_overlong_line_is_not_in_the_transcript():
+    _, store, session = new_session()
+    say(session, "x" * 2_000, "QUIT")
+    assert store.sessions()[0].transcript.startswith(b"C: (a line that is too long)\r\nS: 500 ")
+
+
+ENDINGS_OF_SESSIONS = {
+    "quit": (["EHLO x", "QUIT"], "quit", False),
+    "quit without EHLO": (["QUIT"], "quit", False),
+    "something refused": (["FOO", "QUIT"], "quit", True),
+    "left": (["EHLO x"], "left without QUIT", True),
+    "left in the data": (
+        ["EHLO x", "MAIL FROM:<>", "RCPT TO:<b@x.example>", "DATA", "x"],
+        "left without QUIT, 3 octets into the mail data", True),
+    "left in a chunk": (
+        ["EHLO x", "MAIL FROM:<>", "RCPT TO:<b@x.example>", "BDAT 99", "xx"],
+        "left without QUIT, 4 octets into the mail data", True),
+    "left after a mail": (
+        ["EHLO x", "MAIL FROM:<>", "RCPT TO:<b@x.example>", "DATA", "."],
+        "left without QUIT", False),
+}
+
+
+@pytest.mark.parametrize("lines, ending, is_event", rows(ENDINGS_OF_SESSIONS))
+def test_end_of_a_session_is_recorded(lines, ending, is_event):
+    _, store, session = new_session()
+    say(session, *lines)
+    session.end("left without QUIT")
+    session.end("once is enough")
+    record, = store.sessions()
+    assert record.ending == ending
+    events = [event.data for event in store.events(0, 0.0)[0] if event.kind == "session"]
+    assert events == [{"number": 1, "client": "192.0.2.1", "refused": record.refused,
+                       "ending": ending}] * is_event
+
+
+def test_session_that_is_refused_from_our_side():
+    _, store, session = new_session()
+    assert session.refuse(mailtest.Reply(421, "4.3.2", "Shutting down")) == (
+        b"421 4.3.2 Shutting down\r\n")
+    assert session.ended and session.cut_off
+    assert store.sessions()[0][8:10] == ("421 4.3.2 Shutting down", "Shutting down")
+
+
+def test_cut_off_tells_whether_the_client_may_still_be_talking():
+    for said, cut_off in ((b"QUIT\r\n", False), (b"QUIT\r\nNOOP\r\n", True),
+                          (b"GET / HTTP/1.1\r\n", True)):
+        _, _, session = new_session()
+        session.receive(said)
+        assert (session.ended, session.cut_off) == (True, cut_off)
+
+
+# -- replies
+
+def test_replies_are_ascii_lines_of_512_octets_at_most():
+    long = "ü" * 400
+    for said in (f"FOO{long}", f"MAIL FROM:<{long}", f"MAIL FROM:<a@{long}>", f"NOOP {long}",
+                 f"MAIL FROM:<> {long}", f"VRFY {long}", f"AUTH {long}", f"BDAT {long}"):
+        _, _, session = new_session()
+        session.receive(b"EHLO x\r\n")
+        reply = session.receive(said.encode() + b"\r\n")
+        assert reply.isascii() and all(len(line) <= 512 for line in reply.splitlines(True))
+
+
+def test_every_reply_but_greetings_and_challenges_has_an_enhanced_status_code():
+    shape = re.compile(r"[245]\d\d[ -](?P<status>[245]\.\d{1,3}\.\d{1,3} )?")
+    for text in PLAYED.values():
+        for line in re.findall(r"^ *S: (.*)", text, re.M):
+            if not line.startswith(("250-", "334", "354", "250 mailtest", "250 HELP")):
+                match = shape.match(line)
+                assert match and match["status"] and match["status"][0] == line[0], line
+
+
+def test_help_knows_every_command():
+    assert sorted(mailtest.COMMANDS) == sorted(
+        b"EHLO HELO MAIL RCPT DATA BDAT RSET NOOP VRFY HELP QUIT STARTTLS AUTH".split())
+
+
+# ---- Network ---------------------------------------------------------------
+
+CERTIFICATE = """\
+-----BEGIN CERTIFICATE-----
+MIIBqzCCAVKgAwIBAgIUaSm8rt2h32qU9Gr7TlBy6bTjWFwwCgYIKoZIzj0EAwIw
+EzERMA8GA1UEAwwIbWFpbHRlc3QwIBcNMjYxMTIxMDYxNDA3WhgPMjEyNjEwMjgw
+NjE0MDdaMBMxETAPBgNVBAMMCG1haWx0ZXN0MFkwEwYHKoZIzj0CAQYIKoZIzj0D
+AQcDQgAEaMg8fKIG/Jfq0I0sw5Ddoj9qkGAOyMGy/92d9UfYhTyLUYpW7tB3hWGE
+50XzRhqiusH+1dM9dsgf5o1nagZ4GKOBgTB/MB0GA1UdDgQWBBRZPPUrnc8iEzhS
+U6OxqOSDTRaY3DAfBgNVHSMEGDAWgBRZPPUrnc8iEzhSU6OxqOSDTRaY3DAPBgNV
+HRMBAf8EBTADAQH/MCwGA1UdEQQlMCOCCWxvY2FsaG9zdIcEfwAAAYcQAAAAAAAA
+AAAAAAAAAAAAATAKBggqhkjOPQQDAgNHADBEAiAoiuameawlEKoNqRSWaHUdxD58
+0/08WtcQEhOwHvWipwIgICKiPgg4bUCelJXGqXrCFrbtidfxkvY7ZwQfV0moAls=
+-----END CERTIFICATE-----
+"""
+
+KEY = """\
+-----BEGIN PRIVATE KEY-----
+MIGHAgEAMBMGByqGSM49AgEGCCqGSM49AwEHBG0wawIBAQQgetsiGyTYAedqax4y
+c4/QRMG5WXdlCtQc1ZRpf/YWyuKhRANCAARoyDx8ogb8l+rQjSzDkN2iP2qQYA7I
+wbL/3Z31R9iFPItRilbu0HeFYYTnRfNGGqK6wf7V0z12yB/mjWdqBngY
+-----END PRIVATE KEY-----
+"""
+
+
+@pytest.fixture(scope="module")
+def certificate(tmp_path_factory):
+    """The path of a file with a certificate for localhost, 127.0.0.1 and ::1, and its key."""
+    path = tmp_path_factory.mktemp("tls") / "localhost.pem"
+    path.write_text(CERTIFICATE + KEY, encoding="ascii")
+    return str(path)
+
+
+@pytest.fixture
+def trusting(certificate):
+    """A client's TLS settings, which trust that certificate alone."""
+    return ssl.create_default_context(cafile=certificate)
+
+
+@pytest.fixture
+def pair():
+    """(our end, the peer's end): a Connection and a socket that waits ten seconds at most."""
+    ours, peer = socket.socketpair()
+    peer.settimeout(10)
+    connection = mailtest.Connection(ours, ("192.0.2.1", 25))
+    yield connection, peer
+    connection.close()
+    peer.close()
+
+
+CLIENTS = {
+    "IPv4": ("192.0.2.1", "192.0.2.1"),
+    "IPv6": ("2001:db8::1", "2001:db8::1"),
+    "IPv6 with a scope": ("fe80::1%eth0", "fe80::1"),
+    "IPv4 on a dual-stack socket": ("::ffff:192.0.2.1", "192.0.2.1"),
+}
+
+
+@pytest.mark.parametrize("address, client", rows(CLIENTS))
+def test_connection_names_its_client(address, client, pair):
+    assert mailtest.Connection(pair[1], (address, 25)).client == client
+
+
+def test_connection_that_is_dead_already_is_one_all_the_same(pair):
+    """macOS: setsockopt() fails on a connection that was reset."""
+    pair[1].close()
+    assert mailtest.Connection(pair[1], ("192.0.2.1", 25)).is_gone()
+
+
+def test_connection_receives_what_arrives_and_then_the_end(pair):
+    connection, peer = pair
+    peer.sendall(b"abc")
+    peer.shutdown(socket.SHUT_WR)
+    assert [connection.receive(2), connection.receive(), connection.receive()] == [
+        b"ab", b"c", b""]
+
+
+def test_connection_sends_all_parts(pair):
+    connection, peer = pair
+    connection.send(b"ab", b"", b"c")
+    connection.shut(socket.SHUT_WR)
+    assert b"".join(iter(lambda: peer.recv(9), b"")) == b"abc"
+
+
+def test_connection_hangs_up_after_silence(pair):
+    connection, _ = pair
+    connection.set_timeout(0.001)
+    with pytest.raises(mailtest.Hangup, match="^was silent for too long$"):
+        connection.receive()
+
+
+def test_connection_hangs_up_on_who_does_not_read(pair):
+    connection, _ = pair
+    connection.set_timeout(0.001)
+    with pytest.raises(mailtest.Hangup, match="^did not read for too long$"):
+        connection.send(b"x" * 10_000_000)
+
+
+def test_connection_hangs_up_on_who_is_gone(pair):
+    connection, peer = pair
+    peer.close()
+    with pytest.raises(mailtest.Hangup, match="^broke the connection$"):
+        connection.send(b"x" * 10_000_000)
+
+
+def test_parked_connection_does_not_block(pair):
+    connection, peer = pair
+    connection.park()
+    rest = connection.try_send(b"x" * 10_000_000)
+    assert 0 < len(rest) < 10_000_000
+    assert connection.try_send(b"abc") == b"abc"
+    connection.unpark()
+    connection.shut(socket.SHUT_WR)
+    assert len(b"".join(iter(lambda: peer.recv(1_000_000), b""))) == 10_000_000 - len(rest)
+
+
+def test_connection_sees_whether_its_peer_is_gone(pair):
+    connection, peer = pair
+    assert (connection.waits(), connection.is_gone()) == (False, False)
+    peer.sendall(b"x")
+    assert (connection.waits(), connection.is_gone()) == (True, False)
+    assert connection.receive() == b"x"
+    peer.close()
+    assert (connection.waits(), connection.is_gone()) == (True, True)
+    connection.close()
+    assert (connection.waits(), connection.is_gone()) == (True, True)
+
+
+def test_linger_takes_what_arrives_so_that_the_last_reply_is_read(pair):
+    connection, peer = pair
+    peer.sendall(b"x" * 100)
+    connection.send(b"bye")
+    peer.shutdown(socket.SHUT_WR)
+    connection.linger()
+    connection.close()
+    assert [peer.recv(9), peer.recv(9)] == [b"bye", b""]
+
+
+def test_handshake_that_fails_says_why(pair, certificate):
+    connection, peer = pair
+    peer.sendall(b"EHLO client.example\r\n")
+    with pytest.raises(mailtest.Hangup, match="^failed the TLS handshake: "):
+        connection.start_tls(mailtest.tls_context(certificate))
+
+
+def test_handshake_that_takes_too_long(pair, certificate):
+    connection, _ = pair
+    with pytest.raises(mailtest.Hangup, match="^failed the TLS handshake: .*timed out"):
+        connection.start_tls(mailtest.tls_context(certificate), 0.001)
+
+
+def test_connection_is_shut_within_the_handshake(pair, certificate, trusting):
+    connection, peer = pair
+    context = mailtest.tls_context(certificate)
+    context.sni_callback = lambda *_: connection.shut()      # as a stop does it
+
+    def shake_hands():
+        with pytest.raises(OSError):     # ssl.SSLError is one
+            trusting.wrap_socket(peer, server_hostname="localhost").close()
+    client = in_thread(shake_hands)
+    try:
+        with pytest.raises(mailtest.Hangup):
+            connection.start_tls(context)
+    finally:
+        connection.close()
+        client.join_value()
+
+
+def test_poller_tells_which_sockets_have_octets(pair):
+    connection, peer = pair
+    poller = mailtest.Poller()
+    poller.add(connection.socket, "ours")
+    poller.add(peer, "peer")
+    assert (poller.all(), poller.ready(0)) == (["ours", "peer"], [])
+    peer.sendall(b"x")
+    assert poller.ready(10) == ["ours"]
+    poller.remove(connection.socket)
+    assert (poller.all(), poller.ready(0)) == (["peer"], [])
+    connection.close()
+    assert poller.ready(10) == ["peer"]
+    poller.close()
+
+
+@pytest.mark.parametrize("means", ["epoll", "poll"])
+def test_poller_does_with_less_than_epoll(means, pair, monkeypatch):
+    for each in ("epoll", "poll")[:("epoll", "poll").index(means) + 1]:
+        monkeypatch.delattr(select, each, raising=False)
+    test_poller_tells_which_sockets_have_octets(pair)
+
+
+def test_tls_context_without_a_certificate(tmp_path):
+    with pytest.raises(OSError):
+        mailtest.tls_context(str(tmp_path / "none.pem"))
+
+
+def test_make_certificate_without_openssl(tmp_path, monkeypatch):
+    monkeypatch.setattr(shutil, "which", lambda program: None)
+    with pytest.raises(OSError) as error:
+        mailtest.make_certificate(str(tmp_path), ["localhost"])
+    assert str(error.value) == (
+        "--tls needs the openssl program to make a certificate, and it is not on the PATH; "
+        "install it, or give --tls-cert and --tls-key")
+
+
+@pytest.mark.skipif(not shutil.which("openssl"), reason="there is no openssl program")
+def test_made_certificate_serves_the_names_it_was_made_for(tmp_path, pair):
+    certificate, key = mailtest.make_certificate(str(tmp_path), ["localhost", "127.0.0.1", "::1"])
+    connection, peer = pair
+    server = in_thread(connection.start_tls, mailtest.tls_context(certificate, key))
+    client = ssl.create_default_context(cafile=certificate)
+    with client.wrap_socket(peer, server_hostname="::1") as tls:
+        names = tls.getpeercert()["subjectAltName"]
+        assert server.join_value() is None
+        connection.close()
+    assert names == (("DNS", "localhost"), ("IP Address", "127.0.0.1"),
+                     ("IP Address", "0:0:0:0:0:0:0:1"))
+
+
+# ---- SMTP server -----------------------------------------------------------
+
+class SmtpClient:
+    """A client that says what a test says, and waits ten seconds at most."""
+
+    def __init__(self, server, tls=None, host=None):
+        self.socket = socket.create_connection((host or server.host, server.port), 10)
+        if tls is not None:
+            self.start_tls(tls)
+        self.received = b""
+
+    def start_tls(self, context):
+        self.socket = context.wrap_socket(self.socket, server_hostname="localhost",
+                                          suppress_ragged_eofs=False)
+
+    def say(self, octets):
+        self.socket.sendall(octets)
+        return self
+
+    def lines(self, count=1):
+        """So many lines of replies, without ids."""
+        while self.received.count(b"\r\n") < count:
+            more = self.socket.recv(65_536)
+            assert more, f"the end came after {self.received!r}"
+            self.received += more
+        lines = self.received.split(b"\r\n")
+        self.received = b"\r\n".join(lines[count:])
+        return masked(b"".join(line + b"\r\n" for line in lines[:count]))
+
+    def begin(self, lines=9):
+        """Greets, and leaves the greeting and EHLO's reply behind."""
+        self.say(b"EHLO client.example\r\n")
+        self.lines(1 + lines)
+        return self
+
+    def at_end(self):
+        """Whether the server has closed the connection, and said nothing more."""
+        return self.received == b"" == self.socket.recv(1)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.socket.close()
+
+
+def threads_of(name):
+    return {thread for thread in threading.enumerate() if thread.name == name}
+
+
+@contextlib.contextmanager
+def smtp_server(policy=mailtest.SmtpPolicy(), tls=None, implicit=False, host="127.0.0.1",
+                strict=False, **limits):
+    """(server, store): a server on a free port, which leaves no thread behind."""
+    before = threads_of("smtp")
+    store = mailtest.Store(mailtest.Limits(**limits), strict=strict)
+    server = mailtest.SmtpServer(host, 0, store, policy, tls, implicit)
+    server.start()
+    try:
+        yield server, store
+    finally:
+        server.stop()
+    assert threads_of("smtp") <= before
+    assert server.connection_count() == 0
+
+
+TRANSACTION = b"MAIL FROM:<a@client.example>\r\nRCPT TO:<b@mailtest.example>\r\nDATA\r\n"
+TRANSACTION_OK = (b"250 2.1.0 Ok\r\n250 2.1.5 Ok\r\n354 End data with <CR><LF>.<CR><LF>\r\n")
+QUEUED_OK = b"250 2.0.0 Ok: queued as <id>\r\n"
+STOPPED = b"421 4.3.2 Shutting down\r\n"
+
+
+@pytest.fixture(scope="module")
+def dialogue_server():
+    with smtp_server(**SMALL) as pair:
+        yield pair
+
+
+@pytest.mark.parametrize("text", rows(PLAYED))
+def test_dialogue_over_a_socket(text, dialogue_server):
+    server, store = dialogue_server
+    store.empty("mailtest")
+    dialogue = Dialogue(text)
+    with SmtpClient(server) as client:
+        assert client.lines() == b"220 mailtest.example ESMTP mailtest\r\n"
+        for said, answered in dialogue.turns:
+            client.say(said)
+            assert client.lines(answered.count(b"\r\n")) == answered
+        assert stored(store) == dialogue.messages
+        if dialogue.ending:
+            assert client.at_end()
+
+
+def test_standard_library_sends_a_mail():
+    with smtp_server() as (server, store):
+        with smtplib.SMTP(server.host, server.port, timeout=10) as client:
+            client.login("alice", "secret")
+            assert client.sendmail("a@client.example", ["b@x.example", "c@x.example"],
+                                   "Subject: Hi\n\n.dot\n") == {}
+        message, = store.newest("mailtest")
+        assert message.octets == b"Subject: Hi\r\n\r\n.dot\r\n"
+        assert message.envelope.forward_paths == ("b@x.example", "c@x.example")
+        assert message.envelope[3:6] == ("127.0.0.1", "alice", False)
+
+
+def test_two_hundred_connections_are_served_by_few_threads():
+    with smtp_server() as (server, store), contextlib.ExitStack() as stack:
+        before = threads_of("smtp")
+        clients = [stack.enter_context(SmtpClient(server)).begin() for _ in range(200)]
+        assert (server.connection_count(), threads_of("smtp")) == (200, before)
+        for client in clients:
+            client.say(TRANSACTION)
+        for client in clients:
+            assert client.lines(3) == TRANSACTION_OK
+        for client in clients:
+            client.say(b"x\r\n.\r\nQUIT\r\n")
+        assert all(client.lines(2) == QUEUED_OK + b"221 2.0.0 Bye\r\n" for client in clients)
+        assert all(client.at_end() for client in clients)
+        assert store.counters()["messages"] == 200
+
+
+def test_client_that_does_not_read_keeps_nobody_waiting():
+    with smtp_server() as (server, store):
+        with SmtpClient(server) as silent, SmtpClient(server) as other:
+            silent.socket.settimeout(0.001)
+            with pytest.raises(OSError):                     # until nothing more can be sent
+                while True:
+                    silent.say(b"HELP\r\n" * 10_000)
+            assert other.begin().say(b"NOOP\r\n").lines() == b"250 2.0.0 Ok\r\n"
+            silent.socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+
+
+def test_connections_beyond_the_bound_are_told_to_try_again():
+    with smtp_server(connections=2) as (server, _):
+        with SmtpClient(server).begin() as first, SmtpClient(server).begin():
+            with SmtpClient(server) as third:
+                assert third.lines() == b"421 4.7.0 Too many connections: try again later\r\n"
+                assert third.at_end()
+            assert first.say(b"QUIT\r\n").lines() == b"221 2.0.0 Bye\r\n"
+            assert first.at_end()
+            with SmtpClient(server) as fourth:
+                assert fourth.lines().startswith(b"220 ")
+
+
+def test_connections_of_one_client_are_bounded_alone():
+    with smtp_server(connections_per_client=1) as (server, _):
+        with SmtpClient(server).begin(), SmtpClient(server) as second:
+            assert second.lines() == b"421 4.7.0 Too many connections: try again later\r\n"
+
+
+def test_connections_that_are_dead_on_arrival_cost_no_thread(monkeypatch):
+    """macOS: accept() may return a connection that was reset, and no address of it."""
+    make, dead = mailtest.Connection.__init__, [1, 2, 3]
+
+    def dead_at_first(connection, sock, address):
+        make(connection, sock, () if dead and dead.pop() else address)
+    monkeypatch.setattr(mailtest.Connection, "__init__", dead_at_first)
+    with smtp_server() as (server, _):
+        before = threads_of("smtp")
+        for _ in range(3):
+            with SmtpClient(server) as client:
+                assert client.at_end()
+        with SmtpClient(server) as client:
+            assert client.lines().startswith(b"220 ")
+        assert threads_of("smtp") == before
+
+
+def test_server_goes_on_when_the_system_gives_no_more_threads(monkeypatch):
+    server = mailtest.SmtpServer("127.0.0.1", 0, mailtest.Store(), mailtest.SmtpPolicy())
+    start, left = threading.Thread.start, [1]
+
+    def start_one(thread):
+        if not left:
+            raise RuntimeError("can't start new thread")
+        left.pop()
+        start(thread)
+    monkeypatch.setattr(threading.Thread, "start", start_one)
+    server.start()
+    with SmtpClient(server).begin() as client:
+        assert client.say(TRANSACTION + b"x\r\n.\r\n").lines(4) == TRANSACTION_OK + QUEUED_OK
+        server.stop()
+        assert client.lines() == STOPPED
+
+
+def test_exception_in_a_session_is_answered_and_costs_one_connection_alone(monkeypatch, caplog):
+    with smtp_server() as (server, store), SmtpClient(server).begin() as client:
+        client.say(TRANSACTION).lines(3)
+        with monkeypatch.context() as patch:
+            patch.setattr(store, "deliver", lambda message: 1 / 0)
+            client.say(b"x\r\n.\r\n")
+            assert client.lines() == (b"421 4.3.0 This is a defect of mailtest; its log on "
+                                      b"standard error says more\r\n")
+            assert client.at_end()
+        assert "smtp: a connection from 127.0.0.1 failed" in caplog.text
+        with SmtpClient(server).begin() as another:
+            another.say(TRANSACTION + b"x\r\n.\r\n")
+            assert another.lines(4) == TRANSACTION_OK + QUEUED_OK
+
+
+# -- how connections end
+
+def session_end(store):
+    """The ending of the first session that ended badly, waited for."""
+    seen = 0
+    while True:
+        events, _ = store.events(seen, 10.0)
+        assert events, "no session has ended badly"
+        for event in events:
+            seen = event.number
+            if event.kind == "session":
+                return event.data["ending"]
+
+
+@pytest.mark.parametrize("said, ending", rows({
+    "at once": (b"", "left without QUIT"),
+    "in the middle of a line": (b"EHLO", "left without QUIT"),
+    "in the middle of mail data": (
+        b"EHLO x\r\n" + TRANSACTION + b"half", "left without QUIT, 4 octets into the mail data"),
+    "before the last octet of mail data": (
+        b"EHLO x\r\n" + TRANSACTION + b"\r\n.\r",
+        "left without QUIT, 4 octets into the mail data"),
+}))
+def test_client_that_leaves_stores_nothing(said, ending):
+    with smtp_server() as (server, store):
+        with SmtpClient(server) as client:
+            client.lines()
+            client.say(said).socket.shutdown(socket.SHUT_WR)
+            while client.socket.recv(65_536):
+                pass
+        assert session_end(store) == ending
+        assert (stored(store), store.counters()["octets"]) == ([], 0)
+
+
+def test_client_that_resets_in_the_middle_of_mail_data():
+    with smtp_server() as (server, store):
+        with SmtpClient(server).begin() as client:
+            client.say(TRANSACTION).lines(3)
+            client.say(b"half")
+            client.socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        assert session_end(store) == "broke the connection, 4 octets into the mail data"
+        assert stored(store) == []
+
+
+def test_client_that_half_closes_gets_every_reply():
+    with smtp_server() as (server, store):
+        with SmtpClient(server) as client:
+            client.say(b"EHLO x\r\n" + TRANSACTION + b"x\r\n.\r\n")
+            client.socket.shutdown(socket.SHUT_WR)
+            assert client.lines(14).endswith(TRANSACTION_OK + QUEUED_OK)
+            assert client.at_end()
+        assert stored(store) == [b"x\r\n"]
+
+
+def test_what_follows_quit_does_not_reset_the_connection():
+    with smtp_server() as (server, _):
+        with SmtpClient(server) as client:
+            client.say(b"QUIT\r\n" + b"NOOP\r\n" * 1_000).socket.shutdown(socket.SHUT_WR)
+            assert client.lines(2).endswith(b"221 2.0.0 Bye\r\n")
+            assert client.at_end()
+
+
+def test_browser_is_cut_off_and_can_read_why():
+    with smtp_server() as (server, store):
+        with SmtpClient(server) as client:
+            client.say(b"POST / HTTP/1.1\r\nHost: localhost\r\nContent-Length: 300\r\n\r\n"
+                       b"EHLO evil\r\n" + TRANSACTION + b"x\r\n.\r\nQUIT\r\n")
+            client.socket.shutdown(socket.SHUT_WR)
+            assert client.lines(2).endswith(b"421 4.7.0 This is SMTP, not HTTP\r\n")
+            assert client.at_end()
+        assert stored(store) == []
+
+
+def test_silent_client_is_told_why_it_is_left():
+    with smtp_server(smtp_timeout=0.0) as (server, store):
+        with SmtpClient(server) as silent:
+            assert silent.lines(2).endswith(b"\r\n421 4.4.2 Silent for too long\r\n")
+            assert silent.at_end()
+        assert session_end(store) == "Silent for too long"
+
+
+# -- scripted delays and drops
+
+def test_commands_that_are_pipelined_behind_a_delay_are_answered():
+    with smtp_server() as (server, store):
+        address = failing(store, "mail:delay=0.001", "rcpt:delay=0.001*2", "data:delay=0.001")
+        said = f"MAIL FROM:<{address}>\r\n" + f"RCPT TO:<{address}>\r\n" * 2 + "DATA\r\n"
+        with SmtpClient(server).begin() as client:
+            client.say(said.encode() + b"x\r\n.\r\nNOOP\r\nQUIT\r\n")
+            assert client.lines(7) == (b"250 2.1.0 Ok\r\n" + b"250 2.1.5 Ok\r\n" * 2
+                                       + b"354 End data with <CR><LF>.<CR><LF>\r\n" + QUEUED_OK
+                                       + b"250 2.0.0 Ok\r\n221 2.0.0 Bye\r\n")
+            assert client.at_end()
+
+
+def test_delay_keeps_nobody_else_waiting():
+    with smtp_server() as (server, store):
+        address = failing(store, "rcpt:delay=60")
+        with SmtpClient(server).begin() as slow, SmtpClient(server).begin() as other:
+            slow.say(f"MAIL FROM:<>\r\nRCPT TO:<{address}>\r\n".encode())
+            assert other.say(TRANSACTION + b"x\r\n.\r\n").lines(4) == TRANSACTION_OK + QUEUED_OK
+            server.stop()                # and a stop does not wait for it
+            assert slow.lines(3) == b"250 2.1.0 Ok\r\n250 2.1.5 Ok\r\n" + STOPPED
+
+
+def test_delay_is_over_before_the_mail_is_seen():
+    with smtp_server() as (server, store):
+        address = failing(store, "data:delay=60")
+        with SmtpClient(server).begin() as client:
+            client.say(f"MAIL FROM:<>\r\nRCPT TO:<{address}>\r\nDATA\r\n".encode()).lines(3)
+            client.say(b"x\r\n.\r\n")
+            in_thread(server.stop).join_value()
+            assert client.lines() == QUEUED_OK
+        assert store.inbox(address).count == 1
+
+
+def test_scripted_drop_closes_without_a_word():
+    with smtp_server() as (server, store):
+        address = failing(store, "rcpt:drop")
+        with SmtpClient(server).begin() as client:
+            client.say(f"MAIL FROM:<>\r\nRCPT TO:<{address}>\r\nDATA\r\n".encode())
+            assert client.lines() == b"250 2.1.0 Ok\r\n"
+            client.socket.shutdown(socket.SHUT_WR)
+            assert client.at_end()
+        assert session_end(store) == "dropped by fail=rcpt:drop"
+        assert store.inbox(address).attempts == 1
+
+
+# -- stop
+
+def test_stop_ends_silent_sessions_and_frees_the_port():
+    with smtp_server() as (server, store):
+        with SmtpClient(server) as fresh, SmtpClient(server).begin() as greeted:
+            fresh.lines()
+            greeted.say(b"MAIL FROM:<>\r\n").lines()
+            server.stop()
+            assert fresh.lines() == greeted.lines() == STOPPED
+            assert fresh.at_end() and greeted.at_end()
+        assert {record.ending for record in store.sessions()} == {"Shutting down"}
+        again = mailtest.SmtpServer(server.host, server.port, store, mailtest.SmtpPolicy())
+        again.start()
+        with SmtpClient(again) as client:
+            assert client.lines().startswith(b"220 ")
+        again.stop()
+
+
+def test_stop_waits_for_mail_data_to_end():
+    with smtp_server() as (server, store):
+        with SmtpClient(server).begin() as client:
+            client.say(TRANSACTION + b"first half, ").lines(3)
+            stopping = in_thread(server.stop)
+            assert server.stopping.wait(10)
+            client.say(b"second half\r\n.\r\n")
+            assert client.lines(2) == QUEUED_OK + STOPPED
+            assert client.at_end()
+            stopping.join_value()
+        assert stored(store) == [b"first half, second half\r\n"]
+
+
+def test_stop_waits_for_the_data_of_several_clients():
+    with smtp_server() as (server, store), contextlib.ExitStack() as stack:
+        clients = [stack.enter_context(SmtpClient(server)).begin() for _ in range(5)]
+        for client in clients:
+            client.say(TRANSACTION + b"x").lines(3)
+        stopping = in_thread(server.stop)
+        assert server.stopping.wait(10)
+        for client in clients:
+            client.say(b"\r\n.\r\n")
+            assert client.lines(2) == QUEUED_OK + STOPPED
+        stopping.join_value()
+        assert stored(store) == [b"x\r\n"] * 5
+
+
+def test_stop_refuses_mail_data_that_does_not_end():
+    with smtp_server(stop_time=0.21) as (server, store):
+        with SmtpClient(server).begin() as client:
+            client.say(TRANSACTION + b"half").lines(3)
+            server.stop()
+            assert client.lines() == STOPPED
+            assert client.at_end()
+        assert (stored(store), store.counters()["octets"]) == ([], 0)
+        assert store.sessions()[0].ending == "Shutting down, 4 octets into the mail data"
+
+
+def test_stop_refuses_new_connections():
+    with smtp_server() as (server, _):
+        server.stop()
+        with pytest.raises(OSError):
+            SmtpClient(server)
+
+
+def test_server_may_be_stopped_twice_and_without_having_started():
+    server = mailtest.SmtpServer("127.0.0.1", 0, mailtest.Store(), mailtest.SmtpPolicy())
+    server.stop()
+    server.stop()
+
+
+def test_port_in_use_is_an_error():
+    with smtp_server() as (server, store):
+        with pytest.raises(OSError) as error:
+            mailtest.SmtpServer(server.host, server.port, store, mailtest.SmtpPolicy())
+        assert error.value.errno in (errno.EADDRINUSE, errno.EACCES)     # EACCES: Windows
+
+
+def has_ipv6():
+    try:
+        with socket.socket(socket.AF_INET6) as sock:
+            sock.bind(("::1", 0))
+        return True
+    except OSError:                      # the machine has none
+        return False
+
+
+@pytest.mark.skipif(not has_ipv6(), reason="this machine has no IPv6")
+def test_ipv6():
+    with smtp_server(host="::1") as (server, store):
+        assert server.host == "::1"
+        with SmtpClient(server).begin() as client:
+            client.say(TRANSACTION + b"x\r\n.\r\n").lines(4)
+        assert store.newest("mailtest")[0].envelope.client == "::1"
+
+
+@pytest.mark.skipif(not has_ipv6(), reason="this machine has no IPv6")
+def test_every_address_of_both_families():
+    with smtp_server(host="::") as (server, store):
+        for host in ("127.0.0.1", "::1"):
+            with SmtpClient(server, host=host).begin() as client:
+                client.say(TRANSACTION + b"x\r\n.\r\n").lines(4)
+        assert [message.envelope.client for message in store.newest("mailtest")] == [
+            "::1", "127.0.0.1"]
+
+
+# -- TLS
+
+TLS_OFFERED = mailtest.SmtpPolicy(starttls=True)
+
+
+@pytest.fixture
+def starttls_server(certificate):
+    with smtp_server(TLS_OFFERED, mailtest.tls_context(certificate)) as pair:
+        yield pair
+
+
+@pytest.fixture
+def smtps_server(certificate):
+    with smtp_server(TLS_OFFERED, mailtest.tls_context(certificate), implicit=True) as pair:
+        yield pair
+
+
+def test_standard_library_sends_over_starttls(starttls_server, trusting):
+    server, store = starttls_server
+    with smtplib.SMTP(server.host, server.port, timeout=10) as client:
+        client.starttls(context=trusting)
+        client.sendmail("a@client.example", ["b@x.example"], "Subject: Hi\r\n\r\n")
+        assert not client.has_extn("starttls")
+    assert store.newest("mailtest")[0].envelope.tls is True
+
+
+def test_standard_library_sends_over_implicit_tls(smtps_server, trusting):
+    server, store = smtps_server
+    with smtplib.SMTP_SSL(server.host, server.port, timeout=10, context=trusting) as client:
+        client.sendmail("a@client.example", ["b@x.example"], "Subject: Hi\r\n\r\n")
+        assert not client.has_extn("starttls")
+    assert store.newest("mailtest")[0].envelope.tls is True
+
+
+def test_plaintext_behind_starttls_is_discarded(starttls_server, trusting):
+    server, store = starttls_server
+    with SmtpClient(server).begin(lines=10) as client:
+        client.say(b"STARTTLS\r\nEHLO injected\r\nMAIL FROM:<>\r\nRCPT TO:<b@x.example>\r\n")
+        assert client.lines() == b"220 2.0.0 Go ahead\r\n"
+        client.start_tls(trusting)
+        client.say(b"DATA\r\n")
+        assert client.lines() == b"503 5.5.1 Send EHLO first\r\n"
+
+
+def test_failed_handshake_is_recorded(starttls_server):
+    server, store = starttls_server
+    with SmtpClient(server).begin(lines=10) as client:
+        client.say(b"STARTTLS\r\n").lines()
+        with pytest.raises(ssl.SSLError):
+            client.start_tls(ssl.create_default_context())   # which does not trust us
+    ending = session_end(store)
+    assert ending.startswith("failed the TLS handshake: ")
+    assert "EHLO client.example" in store.sessions()[0].transcript.decode()
+
+
+def test_failed_handshake_of_implicit_tls_is_recorded_too(smtps_server):
+    server, store = smtps_server
+    with pytest.raises(ssl.SSLError):
+        SmtpClient(server, tls=ssl.create_default_context())
+    ending = session_end(store)
+    assert ending.startswith("failed the TLS handshake: ")
+
+
+def test_tls_ends_with_a_close_notify(smtps_server, trusting):
+    """RFC 8446 6.1; without it a client cannot tell the end from an attack."""
+    server, _ = smtps_server
+    with SmtpClient(server, tls=trusting) as client:
+        client.say(b"QUIT\r\n")
+        assert client.lines(2).endswith(b"221 2.0.0 Bye\r\n")
+        assert client.at_end()
+
+
+@pytest.fixture
+def tls_pair(pair, certificate, trusting):
+    """(our end, the peer's end) of a connection with TLS."""
+    connection, peer = pair
+    client = in_thread(lambda: trusting.wrap_socket(peer, server_hostname="localhost"))
+    connection.start_tls(mailtest.tls_context(certificate))
+    with client.join_value() as tls:
+        yield connection, tls
+
+
+def test_connection_that_receives_no_more_still_sends_over_tls(tls_pair):
+    connection, peer = tls_pair
+    connection.shut(socket.SHUT_RD)      # as a stop does it
+    connection.send(STOPPED)
+    assert peer.recv(100) == STOPPED
+
+
+def test_connection_over_tls_sees_whether_its_peer_is_gone(tls_pair):
+    connection, peer = tls_pair
+    assert connection.is_gone() is False
+    peer.sendall(b"ab")
+    assert (connection.waits(), connection.is_gone(), connection.receive(1)) == (True, False, b"a")
+    assert (connection.waits(), connection.receive()) == (True, b"b")
+    peer.close()
+    assert connection.is_gone() is True
+
+
+@pytest.mark.xfail(strict=False, reason="defect 25: after SHUT_RD OpenSSL 3 cannot write either")
+def test_stop_tells_a_client_over_tls_too(smtps_server, trusting):
+    server, _ = smtps_server
+    with SmtpClient(server, tls=trusting) as client:
+        client.begin()
+        server.stop()
+        assert client.lines() == STOPPED
+
+
+def test_stop_waits_for_mail_data_over_tls(smtps_server, trusting):
+    server, store = smtps_server
+    with SmtpClient(server, tls=trusting) as client:
+        client.begin()
+        client.say(TRANSACTION + b"x").lines(3)
+        stopping = in_thread(server.stop)
+        assert server.stopping.wait(10)
+        client.say(b"\r\n.\r\n")
+        assert client.lines(2) == QUEUED_OK + STOPPED
+        stopping.join_value()
+    assert stored(store) == [b"x\r\n"]
+
+
+def test_plain_client_on_the_tls_port_is_left(smtps_server):
+    server, store = smtps_server
+    with SmtpClient(server) as client, contextlib.suppress(OSError):
+        client.say(b"EHLO client.example\r\n")
+        while client.socket.recv(65_536):
+            pass
+    ending = session_end(store)
+    assert ending.startswith("failed the TLS handshake: ")
+
+
+# ---- HTTP API --------------------------------------------------------------
+
+NOVEMBER = 1_795_224_817.0               # 2026-11-21T01:33:37Z
+
+
+def api_on_clock(strict=False, now=NOVEMBER, limits=(), **policy):
+    """(clock, api): an Api with the page's files, over a Store whose clocks are one fake."""
+    clock, store = store_on_clock(strict, **dict(limits))
+    clock.now = now
+    return clock, mailtest.Api(store, mailtest.ApiPolicy(files=mailtest.PAGE_FILES, **policy))
+
+
+def ask(api, method, target, body=b"", client="127.0.0.1", tunnel=False, gone=False, **fields):
+    """The Response to a request; `fields` are header fields with _ for -, a body that is not
+    octets becomes JSON."""
+    path, _, query = target.partition("?")
+    headers = {"host": "localhost:8080"}
+    headers.update((name.replace("_", "-"), value) for name, value in fields.items())
+    octets = body if isinstance(body, bytes) else json.dumps(body).encode()
+    return mailtest.answer(api, mailtest.Request(method, path, query, headers, octets, client,
+                                                 tunnel=tunnel, gone=lambda: gone))
+
+
+def said(response):
+    """(status, value of the JSON) of a Response."""
+    assert response.type == "application/json"
+    return response.status, json.loads(response.body)
+
+
+def got(api, target, **fields):
+    """The JSON of a GET that must succeed."""
+    status, value = said(ask(api, "GET", target, **fields))
+    assert status == 200, value
+    return value
+
+
+def subjects_of(value):
+    """The subjects_of of a list."""
+    return [item["subject"] for item in value["items"]]
+
+
+def invalid(field, text):
+    """What Mailosaur's clients are told of a wrong parameter."""
+    return 400, {"type": "ValidationError", "message": text,
+                 "errors": [{"field": field, "detail": [{"description": text}]}]}
+
+
+def not_found(text):
+    """What Mailosaur's clients are told of what is not there."""
+    return 404, {"type": "NotFound", "message": text,
+                 "errors": [{"field": "", "detail": [{"description": text}]}]}
+
+
+def mail(subject="x", body="x", fields=""):
+    """The octets of a small mail."""
+    return f"Subject: {subject}\r\n{fields}\r\n{body}\r\n".encode()
+
+
+EVERYTHING = (b"From: Ann <ann@sender.example>\r\n"
+         b"To: Bob <bob@abcd1234.example>\r\n"
+         b"Cc: carl@cc.example\r\n"
+         b"Date: Sat, 21 Nov 2026 01:33:36 +0000\r\n"
+         b"Message-ID: <1@sender.example>\r\n"
+         b"Subject: =?utf-8?q?Gr=C3=BC=C3=9Fe?=\r\n"
+         b"MIME-Version: 1.0\r\n"
+         b"Content-Type: multipart/mixed; boundary=B\r\n\r\n"
+         b"--B\r\nContent-Type: multipart/alternative; boundary=A\r\n\r\n"
+         b"--A\r\nContent-Type: text/plain\r\n\r\nYour code is 482913, see https://x.example/t\r\n"
+         b"--A\r\nContent-Type: text/html\r\n\r\n<p>Your code is <b>G3H1Y2</b>, "
+         b"<a href=\"https://x.example/h\">here</a> <a href=\"https://x.example/i\">"
+         b"<img src=\"cid:logo\" alt=\"Logo\"></a><img src=\"https://x.example/1.png\"></p>\r\n"
+         b"--A--\r\n"
+         b"--B\r\nContent-Type: image/png\r\nContent-ID: <logo>\r\n"
+         b"Content-Disposition: inline; filename=\"cat.png\"\r\n"
+         b"Content-Transfer-Encoding: base64\r\n\r\niVBORw==\r\n--B--\r\n")
+
+
+def whole(api):
+    """A message with something in every member."""
+    envelope = mailtest.Envelope("bounce@sender.example",
+                                 ("bob@abcd1234.example", "hidden@bcc.example"), "client.example",
+                                 "192.0.2.1", "ann", True)
+    message = mailtest.Message(mailtest.new_id(), EVERYTHING, envelope,
+                               session=(b"C: EHLO client.example\r\nS: 250 ok\r\n",
+                                        b"C: DATA\r\n"))
+    api.store.deliver(message)
+    return message
+
+
+def person(email, name=""):
+    return {"name": name, "email": email, "phone": None}
+
+
+# -- shapes
+
+def test_message_has_every_member():
+    _, api = api_on_clock()
+    message = whole(api)
+    assert got(api, f"/api/messages/{message.id}") == {
+        "id": message.id, "type": "Email", "received": "2026-11-21T01:33:37.000000+00:00",
+        "subject": "Grüße", "from": [person("ann@sender.example", "Ann")],
+        "to": [person("bob@abcd1234.example", "Bob")], "cc": [person("carl@cc.example")],
+        "bcc": [person("hidden@bcc.example")],
+        "html": {"body": EVERYTHING.decode().split("\r\n\r\n")[4].partition("\r\n--A--")[0],
+                 "links": [{"href": "https://x.example/h", "text": "here"},
+                           {"href": "https://x.example/i", "text": None}],
+                 "codes": [{"value": "G3H1Y2"}],
+                 "images": [{"src": "cid:logo", "alt": "Logo"},
+                            {"src": "https://x.example/1.png", "alt": None}]},
+        "text": {"body": "Your code is 482913, see https://x.example/t",
+                 "links": [{"href": "https://x.example/t", "text": "https://x.example/t"}],
+                 "codes": [{"value": "482913"}], "images": []},
+        "attachments": [{"id": f"{message.id}-0", "contentType": "image/png",
+                         "fileName": "cat.png", "contentId": "logo", "length": 4,
+                         "url": "http://localhost:8080/api/files/attachments/"
+                                f"{message.id}-0"}],
+        "metadata": {
+            "headers": [{"field": "From", "value": "Ann <ann@sender.example>"},
+                        {"field": "To", "value": "Bob <bob@abcd1234.example>"},
+                        {"field": "Cc", "value": "carl@cc.example"},
+                        {"field": "Date", "value": "Sat, 21 Nov 2026 01:33:36 +0000"},
+                        {"field": "Message-ID", "value": "<1@sender.example>"},
+                        {"field": "Subject", "value": "Grüße"},
+                        {"field": "MIME-Version", "value": "1.0"},
+                        {"field": "Content-Type", "value": "multipart/mixed; boundary=B"}],
+            "ehlo": "client.example", "mailFrom": "bounce@sender.example",
+            "rcptTo": [{"name": None, "email": "bob@abcd1234.example", "phone": None},
+                       {"name": None, "email": "hidden@bcc.example", "phone": None}],
+            "client": "192.0.2.1", "user": "ann", "tls": True},
+        "size": len(EVERYTHING), "direction": "Received", "warnings": [],
+        "session": ["C: EHLO client.example", "S: 250 ok", "C: DATA"], "server": "abcd1234"}
+
+
+def test_summary_has_every_member():
+    _, api = api_on_clock()
+    message = whole(api)
+    assert got(api, "/api/messages?server=abcd1234") == {"items": [{
+        "id": message.id, "type": "Email", "received": "2026-11-21T01:33:37.000000+00:00",
+        "subject": "Grüße", "from": [person("ann@sender.example", "Ann")],
+        "to": [person("bob@abcd1234.example", "Bob")], "cc": [person("carl@cc.example")],
+        "bcc": [person("hidden@bcc.example")],
+        "summary": "Your code is 482913, see https://x.example/t", "attachments": 1,
+        "size": len(EVERYTHING), "code": "482913", "links": 2, "warnings": 0,
+        "inboxes": ["bob@abcd1234.example", "hidden@bcc.example"], "server": "abcd1234"}]}
+
+
+def test_summary_names_the_server_that_was_asked():
+    _, api = api_on_clock()
+    whole(api)
+    for server, named in (("abcd1234", "abcd1234"), ("bcc", "bcc"), ("ABCD1234", "abcd1234"),
+                          ("abcd1234.example", "abcd1234.example"), ("mailtest", "abcd1234")):
+        assert got(api, f"/api/messages?server={server}")["items"][0]["server"] == named
+
+
+@pytest.mark.parametrize("octets", rows({
+    "nothing": b"", "no header fields": b"\r\nhello\r\n", "no body": b"Subject: x\r\n",
+    "text alone": mail(), "html alone": mail(fields="Content-Type: text/html\r\n"),
+    "neither text nor html": mail(fields="Content-Type: image/png\r\n"),
+    "broken addresses": mail(fields="From: <<<>>>,;:@@@\r\nTo: @\r\n"),
+    "a multipart without parts": mail(fields="Content-Type: multipart/mixed; boundary=B\r\n"),
+    "octets that are no text": b"\xff\x00\x80: \xfe\r\n\r\n\xff\x00"}))
+def test_lists_are_never_null_and_objects_never_absent(octets):
+    _, api = api_on_clock()
+    message = delivered(api.store, "a@x.example", octets=octets)
+    value = got(api, f"/api/messages/{message.id}")
+    for name in ("from", "to", "cc", "bcc", "attachments", "warnings"):
+        assert isinstance(value[name], list)
+    for kind in ("html", "text"):
+        assert [type(value[kind][name]) for name in ("links", "codes", "images")] == [list] * 3
+    assert [type(value["metadata"][name]) for name in ("headers", "rcptTo")] == [list] * 2
+    item, = got(api, "/api/messages")["items"]
+    assert isinstance(item["attachments"], int) and item["summary"]
+
+
+def test_mail_without_html_has_an_object_with_a_null_body():
+    _, api = api_on_clock()
+    message = delivered(api.store, "a@x.example", octets=mail())
+    assert got(api, f"/api/messages/{message.id}")["html"] == {
+        "body": None, "links": [], "codes": [], "images": []}
+
+
+def test_url_of_an_attachment_is_the_one_that_each_client_can_reach():
+    _, api = api_on_clock()
+    message = whole(api)
+    for host in ("localhost:8080", "127.0.0.1"):
+        value = got(api, f"/api/messages/{message.id}", host=host)
+        assert value["attachments"][0]["url"] == (
+            f"http://{host}/api/files/attachments/{message.id}-0")
+
+
+# -- lists
+
+def shelf():
+    """An Api with mails "1" to "5" for abcd1234 a second apart, one of others, one sent."""
+    clock, api = api_on_clock()
+    for number in range(1, 6):
+        delivered(api.store, f"u{number}@abcd1234.example", octets=mail(number, f"body {number}"))
+        clock.now += 1
+    delivered(api.store, "a@other000.example", octets=mail("other"))
+    delivered(api.store, "b@abcd1234.example", octets=mail("sent"), direction="Sent",
+              server="abcd1234")
+    return api
+
+
+# query, subjects_of
+LISTS = {
+    "newest first": ("server=abcd1234", "5 4 3 2 1"),
+    "a server by its whole domain": ("server=abcd1234.example", "5 4 3 2 1"),
+    "a server in capitals": ("server=ABCD1234", "5 4 3 2 1"),
+    "another server": ("server=other000", "other"),
+    "a server that has no mail": ("server=nobody00", ""),
+    "no server: everything": ("", "other 5 4 3 2 1"),
+    "an empty server: everything": ("server=", "other 5 4 3 2 1"),
+    "mailtest: everything": ("server=mailtest", "other 5 4 3 2 1"),
+    "the first page is 0": ("server=abcd1234&page=0&itemsPerPage=2", "5 4"),
+    "the second page is 1": ("server=abcd1234&page=1&itemsPerPage=2", "3 2"),
+    "the last page is short": ("server=abcd1234&page=2&itemsPerPage=2", "1"),
+    "after the last page": ("server=abcd1234&page=3&itemsPerPage=2", ""),
+    "a page far away": ("server=abcd1234&page=10000000&itemsPerPage=1000", ""),
+    "one item": ("server=abcd1234&itemsPerPage=1", "5"),
+    "a thousand items": ("server=abcd1234&itemsPerPage=1000", "5 4 3 2 1"),
+    "empty parameters are not given": (
+        "server=abcd1234&page=&itemsPerPage=&receivedAfter=&dir=&q=", "5 4 3 2 1"),
+    "unknown parameters are ignored": ("server=abcd1234&colour=red&&=&a", "5 4 3 2 1"),
+    "of a repeated parameter the last": ("server=nobody00&server=abcd1234", "5 4 3 2 1"),
+    "dir=Received": ("server=abcd1234&dir=Received", "5 4 3 2 1"),
+    "dir=Sent": ("server=abcd1234&dir=Sent", "sent"),
+    "dir=sent in lower case": ("server=abcd1234&dir=sent", "sent"),
+    "dir=Sent of everybody": ("dir=Sent", "sent"),
+    "dir=Sent of another server": ("server=other000&dir=Sent", ""),
+    "received after": ("server=abcd1234&receivedAfter=2026-11-21T01:33:39Z", "5 4"),
+    "received after, paged": (
+        "server=abcd1234&receivedAfter=2026-11-21T01:33:38Z&itemsPerPage=2&page=1", "3"),
+    "the page's search": ("server=abcd1234&q=subject:3", "3"),
+    "the page's search, paged": ("server=abcd1234&q=-subject:3&itemsPerPage=2&page=1", "2 1"),
+    "the page's search, after": (
+        "server=abcd1234&q=body&receivedAfter=2026-11-21T01:33:39Z", "5 4"),
+}
+
+
+@pytest.mark.parametrize("query, expected", rows(LISTS))
+def test_list(query, expected):
+    assert subjects_of(got(shelf(), f"/api/messages?{query}")) == expected.split()
+
+
+def test_list_has_fifty_items_unless_asked_for_more():
+    _, api = api_on_clock()
+    for number in range(60):
+        delivered(api.store, "a@x.example", octets=mail(number))
+    assert subjects_of(got(api, "/api/messages")) == [str(number) for number in range(59, 9, -1)]
+    assert subjects_of(got(api, "/api/messages?page=1")) == [str(n) for n in range(9, -1, -1)]
+    assert len(got(api, "/api/messages?itemsPerPage=1000")["items"]) == 60
+
+
+# the form on the wire; mails came at 01:33:37.352 ("1") and 01:33:39 ("2")
+RECEIVED_AFTER = {
+    "Python: offset, no fraction": ("2026-11-21T01%3A33%3A37%2B00%3A00", "2 1"),
+    "Node: milliseconds, not escaped": ("2026-11-21T01:33:37.351Z", "2 1"),
+    "Node: strictly after": ("2026-11-21T01:33:37.352Z", "2"),
+    "Ruby and PHP: seconds and an offset": ("2026-11-21T01%3A33%3A38%2B00%3A00", "2"),
+    "Go: seconds and Z": ("2026-11-21T01%3A33%3A38Z", "2"),
+    "Java: milliseconds since 1970": ("1795224817351", "2 1"),
+    "Java: strictly after": ("1795224817352", "2"),
+    ".NET: 7 digits and Z": ("2026-11-21T01:33:37.3510000Z", "2 1"),
+    ".NET: strictly after": ("2026-11-21T01:33:37.3520000Z", "2"),
+    ".NET: 7 digits and an offset": ("2026-11-21T02:33:37.3520000%2B01:00", "2"),
+    ".NET: 7 digits and no offset is UTC": ("2026-11-21T01:33:37.3520000", "2"),
+    "a plus that became a blank": ("2026-11-21T02:33:38+01:00", "2"),
+    "west of Greenwich": ("2026-11-20T20:33:38-05:00", "2"),
+    "an offset without colon": ("2026-11-21T02:33:38%2B0100", "2"),
+    "nine digits": ("2026-11-21T01:33:37.352000000Z", "2"),
+    "small letters": ("2026-11-21t01:33:38z", "2"),
+    "a blank for T": ("2026-11-21%2001:33:38", "2"),
+    "no seconds": ("2026-11-21T01:34Z", ""),
+    "a day": ("2026-11-21", "2 1"),
+    "the next day": ("2026-11-22", ""),
+    "the time of the last": ("2026-11-21T01:33:39Z", ""),
+    "blanks around": ("%202026-11-21T01:33:38Z%20", "2"),
+}
+
+
+@pytest.mark.parametrize("text, expected", rows(RECEIVED_AFTER))
+def test_received_after(text, expected):
+    clock, api = api_on_clock(now=NOVEMBER + 0.352)
+    delivered(api.store, "a@x.example", octets=mail(1))
+    clock.now = NOVEMBER + 2
+    delivered(api.store, "a@x.example", octets=mail(2))
+    assert subjects_of(got(api, f"/api/messages?receivedAfter={text}")) == expected.split()
+    found = ask(api, "POST", f"/api/messages/search?receivedAfter={text}", {"body": "x"})
+    assert subjects_of(said(found)[1]) == expected.split()
+
+
+A_TIME = "Expected receivedAfter to be a time such as 2026-01-31T12:00:00Z, got "
+A_PAGE = "Expected page to be a whole number from 0 to 10000000, got "
+A_SIZE = "Expected itemsPerPage to be a whole number from 1 to 1000, got "
+BAD_LISTS = {
+    "a word for a time": ("receivedAfter=yesterday", "receivedAfter", A_TIME + "'yesterday'"),
+    "a month that is none": ("receivedAfter=2026-13-01", "receivedAfter", A_TIME + "'2026-13-01'"),
+    "an hour that is none": ("receivedAfter=2026-01-01T24:00Z", "receivedAfter",
+                             A_TIME + "'2026-01-01T24:00Z'"),
+    "an offset that is none": ("receivedAfter=2026-01-01T12:00%2B99:99", "receivedAfter",
+                               A_TIME + "'2026-01-01T12:00+99:99'"),
+    "a negative page": ("page=-1", "page", A_PAGE + "'-1'"),
+    "a word for a page": ("page=two", "page", A_PAGE + "'two'"),
+    "half a page": ("page=1.5", "page", A_PAGE + "'1.5'"),
+    "a page that is too far": ("page=10000001", "page", A_PAGE + "'10000001'"),
+    "Arabic digits": ("page=%D9%A1", "page", A_PAGE + "'\u0661'"),
+    "no items": ("itemsPerPage=0", "itemsPerPage", A_SIZE + "'0'"),
+    "too many items": ("itemsPerPage=1001", "itemsPerPage", A_SIZE + "'1001'"),
+    "a direction that is none": ("dir=up", "dir",
+                                 "Expected dir to be Received or Sent, got 'up'"),
+    "octets that are not UTF-8": ("server=%ff", "", "Expected at most 100 query parameters in "
+                                                    "percent-encoded UTF-8"),
+    "too many parameters": ("&".join(f"a{n}=1" for n in range(101)), "",
+                            "Expected at most 100 query parameters in percent-encoded UTF-8"),
+}
+
+
+
+@pytest.mark.parametrize("query, field, text", rows(BAD_LISTS))
+def test_bad_list_says_what_was_expected(query, field, text):
+    _, api = api_on_clock()
+    assert said(ask(api, "GET", f"/api/messages?{query}")) == invalid(field, text)
+    assert said(ask(api, "POST", f"/api/messages/search?{query}", {"body": "x"})) == (
+        invalid(field, text))
+
+
+# -- search
+
+SEARCHED_LETTERS = (
+    (b"From: Ann <Ann@sender.example>\r\nTo: Bob@abcd1234.example\r\nCc: carl@cc.example\r\n"
+     b"Subject: Welcome to the Shop \xe2\x80\xa6\r\n\r\nThis is a link, Stra\xc3\x9fe\r\n",
+     ("Bob@abcd1234.example", "hidden@bcc.example")),
+    (b"From: eve@sender.example\r\nTo: bob@abcd1234.example\r\nSubject: Invoice 7\r\n"
+     b"Content-Type: text/html\r\n\r\n<p class=\"fancy\">this is a link</p>\r\n",
+     ("bob@abcd1234.example",)),
+)
+
+# criteria, which of the two letters match (the second is newer)
+SEARCHES = {
+    "part of the subject": ({"subject": "come to"}, "1"),
+    "subject in another case": ({"subject": "WELCOME"}, "1"),
+    "subject of none": ({"subject": "goodbye"}, ""),
+    "subject with an ellipsis": ({"subject": "shop \u2026"}, "1"),
+    "subject with an emoji": ({"subject": "Search with … and emoji 👨🏿‍🚒"}, ""),
+    "part of the text": ({"body": "stra\u00dfe"}, "1"),
+    "part of the HTML's source": ({"body": "class=\"FANCY"}, "2"),
+    "part of both bodies": ({"body": "this is a link"}, "2 1"),
+    "sender": ({"sentFrom": "ann@SENDER.example"}, "1"),
+    "part of the sender": ({"sentFrom": "sender.example"}, ""),
+    "recipient in To": ({"sentTo": "BOB@abcd1234.example"}, "2 1"),
+    "recipient in Cc": ({"sentTo": "carl@cc.example"}, "1"),
+    "recipient of the envelope alone": ({"sentTo": "hidden@bcc.example"}, "1"),
+    "part of the recipient": ({"sentTo": "bob"}, ""),
+    "all by default": ({"sentTo": "bob@abcd1234.example", "subject": "invoice"}, "2"),
+    "ALL": ({"body": "link", "subject": "nope", "match": "ALL"}, ""),
+    "ANY": ({"body": "link", "subject": "nope", "match": "ANY"}, "2 1"),
+    "any in small letters": ({"sentFrom": "ann@sender.example", "subject": "x", "match": "any"},
+                             "1"),
+    "an empty match is ALL": ({"body": "link", "subject": "nope", "match": ""}, ""),
+    "a null match is ALL": ({"body": "link", "subject": "nope", "match": None}, ""),
+    "Python's nulls": ({"sentFrom": None, "sentTo": None, "subject": "invoice", "body": None,
+                        "match": "ALL"}, "2"),
+    "Go's empty strings": ({"sentFrom": "", "sentTo": "", "subject": "invoice", "body": "",
+                            "match": "ALL"}, "2"),
+    ".NET's PascalCase, 0 is ALL": ({"SentFrom": None, "SentTo": "bob@abcd1234.example",
+                                     "Subject": "welcome", "Body": None, "Match": 0}, "1"),
+    ".NET's PascalCase, 1 is ANY": ({"SentFrom": None, "SentTo": "bob@abcd1234.example",
+                                     "Subject": "welcome", "Body": None, "Match": 1}, "2 1"),
+    "unknown members are ignored": ({"subject": "invoice", "colour": [{}]}, "2"),
+    "a lone surrogate": ({"subject": "\ud800"}, ""),
+    "a NUL": ({"body": "\0"}, ""),
+}
+
+
+def letters():
+    """An Api that holds SEARCHED_LETTERS, subjects_of in order of arrival."""
+    _, api = api_on_clock()
+    for octets, paths in SEARCHED_LETTERS:
+        delivered(api.store, *paths, octets=octets)
+    return api, ["Welcome to the Shop \u2026", "Invoice 7"]
+
+
+@pytest.mark.parametrize("body, expected", rows(SEARCHES))
+def test_search(body, expected):
+    api, known = letters()
+    status, value = said(ask(api, "POST", "/api/messages/search?server=abcd1234", body))
+    assert (status, subjects_of(value)) == (200, [known[int(n) - 1] for n in expected.split()])
+
+
+@pytest.mark.parametrize("query, expected", rows({
+    "pages begin with 0": ("page=0&itemsPerPage=1", ["Invoice 7"]),
+    "the second page": ("page=1&itemsPerPage=1", ["Welcome to the Shop \u2026"]),
+    "after the last page": ("page=2&itemsPerPage=1", []),
+    "another server": ("server=other000", []),
+    "everything": ("server=mailtest", ["Invoice 7", "Welcome to the Shop \u2026"]),
+    "what was sent": ("dir=Sent", []),
+}))
+def test_search_in_pages(query, expected):
+    api, _ = letters()
+    found = said(ask(api, "POST", f"/api/messages/search?{query}", {"body": "link"}))
+    assert (found[0], subjects_of(found[1])) == (200, expected)
+
+
+NO_CRITERIA = invalid("sentTo", "Expected at least one of sentFrom, sentTo, subject and body")
+NO_OBJECT = "Expected a JSON object in UTF-8 as the body, got "
+BAD_SEARCHES = {
+    "no body": (b"", NO_CRITERIA),
+    "an empty object": (b"{}", NO_CRITERIA),
+    "nulls alone": (b'{"sentFrom":null,"sentTo":null,"subject":null,"body":null,"match":"ALL"}',
+                    NO_CRITERIA),
+    "empty strings alone": (b'{"sentFrom":"","sentTo":"","subject":"","body":""}', NO_CRITERIA),
+    "match alone": (b'{"match":"ANY"}', NO_CRITERIA),
+    "no JSON": (b"{", invalid("body", NO_OBJECT + "'{'")),
+    "a form": (b"subject=x", invalid("body", NO_OBJECT + "'subject=x'")),
+    "JSON and more": (b'{"body":"x"} y', invalid("body", NO_OBJECT + "'{\"body\":\"x\"} y'")),
+    "NaN": (b'{"subject":NaN}', invalid("body", NO_OBJECT + "'{\"subject\":NaN}'")),
+    "Latin-1": (b'{"subject":"\xe9"}', invalid("body", NO_OBJECT + "'{\"subject\":\"\ufffd\"}'")),
+    "UTF-16": (b"\xff\xfe{\0}\0", invalid("body", NO_OBJECT + r"'\ufffd\ufffd{\x00}\x00'"
+                                          .replace(r"\ufffd", "\ufffd"))),
+    "nesting without end": (b"[" * 100_000, invalid("body", NO_OBJECT + repr("[" * 60))),
+    "a list": (b"[]", invalid("the body", "Expected the body to be a JSON object, got a list")),
+    "null": (b"null", invalid("the body", "Expected the body to be a JSON object, got null")),
+    "a string": (b'"x"', invalid("the body", "Expected the body to be a JSON object, got 'x'")),
+    "a number for a subject": (b'{"subject":5}',
+                               invalid("subject", "Expected subject to be a string, got 5")),
+    "a list for a body": (b'{"body":["x"]}',
+                          invalid("body", "Expected body to be a string, got a list")),
+    "an object for a sender": (b'{"sentFrom":{}}',
+                               invalid("sentFrom", "Expected sentFrom to be a string, got an "
+                                                   "object")),
+    "truth for a recipient": (b'{"sentTo":true}',
+                              invalid("sentTo", "Expected sentTo to be a string, got true")),
+    "a word for match": (b'{"subject":"x","match":"SOME"}',
+                         invalid("match", "Expected match to be ALL or ANY, got 'SOME'")),
+    "a number for match": (b'{"subject":"x","match":2}',
+                           invalid("match", "Expected match to be ALL or ANY, got 2")),
+    "truth for match": (b'{"subject":"x","match":true}',
+                        invalid("match", "Expected match to be ALL or ANY, got true")),
+    "a list for match": (b'{"subject":"x","match":[]}',
+                         invalid("match", "Expected match to be ALL or ANY, got a list")),
+}
+
+
+@pytest.mark.parametrize("body, expected", rows(BAD_SEARCHES))
+def test_bad_search_says_what_was_expected(body, expected):
+    _, api = api_on_clock()
+    response = ask(api, "POST", "/api/messages/search?server=abcd1234", body)
+    assert said(response) == expected
+    assert response.body.startswith(b'{"type":')     # the clients' own tests look for that
+
+
+def test_deep_nesting_is_no_defect_at_any_depth():
+    _, api = api_on_clock()
+    statuses = {ask(api, "POST", "/api/messages/search", b"[" * depth + b"]" * depth).status
+                for depth in range(500, 1_000)}
+    assert statuses == {400}
+
+
+def test_byte_order_mark_before_json_is_ignored():
+    api, _ = letters()
+    found = said(ask(api, "POST", "/api/messages/search", b'\xef\xbb\xbf{"subject":"invoice"}'))
+    assert subjects_of(found[1]) == ["Invoice 7"]
+
+
+# -- waiting
+
+@pytest.fixture
+def timed(monkeypatch):
+    """(clock, api, later): waiting takes no time; later(seconds, action, *arguments) is what
+    happens so many seconds after now, when somebody waits."""
+    clock, api = api_on_clock()
+    agenda = []
+
+    def later(seconds, action, *arguments, **options):
+        agenda.append((clock.now + seconds, lambda: action(*arguments, **options)))
+
+    def wait(place, seen, timeout):
+        until = clock.now + timeout
+        if agenda and agenda[0][0] <= until:
+            clock.now, action = agenda.pop(0)
+            action()
+        else:
+            clock.now = until
+    monkeypatch.setattr(api.store, "wait", wait)
+    monkeypatch.setattr(mailtest, "time", types.SimpleNamespace(monotonic=clock, time=clock))
+    return clock, api, later
+
+
+SEARCH = "/api/messages/search?server=abcd1234"
+
+
+def test_search_that_finds_nothing_is_answered_at_once_and_asks_to_come_back(timed):
+    clock, api, _ = timed
+    response = ask(api, "POST", SEARCH, {"subject": "x"})
+    assert said(response) == (200, {"items": []})
+    assert (response.headers, clock.now) == ((("x-ms-delay", "1"),), NOVEMBER)
+
+
+def test_search_that_finds_something_does_not_ask_to_come_back(timed):
+    _, api, _ = timed
+    delivered(api.store, "a@abcd1234.example")
+    assert ask(api, "POST", SEARCH, {"subject": "x"}).headers == ()
+
+
+def test_polling_search_is_held_and_gets_its_mail_when_it_comes(timed):
+    clock, api, later = timed
+    ask(api, "POST", SEARCH, {"subject": "x"})
+    later(0.3, delivered, api.store, "a@abcd1234.example")
+    assert subjects_of(said(ask(api, "POST", SEARCH, {"subject": "x"}))[1]) == ["x"]
+    assert clock.now == NOVEMBER + 0.3
+
+
+def test_polling_search_is_held_for_half_a_second_and_asks_to_come_back(timed):
+    clock, api, later = timed
+    later(0.2, delivered, api.store, "a@abcd1234.example", octets=mail("another"))
+    for polls in range(4):
+        response = ask(api, "POST", SEARCH, {"subject": "x"})
+        assert (said(response), response.headers) == ((200, {"items": []}), (("x-ms-delay", "1"),))
+        assert clock.now == pytest.approx(NOVEMBER + polls * 0.5)
+
+
+NOT_POLLING = {
+    "another subject": (SEARCH, {"subject": "y"}, {}, 0.0),
+    "another server": ("/api/messages/search?server=other000", {"subject": "x"}, {}, 0.0),
+    "another client": (SEARCH, {"subject": "x"}, {"authorization": "Basic eDo="}, 0.0),
+    "more than a quarter of a second later": (SEARCH, {"subject": "x"}, {}, 0.26),
+}
+
+
+@pytest.mark.parametrize("target, body, fields, pause", rows(NOT_POLLING))
+def test_search_is_not_held_for(target, body, fields, pause, timed):
+    clock, api, _ = timed
+    ask(api, "POST", SEARCH, {"subject": "x"})
+    clock.now += pause
+    now = clock.now
+    ask(api, "POST", target, body, **fields)
+    assert clock.now == now
+
+
+def test_hold_looks_at_direction_and_time_of_what_comes(timed):
+    clock, api, later = timed
+    target = SEARCH + "&receivedAfter=2026-11-21T01:33:37.2Z"
+    ask(api, "POST", target, {"subject": "x"})
+    later(0.1, delivered, api.store, "a@abcd1234.example")
+    later(0.3, delivered, api.store, "a@abcd1234.example", direction="Sent", server="abcd1234")
+    later(0.4, delivered, api.store, "a@abcd1234.example", octets=mail("xx"))
+    assert subjects_of(said(ask(api, "POST", target, {"subject": "x"}))[1]) == ["xx"]
+
+
+def test_search_with_a_timeout_waits_so_many_milliseconds(timed):
+    clock, api, later = timed
+    later(3.0, delivered, api.store, "a@abcd1234.example")
+    found = ask(api, "POST", SEARCH + "&timeout=5000", {"subject": "x"})
+    assert (subjects_of(said(found)[1]), clock.now) == (["x"], NOVEMBER + 3)
+    assert said(ask(api, "POST", SEARCH + "&timeout=2500", {"subject": "y"})) == (
+        200, {"items": []})
+    assert clock.now == NOVEMBER + 5.5
+
+
+def test_search_with_a_timeout_waits_for_a_later_page(timed):
+    clock, api, later = timed
+    delivered(api.store, "a@abcd1234.example", octets=mail("x 1"))
+    later(3.0, delivered, api.store, "a@abcd1234.example", octets=mail("x 2"))
+    found = ask(api, "POST", SEARCH + "&page=1&itemsPerPage=1&timeout=5000", {"subject": "x"})
+    assert (subjects_of(said(found)[1]), clock.now) == (["x 1"], NOVEMBER + 3)
+
+
+def test_search_with_a_timeout_that_is_too_long_is_refused():
+    _, api = api_on_clock()
+    assert said(ask(api, "POST", SEARCH + "&timeout=60001", {"subject": "x"})) == invalid(
+        "timeout", "Expected timeout to be a whole number from 0 to 60000, got '60001'")
+
+
+@pytest.mark.parametrize("query", ["", "&timeout=1"])
+def test_search_is_answered_at_once_when_too_many_wait_and_told_to_pause(query):
+    _, api = api_on_clock(limits={"waiters": 0})
+    ask(api, "POST", SEARCH + query, {"subject": "x"})
+    response = ask(api, "POST", SEARCH + query, {"subject": "x"})
+    assert (said(response), response.headers) == ((200, {"items": []}), (("x-ms-delay", "1000"),))
+
+
+# -- one message
+
+def test_deleted_message_is_gone_with_its_files():
+    _, api = api_on_clock()
+    id = whole(api).id
+    response = ask(api, "DELETE", f"/api/messages/{id}")
+    assert (response.status, response.body) == (204, b"")
+    gone = not_found(f"no message has the id '{id}'; it may be deleted or expired")
+    assert said(ask(api, "DELETE", f"/api/messages/{id}")) == gone
+    assert said(ask(api, "GET", f"/api/messages/{id}")) == gone
+    for target in (f"/api/files/attachments/{id}-0", f"/api/files/email/{id}"):
+        assert ask(api, "GET", target)[:2] == (404, b"")
+    assert got(api, "/api/messages") == {"items": []}
+
+
+ODD_IDS = ("5d0f", "..", "%2e%2e%2fetc%2fpasswd", "search", "*", "%20", "__proto__",
+           "x" * 5_000, "77061c9f-da47-4009-9f33-9715a3bbf00c")
+
+
+@pytest.mark.parametrize("path, method", [
+    ("/api/messages/{}", "GET"), ("/api/messages/{}", "DELETE"),
+    ("/api/messages/{}/forward", "POST"), ("/api/messages/{}/reply", "POST"),
+    ("/api/messages/{}/screenshots", "POST"), ("/api/analysis/spam/{}", "GET"),
+    ("/api/analysis/deliverability/{}", "GET")])
+def test_unknown_message_is_not_found(path, method):
+    _, api = api_on_clock()
+    for id in ODD_IDS:
+        text = urllib.parse.unquote(id)[:80]
+        assert said(ask(api, method, path.format(id), {"to": "a@b.example"})) == not_found(
+            f"no message has the id {text!r}; it may be deleted or expired")
+
+
+def test_all_messages_of_a_server_are_deleted():
+    api = shelf()
+    assert ask(api, "DELETE", "/api/messages?server=ABCD1234").status == 204
+    assert subjects_of(got(api, "/api/messages")) == ["other"]
+    assert ask(api, "DELETE", "/api/messages?server=nobody00").status == 204
+    assert ask(api, "DELETE", "/api/messages?server=mailtest").status == 204
+    assert subjects_of(got(api, "/api/messages")) == []
+
+
+@pytest.mark.parametrize("target", ["/api/messages", "/api/messages?server="])
+def test_deleting_everything_needs_the_name_of_a_server(target):
+    api = shelf()
+    assert said(ask(api, "DELETE", target)) == invalid(
+        "server", "Expected server=ID: whose messages to delete; mailtest means all")
+    assert len(got(api, "/api/messages")["items"]) == 6
+
+
+# -- files
+
+SAFE = ("Content-Security-Policy", "sandbox; default-src 'none'")
+
+
+def test_email_is_given_back_octet_for_octet():
+    _, api = api_on_clock()
+    octets = bytes(range(256)) + b"\r\n\r\n.\r\nFrom \n\r\0"
+    id = delivered(api.store, "a@x.example", octets=octets).id
+    assert ask(api, "GET", f"/api/files/email/{id}") == mailtest.Response(
+        200, octets, "message/rfc822", (
+            ("Content-Disposition", f"attachment; filename=\"{id}.eml\"; "
+                                    f"filename*=UTF-8''{id}.eml"), SAFE))
+    assert ask(api, "GET", f"/v1/messages/{id}/source") == mailtest.Response(
+        200, octets, "text/plain; charset=utf-8")
+
+
+def test_attachment_is_given_back_octet_for_octet():
+    _, api = api_on_clock()
+    id = whole(api).id
+    expected = mailtest.Response(200, b"\x89PNG", "image/png", (
+        ("Content-Disposition", "attachment; filename=\"cat.png\"; filename*=UTF-8''cat.png"),
+        SAFE))
+    assert ask(api, "GET", f"/api/files/attachments/{id}-0") == expected
+    assert ask(api, "GET", f"/v1/attachments/{id}-0") == expected
+
+
+@pytest.mark.parametrize("suffix", ["", "-1", "-", "-x", "--1", "-0-0", "-\u0661",
+                                    "-" + "9" * 500])
+def test_unknown_attachment_has_no_body_since_nodes_client_would_take_it_for_the_file(suffix):
+    _, api = api_on_clock()
+    id = whole(api).id
+    assert ask(api, "GET", f"/api/files/attachments/{id}{suffix}")[:2] == (404, b"")
+    assert ask(api, "GET", f"/v1/attachments/{id}{suffix}").status == 404
+
+
+def attached(disposition, kind="application/octet-stream", octets=b"DATA", fields=""):
+    """The octets of a mail with one attachment."""
+    return (f"Subject: x\r\nContent-Type: multipart/mixed; boundary=B\r\n\r\n--B\r\n"
+            f"Content-Type: text/plain\r\n\r\nx\r\n--B\r\nContent-Type: {kind}\r\n{fields}"
+            f"Content-Disposition: attachment; {disposition}\r\n\r\n").encode(
+                "utf-8", "surrogateescape") + octets + b"\r\n--B--\r\n"
+
+
+# disposition, ASCII name, encoded name
+FILE_NAMES = {
+    "plain": ("filename=\"a.txt\"", "a.txt", "a.txt"),
+    "line break, encoded": ("filename*=utf-8''a%0d%0aX-Injected:1.txt",
+                            "a X-Injected:1.txt", "a%20X-Injected%3A1.txt"),
+    "quotes": ('filename="a\\"; filename=\\"evil.exe"', "a__ filename=_evil.exe",
+               "a%22%3B%20filename%3D%22evil.exe"),
+    "backslashes": ('filename="a\\\\b.txt"', "a_b.txt", "a%5Cb.txt"),
+    "traversal": ('filename="../../etc/passwd"', ".._.._etc_passwd", "..%2F..%2Fetc%2Fpasswd"),
+    "emoji": ("filename*=utf-8''%F0%9F%98%8A.txt", "_.txt", "%F0%9F%98%8A.txt"),
+    "raw UTF-8": ('filename="ü-日.txt"', "_-_.txt", "%C3%BC-%E6%97%A5.txt"),
+    "percent signs": ('filename="100%25.txt"', "100_25.txt", "100%2525.txt"),
+    "semicolon and comma": ('filename="a;b,c.txt"', "a_b,c.txt", "a%3Bb%2Cc.txt"),
+    "NUL": ("filename*=utf-8''a%00b.txt", "a b.txt", "a%20b.txt"),
+    "escape sequence": ("filename*=utf-8''a%1b%5b31m.txt", "a[31m.txt", "a%5B31m.txt"),
+    "right to left": ("filename*=utf-8''a%E2%80%AEtxt.exe", "a_txt.exe", "a%E2%80%AEtxt.exe"),
+    "line separator": ("filename*=utf-8''a%E2%80%A8b", "a b", "a%20b"),
+    "none": ("x=y", "attachment", "attachment"),
+    "empty": ('filename=""', "attachment", "attachment"),
+    "long: its end": (f"filename=\"{'a' * 300}.txt\"", "a" * 196 + ".txt", "a" * 196 + ".txt"),
+}
+
+
+@pytest.mark.parametrize("disposition, plain, full", rows(FILE_NAMES))
+def test_name_of_a_download_injects_nothing(disposition, plain, full):
+    _, api = api_on_clock()
+    id = delivered(api.store, "a@x.example", octets=attached(disposition)).id
+    assert ask(api, "GET", f"/api/files/attachments/{id}-0") == mailtest.Response(
+        200, b"DATA", "application/octet-stream", (
+            ("Content-Disposition", f"attachment; filename=\"{plain}\"; filename*=UTF-8''{full}"),
+            SAFE))
+
+
+# Content-Type in the mail, media type of the download
+KINDS = {
+    "what browsers run: HTML": ("text/html; charset=utf-7", "text/html"),
+    "what browsers run: SVG": ("image/svg+xml", "image/svg+xml"),
+    "capitals": ("TEXT/HTML", "text/html"),
+    "no media type": ("nonsense", "application/octet-stream"),
+    "with a line break": ("text/x\r\n\tX-Injected: 1", "text/x"),
+    "with characters that are no token": ("text/<b>", "text/plain"),
+    "not ASCII": ("text/ü", "text/plain"),
+}
+
+
+@pytest.mark.parametrize("kind, expected", rows(KINDS))
+def test_download_is_never_shown(kind, expected):
+    _, api = api_on_clock()
+    id = delivered(api.store, "a@x.example", octets=attached("filename=x", kind)).id
+    response = ask(api, "GET", f"/api/files/attachments/{id}-0")
+    assert (response.status, response.headers[0][0], response.headers[1]) == (
+        200, "Content-Disposition", SAFE)
+    assert response.headers[0][1].startswith("attachment; ")
+    assert response.type == expected
+
+
+# -- create, forward, reply
+
+CREATE = "/api/messages?server=abcd1234"
+
+
+def created(api, body, target=CREATE):
+    """The message that a POST has made, as JSON."""
+    status, value = said(ask(api, "POST", target, body))
+    assert status == 200, value
+    return value
+
+
+def outline(value):
+    """What a test of a created message looks at."""
+    return {"from": [each["email"] for each in value["from"]],
+            "to": [each["email"] for each in value["to"]],
+            "cc": [each["email"] for each in value["cc"]],
+            "subject": value["subject"], "direction": value["direction"],
+            "text": value["text"]["body"], "html": value["html"]["body"]}
+
+
+def test_created_message_without_options_is_a_sample_that_was_received():
+    _, api = api_on_clock()
+    first, second = created(api, {}), created(api, {})
+    assert [each["email"] for each in first["to"]] == ["sample@abcd1234.mailosaur.net"]
+    assert "Example message" in first["subject"]
+    assert "This is a sample email" in first["html"]["body"]
+    assert "This is a sample email" in first["text"]["body"]
+    assert (first["metadata"]["ehlo"], first["metadata"]["mailFrom"]) == (None, None)
+    assert (first["type"], first["server"], first["bcc"]) == ("Email", "abcd1234", [])
+    assert first["from"] != second["from"]
+    listed = got(api, "/api/messages?server=abcd1234")["items"]
+    assert [item["id"] for item in listed] == [second["id"], first["id"]]
+    assert got(api, f"/api/messages/{first['id']}") == first
+
+
+PYTHONS = {"to": "x@verified.example", "cc": "c@verified.example",
+           "from": "me@abcd1234.mailosaur.net", "send": True, "subject": "Subj",
+           "text": "Text body", "html": None, "attachments": [
+               {"contentType": "text/plain", "fileName": "a.txt", "contentId": None,
+                "content": "aGk="}]}
+
+
+def test_created_message_that_is_sent_is_listed_as_sent():
+    _, api = api_on_clock()
+    value = created(api, PYTHONS)
+    assert outline(value) == {
+        "from": ["me@abcd1234.mailosaur.net"], "to": ["x@verified.example"],
+        "cc": ["c@verified.example"], "subject": "Subj", "direction": "Sent",
+        "text": "Text body\n", "html": None}
+    assert value["attachments"] == [
+        {"id": f"{value['id']}-0", "contentType": "text/plain", "fileName": "a.txt",
+         "contentId": None, "length": 2,
+         "url": f"http://localhost:8080/api/files/attachments/{value['id']}-0"}]
+    assert ask(api, "GET", f"/api/files/attachments/{value['id']}-0").body == b"hi"
+    assert got(api, "/api/messages?server=abcd1234") == {"items": []}
+    assert subjects_of(got(api, "/api/messages?server=abcd1234&dir=Sent")) == ["Subj"]
+    assert got(api, "/v1/inboxes") == {"items": []}
+
+
+BODIES = {
+    "text": ({"text": "Grüße\nzwei", "html": None}, "Grüße\nzwei\n", None),
+    "html": ({"text": None, "html": "<b>Grüße</b>"}, None, "<b>Grüße</b>\n"),
+    "both": ({"text": "t", "html": "<b>h</b>"}, "t\n", "<b>h</b>\n"),
+    "a subject alone": ({"subject": "s"}, "\n", None),
+    "a lone surrogate": ({"text": "\ud800"}, "?\n", None),
+    "a long line": ({"text": "x" * 5_000}, "x" * 5_000 + "\n", None),
+    "a dot alone": ({"text": ".\n.."}, ".\n..\n", None),
+}
+
+
+@pytest.mark.parametrize("body, text, source", rows(BODIES))
+def test_bodies_of_a_created_message(body, text, source):
+    _, api = api_on_clock()
+    value = created(api, {"to": "a@b.example", "subject": "s", "send": True, **body})
+    assert (value["text"]["body"], value["html"]["body"]) == (text, source)
+
+
+def test_created_message_is_delivered_to_inboxes_of_ours():
+    _, api = api_on_clock()
+    address = api.store.acquire().address
+    created(api, {"to": f"Me <{address}>, other@else.example", "from": "Shop <shop@x.example>",
+                  "subject": "Hi", "text": "t", "send": True})
+    value = got(api, f"/v1/get/{address}")
+    assert value["message_count"] == 1
+    message, = value["messages"]
+    assert outline(message) == {
+        "from": ["shop@x.example"], "to": [address, "other@else.example"], "cc": [],
+        "subject": "Hi", "direction": "Received", "text": "t\n", "html": None}
+    assert [each["email"] for each in message["metadata"]["rcptTo"]] == [address]
+
+
+ATTACHMENTS = {
+    "Ruby's line breaks in base64": ({"fileName": "a", "contentType": "a/b", "content": "aG\nk=\n",
+                                      "id": None, "length": None, "url": None},
+                                     ("a", "a/b", None, b"hi")),
+    "PascalCase": ({"FileName": "a", "ContentType": "a/b", "Content": "aGk=", "ContentId": "c"},
+                   ("a", "a/b", "c", b"hi")),
+    "nothing": ({}, ("attachment", "application/octet-stream", None, b"")),
+    "a name with line breaks": ({"fileName": "a\r\nX: 1", "content": "aGk="},
+                                ("aX: 1", "application/octet-stream", None, b"hi")),
+    "a name that is not ASCII": ({"fileName": "ü 日.txt", "content": ""},
+                                 ("ü 日.txt", "application/octet-stream", None, b"")),
+    "a content id with brackets and breaks": (
+        {"fileName": "a", "contentType": "image/png", "contentId": "<i\r\ni>", "content": "aGk="},
+        ("a", "image/png", "ii", b"hi")),
+}
+
+
+@pytest.mark.parametrize("given, expected", rows(ATTACHMENTS))
+def test_attachment_of_a_created_message(given, expected):
+    _, api = api_on_clock()
+    value = created(api, {"to": "a@b.example", "text": "t", "send": True, "attachments": [given]})
+    part, = value["attachments"]
+    octets = ask(api, "GET", f"/api/files/attachments/{part['id']}").body
+    assert (part["fileName"], part["contentType"], part["contentId"], octets) == expected
+    assert part["length"] == len(octets)
+
+
+ONE_LINE = "Expected {} to be one line that can be a header field, got {}"
+BAD_CREATES = {
+    "sent to nobody": ({"send": True, "subject": "x"}, "to"),
+    "send is a word": ({"send": "yes"}, "send"),
+    "to is a list": ({"to": ["a@b.example"]}, "to"),
+    "to has no at sign": ({"to": "anna"}, "to"),
+    "to has a line break": ({"to": "a@b.example\r\nBcc: c@d.example"}, "to"),
+    "to is too long": ({"to": "a@b.example," * 200}, "to"),
+    "cc has no at sign": ({"cc": "anna"}, "cc"),
+    "from has no at sign": ({"from": "anna"}, "from"),
+    "subject has a line break": ({"subject": "a\r\nBcc: c@d.example"}, "subject"),
+    "subject is a number": ({"subject": 1}, "subject"),
+    "attachments are an object": ({"attachments": {}}, "attachments"),
+    "attachments are strings": ({"attachments": ["a"]}, "attachments"),
+    "attachment is no base64": ({"attachments": [{"content": "%%%"}]}, "content"),
+    "attachment has no media type": ({"attachments": [{"contentType": "png"}]}, "contentType"),
+    "attachment is a message": ({"attachments": [{"contentType": "message/rfc822"}]},
+                                "contentType"),
+    "attachment is a multipart": ({"attachments": [{"contentType": "multipart/mixed"}]},
+                                  "contentType"),
+}
+
+
+@pytest.mark.parametrize("body, field", rows(BAD_CREATES))
+def test_bad_message_is_not_created(body, field):
+    _, api = api_on_clock()
+    status, value = said(ask(api, "POST", CREATE, body))
+    assert (status, value["type"], [each["field"] for each in value["errors"]]) == (
+        400, "ValidationError", [field])
+    assert value["message"] == value["errors"][0]["detail"][0]["description"] != ""
+    assert got(api, "/api/messages") == got(api, "/api/messages?dir=Sent") == {"items": []}
+
+
+ODD = ("\ud800", "\0", "<", "\"", "(", "=?utf-8?q?=0d=0a?=", "@", ":;", "[", "\u2028", "\x85")
+HEADER = re.compile(rb"(?:[!-9;-~]+: [^\r\n]*\r\n(?:[ \t][^\r\n]*\r\n)*)+\r\n")
+
+
+@pytest.mark.parametrize("member", ["to", "cc", "from", "subject", "text", "html"])
+def test_odd_characters_never_break_a_message_that_is_created(member):
+    for odd in ODD:
+        _, api = api_on_clock()
+        body = {"to": "a@b.example", "subject": "x", "send": True}
+        body[member] = body.get(member, "") + odd
+        response = ask(api, "POST", CREATE, body)
+        sent = api.store.newest("mailtest", "Sent")
+        assert (response.status, len(sent)) in ((200, 1), (400, 0)), ascii(odd)
+        assert all(HEADER.match(message.octets) for message in sent), ascii(odd)
+
+
+def test_message_without_a_server_is_not_created():
+    _, api = api_on_clock()
+    assert said(ask(api, "POST", "/api/messages", {})) == invalid(
+        "server", "Expected server=ID: where to create the message")
+
+
+def test_message_that_is_too_large_is_not_created():
+    _, api = api_on_clock(limits={"max_size": 1_000})
+    status, value = said(ask(api, "POST", CREATE, {"to": "a@b.example", "text": "x\n" * 500,
+                                                   "send": True}))
+    assert (status, value["type"]) == (413, "Error")
+    assert re.fullmatch("Expected a mail of at most 1000 octets, got 1[0-9]{3}", value["message"])
+
+
+def test_message_that_is_too_large_is_not_received_either():
+    _, api = api_on_clock(limits={"max_size": 1_000})
+    assert ask(api, "POST", CREATE, {"text": "x\n" * 500}).status == 413
+
+
+def test_forward_has_the_original_below_and_its_attachments():
+    _, api = api_on_clock()
+    original = whole(api)
+    value = created(api, {"to": "x@verified.example", "cc": "c@verified.example", "text": "See",
+                          "html": None}, f"/api/messages/{original.id}/forward")
+    assert outline(value) == {
+        "from": ["bob@abcd1234.example"], "to": ["x@verified.example"],
+        "cc": ["c@verified.example"], "subject": "Fwd: Grüße", "direction": "Sent",
+        "text": "See\n\nann@sender.example wrote:\n> Your code is 482913, see "
+                "https://x.example/t\n", "html": None}
+    assert [(part["fileName"], part["contentId"], part["length"]) for part in value["attachments"]
+            ] == [("cat.png", "logo", 4)]
+    assert subjects_of(got(api, "/api/messages?server=abcd1234&dir=Sent")) == ["Fwd: Grüße"]
+
+
+def test_reply_goes_to_the_sender_and_names_the_original():
+    _, api = api_on_clock()
+    original = whole(api)
+    value = created(api, {"cc": None, "text": None, "html": "<p>hi</p>", "attachments": [
+        {"contentType": "text/plain", "fileName": "a.txt", "contentId": None,
+         "content": "aGk="}]}, f"/api/messages/{original.id}/reply")
+    assert (outline(value)["to"], value["subject"]) == (["ann@sender.example"], "Re: Grüße")
+    assert value["html"]["body"].startswith(
+        "<p>hi</p><p>ann@sender.example wrote:</p><blockquote>")
+    assert [part["fileName"] for part in value["attachments"]] == ["a.txt"]
+    fields = {each["field"]: each["value"] for each in value["metadata"]["headers"]}
+    assert fields["In-Reply-To"] == "<1@sender.example>"
+
+
+def test_reply_goes_where_reply_to_says():
+    _, api = api_on_clock()
+    id = delivered(api.store, "a@x.example", octets=mail(
+        "RE: hello", fields="From: a@b.example\r\nReply-To: c@d.example, E <e@f.example>\r\n")).id
+    value = created(api, {"text": "t"}, f"/api/messages/{id}/reply")
+    assert (outline(value)["to"], value["subject"]) == (
+        ["c@d.example", "e@f.example"], "RE: hello")
+
+
+def test_reply_to_a_mail_of_nobody_is_refused():
+    _, api = api_on_clock()
+    id = delivered(api.store, "a@x.example").id
+    assert said(ask(api, "POST", f"/api/messages/{id}/reply", {"text": "t"})) == invalid(
+        "id", "Expected a message with From or Reply-To")
+
+
+def test_forward_to_nobody_is_refused():
+    _, api = api_on_clock()
+    id = delivered(api.store, "a@x.example").id
+    assert said(ask(api, "POST", f"/api/messages/{id}/forward", {"text": "t"}))[1]["errors"][0][
+        "field"] == "to"
+
+
+HOSTILE = {
+    "a broken address literal": "From: a@[1.2\r\n",
+    "a quote without end": "From: \"a <a@b.example>\r\n",
+    "a comment without end": "From: a@b.example (c\r\n",
+    "brackets": "From: <<<a@b>>>,;:@@@\r\n",
+    "an encoded line break": "From: =?utf-8?q?a=0d=0ab?= <a@b.example>\r\n",
+    "an encoded line break in the subject":
+        "From: a@b.example\r\nSubject: =?utf-8?q?=0d=0aBcc:x?=\r\n",
+    "8 bit": "From: \udcff <a@b.example>\r\n",
+    "a Message-ID with a break": "From: a@b.example\r\nMessage-ID: <a\udcff\r\n b>\r\n",
+    "a surrogate in UTF-8": "From: a@b.example\r\nSubject: =?utf-8?q?=ED=A0=80=00?=\r\n",
+}
+
+
+@pytest.mark.parametrize("action", ["reply", "forward"])
+@pytest.mark.parametrize("fields", [
+    pytest.param(fields, id=sentence) for sentence, fields in HOSTILE.items()
+    if sentence != "a broken address literal"])
+def test_hostile_mail_is_answered_and_forwarded_or_refused(fields, action):
+    _, api = api_on_clock()
+    id = delivered(api.store, "a@x.example",
+                   octets=(fields + "\r\nx\r\n").encode("utf-8", "surrogateescape")).id
+    body = {"text": "t", "to": "b@c.example"}
+    assert ask(api, "POST", f"/api/messages/{id}/{action}", body).status in (200, 400)
+
+
+def test_mail_from_a_broken_address_literal_is_answered_or_refused():
+    _, api = api_on_clock()
+    id = delivered(api.store, "a@x.example", octets=b"From: a@[1.2\r\n\r\nx\r\n").id
+    assert ask(api, "POST", f"/api/messages/{id}/reply", {"text": "t"}).status in (200, 400)
+
+
+@pytest.mark.parametrize("disposition, fields", rows({
+    "a name with an encoded line break": ("filename*=utf-8''a%0d%0aX:1", ""),
+    "a name that is no UTF-8": ("filename=\"\udcfc\"", ""),
+    "a content id that is not ASCII": ("filename=x", "Content-ID: <\u00e9>\r\n"),
+    "a content id with an encoded line break": (
+        "filename=x", "Content-ID: =?utf-8?q?a=0d=0ab?=\r\n"),
+    "a content id that is long": ("filename=x", f"Content-ID: <{'c' * 3_000}>\r\n"),
+}))
+def test_hostile_attachment_is_forwarded(disposition, fields):
+    _, api = api_on_clock()
+    id = delivered(api.store, "a@x.example", octets=attached(disposition, fields=fields)).id
+    value = created(api, {"to": "b@c.example"}, f"/api/messages/{id}/forward")
+    part, = value["attachments"]
+    assert ask(api, "GET", f"/v1/attachments/{part['id']}").body == b"DATA"
+
+
+# -- servers
+
+def test_servers_are_created_read_renamed_and_deleted():
+    _, api = api_on_clock()
+    status, server = said(ask(api, "POST", "/api/servers/", {"name": "My test"}))
+    assert (status, re.fullmatch("[a-z0-9]{8}", server["id"]) is not None) == (200, True)
+    assert server == {"id": server["id"], "name": "My test", "users": [], "messages": 0}
+    assert got(api, f"/api/servers/{server['id']}") == server
+    assert got(api, "/api/servers") == {"items": [
+        {"id": "mailtest", "name": "Every message", "users": [], "messages": 0}, server]}
+    name = "My test … 👨🏿‍🚒"
+    assert said(ask(api, "PUT", f"/api/servers/{server['id']}", {**server, "name": name})) == (
+        200, {**server, "name": name})
+    delivered(api.store, f"a@{server['id']}.example")
+    assert got(api, f"/api/servers/{server['id'].upper()}") == {
+        "id": server["id"], "name": name, "users": [], "messages": 1}
+    assert ask(api, "DELETE", f"/api/servers/{server['id']}").status == 204
+    gone = not_found(f"no server has the id '{server['id']}'; it appears with its first mail, "
+                     "or with POST /api/servers")
+    assert said(ask(api, "GET", f"/api/servers/{server['id']}")) == gone
+    assert said(ask(api, "PUT", f"/api/servers/{server['id']}", {"name": "x"})) == gone
+    assert said(ask(api, "DELETE", f"/api/servers/{server['id']}")) == gone
+    assert said(ask(api, "GET", f"/api/servers/{server['id']}/password")) == gone
+    assert got(api, "/api/messages") == {"items": []}
+
+
+@pytest.mark.parametrize("body", [{}, {"name": None}, {"name": ""}, {"name": " "}])
+def test_server_needs_a_name(body):
+    _, api = api_on_clock()
+    response = ask(api, "POST", "/api/servers", body)
+    assert said(response) == invalid("name", "Servers need a name")
+    assert said(ask(api, "PUT", "/api/servers/mailtest", body)) == invalid(
+        "name", "Servers need a name")
+
+
+@pytest.mark.parametrize("password", ["", "correct horse"])
+def test_password_of_a_server_is_the_one_of_smtp(password):
+    _, api = api_on_clock(password=password)
+    value = got(api, "/api/servers/mailtest/password")
+    assert value == {"value": password or "anything"}
+    assert len(value["value"]) >= 8                  # the clients' own tests look at that
+
+
+def test_servers_are_bounded():
+    _, api = api_on_clock(limits={"servers": 1})
+    ask(api, "POST", "/api/servers", {"name": "a"})
+    response = ask(api, "POST", "/api/servers", {"name": "b"})
+    assert (response.status, response.headers) == (503, (("Retry-After", "1"),))
+
+
+# -- devices
+
+# RFC 6238 appendix B, SHA-1: time, the last six of its eight digits, end of its step
+TOTP = {
+    "1970-01-01 00:00:59": (59, "287082", "1970-01-01T00:01:00.000000+00:00"),
+    "2005-03-18 01:58:29": (1111111109, "081804", "2005-03-18T01:58:30.000000+00:00"),
+    "2005-03-18 01:58:31": (1111111111, "050471", "2005-03-18T01:59:00.000000+00:00"),
+    "2009-02-13 23:31:30": (1234567890, "005924", "2009-02-13T23:32:00.000000+00:00"),
+    "2033-05-18 03:33:20": (2000000000, "279037", "2033-05-18T03:33:30.000000+00:00"),
+    "2603-10-11 11:33:20": (20000000000, "353130", "2603-10-11T11:33:30.000000+00:00"),
+}
+SECRET = "GEZDGNBVGY3TQOJQGEZDGNBVGY3TQOJQ"    # 12345678901234567890
+
+
+@pytest.mark.parametrize("now, code, expires", rows(TOTP))
+def test_one_time_password(now, code, expires):
+    _, api = api_on_clock(now=now)
+    expected = 200, {"code": code, "expires": expires}
+    assert said(ask(api, "POST", "/api/devices/otp", {"sharedSecret": SECRET})) == expected
+    device = said(ask(api, "POST", "/api/devices", {"name": "d", "sharedSecret": SECRET}))[1]
+    assert said(ask(api, "GET", f"/api/devices/{device['id']}/otp")) == expected
+
+
+@pytest.mark.parametrize("secret", [
+    SECRET.lower(), "GEZD GNBV GY3T QOJQ GEZD GNBV GY3T QOJQ", SECRET + "====",
+    "GEZD-GNBV-GY3T-QOJQ-GEZD-GNBV-GY3T-QOJQ"])
+def test_secret_is_taken_as_people_write_it(secret):
+    _, api = api_on_clock(now=59)
+    value = said(ask(api, "POST", "/api/devices/otp", {"sharedSecret": secret}))[1]
+    assert value["code"] == "287082"
+
+
+@pytest.mark.parametrize("secret", ["", None, "018", "ä", "=", "A" * 3 + "\0"])
+def test_secret_that_is_none_is_refused(secret):
+    _, api = api_on_clock()
+    expected = invalid("sharedSecret", "Expected sharedSecret to be base32, such as "
+                                       f"ONSWG4TFOQYTEMY=, got {secret or ''!r}")
+    for target in ("/api/devices/otp", "/api/devices"):
+        body = {"name": "d", "sharedSecret": secret}
+        assert said(ask(api, "POST", target, body)) == expected
+
+
+def test_devices_are_created_listed_and_deleted():
+    _, api = api_on_clock()
+    status, device = said(ask(api, "POST", "/api/devices", {"name": "d", "sharedSecret": SECRET}))
+    assert (status, device) == (200, {"id": device["id"], "name": "d"})
+    assert "-" in device["id"]                       # the clients tell ids from secrets by that
+    assert got(api, "/api/devices") == {"items": [device]}
+    assert ask(api, "DELETE", f"/api/devices/{device['id']}").status == 204
+    gone = not_found(f"no device has the id '{device['id']}'")
+    assert said(ask(api, "DELETE", f"/api/devices/{device['id']}")) == gone
+    assert said(ask(api, "GET", f"/api/devices/{device['id']}/otp")) == gone
+    assert got(api, "/api/devices") == {"items": []}
+
+
+def test_device_needs_a_name():
+    _, api = api_on_clock()
+    assert said(ask(api, "POST", "/api/devices", {"sharedSecret": SECRET})) == invalid(
+        "name", "Devices need a name")
+
+
+# -- usage, analysis, previews
+
+def test_usage_counts_what_was_accepted():
+    clock, api = api_on_clock(limits={"max_memory": 1_000_000, "message_cost": 1_000,
+                                      "servers": 7})
+    clock.now += 3_600
+    delivered(api.store, "a@x.example")
+    ask(api, "POST", "/2010-04-01/Accounts/AC1/Messages.json", b"From=a&To=b&Body=c")
+    clock.now += 3_600
+    delivered(api.store, "a@x.example")
+    assert got(api, "/api/usage/limits") == {
+        "servers": {"limit": 7, "current": 3}, "users": {"limit": 1, "current": 1},
+        "email": {"limit": 1_000, "current": 2}, "sms": {"limit": 1_000, "current": 1}}
+    items = got(api, "/api/usage/transactions")["items"]
+    assert items[:3] == [
+        {"timestamp": "2026-11-21T03:00:00.000000+00:00", "email": 1, "sms": 0},
+        {"timestamp": "2026-11-21T02:00:00.000000+00:00", "email": 1, "sms": 1},
+        {"timestamp": "2026-11-21T01:00:00.000000+00:00", "email": 0, "sms": 0}]
+    assert len(items) == 24
+
+
+SPAMMY = mail("x", "<form><script></script><iframe></iframe><embed><object></object></form>"
+                   "<a href=\"https://bit.ly/x\">x</a><img src=a>",
+              "Content-Type: text/html\r\nDate: Sat, 21 Nov 2026 01:33:36 +0000\r\n"
+              "Message-ID: <1@x.example>\r\nFrom: a@b.example\r\nMIME-Version: 1.0\r\n")
+
+
+def test_spam_analysis_says_what_it_saw_and_that_it_is_no_verdict():
+    _, api = api_on_clock()
+    id = delivered(api.store, "a@x.example", octets=SPAMMY).id
+    value = got(api, f"/api/analysis/spam/{id}")
+    assert value["score"] == 0
+    rules = value["spamFilterResults"]["spamAssassin"]
+    assert {rule["score"] for rule in rules} == {0}
+    assert [rule["rule"] for rule in rules if rule["rule"] != "WARNING"] == [
+        "NOT_SCORED", "CONTENT_EMBED", "CONTENT_IFRAME", "CONTENT_OBJECT", "CONTENT_SCRIPT",
+        "CONTENT_FORM"]
+    assert [rule["description"] for rule in rules if rule["rule"] == "WARNING"] == got(
+        api, f"/api/messages/{id}")["warnings"]
+
+
+def test_deliverability_says_what_it_saw_and_what_was_not_checked():
+    _, api = api_on_clock()
+    id = delivered(api.store, "a@x.example", octets=SPAMMY).id
+    offline = "Not checked: this catcher works offline, and asks no other machine"
+    unknown = {"result": "Timeout", "description": offline, "rawValue": "", "tags": {}}
+    assert got(api, f"/api/analysis/deliverability/{id}") == {
+        "spf": unknown, "dkim": [unknown], "dmarc": unknown, "blockLists": [],
+        "content": {"embed": True, "iframe": True, "object": True, "script": True, "form": True,
+                    "shortUrls": True, "textSize": 0, "totalSize": len(SPAMMY),
+                    "missingAlt": True, "missingListUnsubscribe": True},
+        "dnsRecords": {"a": [], "mx": [], "ptr": []},
+        "spamAssassin": {"score": 0, "result": "Timeout", "rules": [
+            {"score": 0, "rule": "NOT_SCORED", "description": offline}]}}
+
+
+def test_deliverability_of_a_clean_mail():
+    _, api = api_on_clock()
+    octets = mail("x", "Grüße", "List-Unsubscribe: <https://x.example/u>\r\n"
+                                "Content-Type: text/plain; charset=utf-8\r\n")
+    id = delivered(api.store, "a@x.example", octets=octets).id
+    assert got(api, f"/api/analysis/deliverability/{id}")["content"] == {
+        "embed": False, "iframe": False, "object": False, "script": False, "form": False,
+        "shortUrls": False, "textSize": 8, "totalSize": len(octets), "missingAlt": False,
+        "missingListUnsubscribe": False}
+
+
+def test_previews_in_mail_clients_are_not_faked():
+    _, api = api_on_clock()
+    id = delivered(api.store, "a@x.example").id
+    assert got(api, "/api/screenshots/clients") == {"items": []}
+    text = ("Screenshots in mail clients need those clients, and none is here; "
+            f"http://localhost:8080/v1/messages/{id}/preview shows the HTML")
+    assert said(ask(api, "POST", f"/api/messages/{id}/screenshots", {"emailClients": ["x"]})) == (
+        501, {"type": "Error", "message": text,
+              "errors": [{"field": "", "detail": [{"description": text}]}]})
+    assert ask(api, "GET", f"/api/files/screenshots/{id}")[:2] == (404, b"")
+
+
+# -- SMS
+
+TWILIO = "/2010-04-01/Accounts/AC123/Messages.json"
+
+
+def number(phone):
+    return {"name": None, "email": None, "phone": phone}
+
+
+def test_sms_is_stored_as_the_seed_shows_it_and_never_null():
+    _, api = api_on_clock()
+    status, sent = said(ask(api, "POST", TWILIO, b"To=%2B491512&From=%2B15005550006&"
+                                                 b"Body=Your+code+is+482913+%F0%9F%98%80",
+                            client="192.0.2.1"))
+    item, = got(api, "/api/messages")["items"]
+    text = "Your code is 482913 😀"
+    sid = "SM" + item["id"].replace("-", "")
+    assert (status, sent) == (201, {
+        "sid": sid, "account_sid": "AC123", "from": "+15005550006", "to": "+491512",
+        "body": text, "status": "queued", "direction": "outbound-api", "num_segments": "1",
+        "num_media": "0", "api_version": "2010-04-01", "date_sent": None,
+        "date_created": "Sat, 21 Nov 2026 01:33:37 -0000",
+        "date_updated": "Sat, 21 Nov 2026 01:33:37 -0000",
+        "error_code": None, "error_message": None, "price": None, "price_unit": "USD",
+        "messaging_service_sid": None, "subresource_uris": {},
+        "uri": f"/2010-04-01/Accounts/AC123/Messages/{sid}.json"})
+    assert got(api, f"/api/messages/{item['id']}") == {
+        "id": item["id"], "type": "SMS", "received": "2026-11-21T01:33:37.000000+00:00",
+        "subject": "", "from": [number("+15005550006")], "to": [number("+491512")],
+        "cc": [], "bcc": [], "html": {"body": None, "links": [], "codes": [], "images": []},
+        "text": {"body": text, "links": [], "codes": [{"value": "482913"}], "images": []},
+        "attachments": [],
+        "metadata": {"headers": [], "ehlo": None, "mailFrom": "+15005550006",
+                     "rcptTo": [number("+491512")], "client": "192.0.2.1", "user": None,
+                     "tls": False},
+        "size": len(text.encode()), "direction": "Received", "warnings": [], "session": [],
+        "server": "mailtest"}
+    assert item == {
+        "id": item["id"], "type": "SMS", "received": "2026-11-21T01:33:37.000000+00:00",
+        "subject": "", "from": [number("+15005550006")], "to": [number("+491512")], "cc": [],
+        "bcc": [], "summary": text, "attachments": 0, "size": len(text.encode()),
+        "code": "482913", "links": 0, "warnings": 0, "inboxes": ["+491512"], "server": "mailtest"}
+
+
+@pytest.mark.parametrize("body, found", rows({
+    "sentTo a number": ({"sentTo": "+491512"}, 1), "sentFrom a number": ({"sentFrom": "+1500"}, 1),
+    "body": ({"body": "CODE"}, 1), "another number": ({"sentTo": "+4915"}, 0)}))
+def test_sms_is_searched(body, found):
+    _, api = api_on_clock()
+    ask(api, "POST", TWILIO, b"To=%2B491512&From=%2B1500&Body=code")
+    assert len(said(ask(api, "POST", "/api/messages/search", body))[1]["items"]) == found
+
+
+def test_sms_is_read_in_the_inbox_of_its_number():
+    _, api = api_on_clock()
+    ask(api, "POST", TWILIO, b"To=%2B491512&From=Shop&Body=hi")
+    value = got(api, "/v1/get/%2B491512")
+    assert (value["address"], value["messages"][0]["text"]["body"]) == ("+491512", "hi")
+
+
+@pytest.mark.parametrize("form, field", rows({
+    "nothing": (b"", "To"), "no To": (b"From=a&Body=b", "To"),
+    "no From": (b"To=a&Body=b", "From"), "no Body": (b"To=a&From=b", "Body"),
+    "an empty Body": (b"To=a&From=b&Body=", "Body")}))
+def test_sms_that_lacks_something_is_refused_as_twilio_does(form, field):
+    _, api = api_on_clock()
+    assert said(ask(api, "POST", TWILIO, form)) == (400, {
+        "error": "bad_request", "detail": f"A '{field}' is required: expected form fields From, "
+        "To and Body", "code": 21604, "message": f"'{field}' is required"})
+
+
+def test_sms_from_a_messaging_service_needs_no_number():
+    _, api = api_on_clock()
+    assert ask(api, "POST", TWILIO, b"To=%2B49&MessagingServiceSid=MG1&Body=b").status == 201
+
+
+@pytest.mark.parametrize("to", ["a%0d%0ab", "%00", "x" * 101, "+49"])
+def test_sms_to_what_is_no_number_is_refused(to):
+    _, api = api_on_clock()
+    status, value = said(ask(api, "POST", TWILIO, f"To={to}&From=a&Body=b".encode()))
+    assert (status, value["error"]) == (400, "bad_request")
+    assert value["detail"].startswith("Expected To to be a telephone number or sender id, got ")
+
+
+# -- the Mailtest service
+
+@pytest.mark.parametrize("path", ["/v1/acquire", "/v1/register", "/acquire", "/aquire",
+                                  "/v1/acquire/"])
+def test_acquire_gives_an_address_and_a_newline(path):
+    _, api = api_on_clock(smtp="127.0.0.1:2525")
+    response = ask(api, "GET", path)
+    view, = api.store.inboxes()
+    assert response == mailtest.Response(200, f"{view.address}\n".encode(),
+                                         "text/plain; charset=utf-8")
+    status, value = said(ask(api, "GET", path, accept="application/json, */*"))
+    assert (status, value) == (200, {
+        "address": value["address"], "expires": "2026-11-21T01:43:37.000000+00:00",
+        "server": "mailtest", "smtp": "127.0.0.1:2525"})
+    assert {each.address for each in api.store.inboxes()} == {view.address, value["address"]}
+
+
+def test_inbox_says_what_it_holds_newest_first():
+    clock, api = api_on_clock()
+    address = api.store.acquire().address
+    for subject in ("1", "2"):
+        delivered(api.store, address, octets=mail(subject))
+    value = got(api, f"/v1/get/{address}")
+    messages = value.pop("messages")
+    assert value == {
+        "address": address, "expires": "2026-11-21T01:43:37.000000+00:00", "acquired": True,
+        "message_count": 2, "attempts": 0, "failures": []}
+    assert [message["subject"] for message in messages] == ["2", "1"]
+    assert messages == [got(api, f"/api/messages/{each['id']}") for each in messages]
+    for path in (f"/v1/load/{address}", f"/{address}", f"/v1/get/{address.replace('@', '%40')}",
+                 f"/v1/get/{address.upper()}", f"/v1/get/{address.replace('@', '+tag@')}"):
+        assert got(api, path) == {**value, "messages": messages}
+
+
+def test_get_fails_while_there_is_no_mail_and_load_does_not():
+    _, api = api_on_clock()
+    address = api.store.acquire().address
+    assert said(ask(api, "GET", f"/v1/get/{address}")) == (404, {
+        "error": "empty", "detail": f"Expected 1 message for {address}, got 0 in 0 s; "
+        "the inbox holds 0 in all", "waited": 0.0, "received": []})
+    value = got(api, f"/v1/load/{address}")
+    assert (value["message_count"], value["messages"]) == (0, [])
+
+
+UNKNOWN_INBOXES = {
+    "an address that never was": "nobody@x.example",
+    "no address": "nobody", "an empty one": "%20", "a long one": "a" * 3_000 + "@x.example",
+    "the default server": "mailtest", "a server's place": "%2Fmailtest",
+    "an outbox": "outbox%20of%20mailtest", "a message id": "5d0f-0",
+}
+
+
+@pytest.mark.parametrize("path", ["/v1/get/", "/v1/load/"])
+@pytest.mark.parametrize("address", rows(UNKNOWN_INBOXES))
+def test_unknown_inbox_is_not_found(path, address):
+    _, api = api_on_clock()
+    delivered(api.store, "a@mailtest.example", direction="Sent", server="mailtest")
+    text = urllib.parse.unquote(address)[:320]
+    expected = 404, {"error": "not_found", "detail": f"no inbox {text!r}; acquire one, or send "
+                                                     "mail to it first"}
+    assert said(ask(api, "GET", path + address)) == expected
+    assert said(ask(api, "DELETE", "/v1/get/" + address)) == expected
+
+
+@pytest.mark.parametrize("query", ["timeout=1&expect=0", "timeout=1&count=9"])
+@pytest.mark.parametrize("address", ["%2Fmailtest", "%2Fx", "outbox%20of%20x"])
+def test_inbox_request_gives_no_mail_of_others(address, query, timed):
+    _, api, _ = timed
+    delivered(api.store, "a@x.example", octets=mail("secret"))
+    delivered(api.store, "a@x.example", octets=mail("secret"), direction="Sent", server="x")
+    response = ask(api, "GET", f"/v1/load/{address}?{query}")
+    assert b"secret" not in response.body
+
+
+def test_inbox_of_an_address_that_begins_with_a_slash():
+    _, api = api_on_clock()
+    delivered(api.store, "/c=de/a=x@gateway.example")
+    assert got(api, "/v1/get/%2Fc=de%2Fa=x@gateway.example")["message_count"] == 1
+
+
+def test_expired_inbox_says_when_it_ended():
+    clock, api = api_on_clock()
+    address = api.store.acquire().address
+    clock.now += 600
+    expected = 404, {"error": "not_found", "detail": f"the inbox '{address.lower()}' expired at "
+                     "2026-11-21T01:43:37.000000+00:00; acquire a new one"}
+    for path in (f"/v1/get/{address}", f"/v1/load/{address}", f"/{address}"):
+        assert said(ask(api, "GET", path)) == expected
+    assert said(ask(api, "DELETE", f"/v1/get/{address}")) == expected
+
+
+def test_expired_inbox_says_when_it_ended_to_those_who_would_wait(timed):
+    clock, api, _ = timed
+    address = api.store.acquire().address
+    clock.now += 600
+    status, value = said(ask(api, "GET", f"/v1/get/{address}?timeout=10"))
+    assert (status, "expired at" in value["detail"]) == (404, True)
+
+
+def test_deleted_inbox_is_gone_with_its_mail():
+    _, api = api_on_clock()
+    address = api.store.acquire().address
+    delivered(api.store, address)
+    response = ask(api, "DELETE", f"/v1/get/{address}")
+    assert (response.status, response.body) == (204, b"")
+    gone = 404, {"error": "not_found", "detail": f"the inbox '{address.lower()}' deleted at "
+                 "2026-11-21T01:33:37.000000+00:00; acquire a new one"}
+    assert said(ask(api, "GET", f"/v1/load/{address}")) == gone
+    assert said(ask(api, "DELETE", f"/v1/get/{address}")) == gone
+    assert got(api, "/api/messages") == {"items": []}
+
+
+def test_scripted_failures_are_acquired_and_counted():
+    _, api = api_on_clock()
+    address = ask(api, "GET", "/v1/acquire?fail=rcpt:451*2&fail=data:delay=0.5").body[:-1].decode()
+    api.store.refusal(address)
+    assert api.store.scripted("rcpt", address).code == 451
+    value = got(api, f"/v1/load/{address}")
+    assert (value["attempts"], value["failures"]) == (1, [
+        {"fail": "rcpt:451*2", "answered": 1, "left": 1},
+        {"fail": "data:delay=0.5", "answered": 0, "left": 1}])
+
+
+@pytest.mark.parametrize("fail", ["", "rcpt", "rcpt:250", "ehlo:451", "rcpt:451*0"])
+def test_scripted_failure_that_is_none_is_refused(fail):
+    _, api = api_on_clock()
+    assert said(ask(api, "GET", f"/v1/acquire?fail={fail}")) == (400, {
+        "error": "bad_request", "detail": "expected fail=STAGE:ACTION[*TIMES] with a stage mail, "
+        "rcpt or data and an action 4xx, 5xx, drop or delay=SECONDS, such as fail=rcpt:451*2; "
+        f"got {fail!r}"})
+    assert api.store.inboxes() == []
+
+
+def test_inboxes_are_listed():
+    _, api = api_on_clock()
+    delivered(api.store, "a@x.example")
+    address = api.store.acquire().address
+    expires = "2026-11-21T01:43:37.000000+00:00"
+    assert got(api, "/v1/inboxes") == {"items": [
+        {"address": address, "expires": expires, "acquired": True, "message_count": 0,
+         "attempts": 0, "failures": []},
+        {"address": "a@x.example", "expires": expires, "acquired": False, "message_count": 1,
+         "attempts": 0, "failures": []}]}
+
+
+def test_sessions_are_listed_newest_first():
+    _, api = api_on_clock()
+    for number in (1, 2):
+        api.store.add_session(lambda number: mailtest.SessionRecord(
+            number, "192.0.2.1", "", "", False, NOVEMBER, NOVEMBER + 1, 0, "550 5.1.1 No", "quit",
+            b"C: QUIT\r\nS: 221 \xff\0\r\n"))
+    items = got(api, "/v1/sessions")["items"]
+    assert [item["number"] for item in items] == [2, 1]
+    assert items[0] == {
+        "number": 2, "client": "192.0.2.1", "helo": None, "user": None, "tls": False,
+        "started": "2026-11-21T01:33:37.000000+00:00", "ended": "2026-11-21T01:33:38.000000+00:00",
+        "messages": 0, "refused": "550 5.1.1 No", "ending": "quit",
+        "transcript": ["C: QUIT", "S: 221 \ufffd\ufffd"]}
+
+
+# -- waiting for an inbox
+
+def post_mail(api, subject, paths=("a@x.example",), text="x", sender="s@sender.example"):
+    """Delivers a mail of that subject."""
+    return delivered(api.store, *paths, octets=mail(subject, text, f"From: {sender}\r\n"))
+
+
+# what is there, what comes (seconds, subject), the query; seconds waited, subjects in the answer
+WAITS = {
+    "there is one already": (["1"], [], "timeout=60", 0, "1"),
+    "one comes": ([], [(2.5, "1")], "timeout=60", 2.5, "1"),
+    "one comes at the last moment": ([], [(10, "1")], "timeout=10", 10, "1"),
+    "all that are there are given": (["1", "2"], [], "timeout=60", 0, "2 1"),
+    "no timeout: what is there": (["1"], [(1, "2")], "", 0, "1"),
+    "two are waited for": (["1"], [(1, "2")], "timeout=60&count=2", 1, "2 1"),
+    "more than two when there are": (["1", "2", "3"], [], "timeout=60&count=2", 0, "3 2 1"),
+    "one that matches": (["1"], [(1, "2"), (2, "wanted"), (3, "4")],
+                         "timeout=60&subject=ante", 2, "wanted"),
+    "only those that match": (["wanted 1", "2"], [(1, "3"), (2, "WANTED 4")],
+                              "timeout=60&subject=wanted&count=2", 2, "WANTED-4 wanted-1"),
+    "by the sender": (["1"], [], "from=S@SENDER.example", 0, "1"),
+    "by the body": (["1"], [], "body=X", 0, "1"),
+    "silence": ([], [(11, "1")], "timeout=10&expect=0", 10, ""),
+    "silence in an inbox that has mail, after it": (
+        ["1"], [], "timeout=10&expect=0&after={1}", 10, ""),
+    "silence but for what does not match": (
+        ["1"], [(1, "2")], "timeout=10&expect=0&subject=wanted", 10, ""),
+    "silence at this moment": ([], [], "expect=0&subject=wanted", 0, ""),
+    "only what came after that one": (["1", "2", "3"], [], "after={1}", 0, "3 2"),
+    "the next one after that one": (["1", "2"], [(1, "3")], "timeout=60&after={2}", 1, "3"),
+    "seconds with a fraction": ([], [(0.25, "1")], "timeout=0.5", 0.25, "1"),
+    "the longest timeout": ([], [(59.5, "1")], "timeout=60.0", 59.5, "1"),
+    "empty parameters are not given": (
+        ["1"], [], "timeout=&count=&subject=&from=&body=&after=&expect=", 0, "1"),
+}
+
+
+def play_wait(timed, before, coming, query, path="/v1/get/"):
+    """The answer to a wait in which things happen, and the seconds that it took."""
+    clock, api, later = timed
+    delivered(api.store, "a@x.example", octets=mail("first"))
+    known = {subject: post_mail(api, subject).id for subject in before}
+    api.store.delete(api.store.newest("mailtest")[-1].id)        # the inbox is open now
+    for seconds, subject in coming:
+        later(seconds, post_mail, api, subject)
+    query = re.sub(r"\{(\d)\}", lambda match: known[match.group(1)], query)
+    return ask(api, "GET", f"{path}a@x.example?{query}"), clock.now - NOVEMBER
+
+
+@pytest.mark.parametrize("before, coming, query, seconds, expected", rows(WAITS))
+def test_wait(before, coming, query, seconds, expected, timed):
+    response, waited = play_wait(timed, before, coming, query)
+    status, value = said(response)
+    assert (status, [each["subject"].replace(" ", "-") for each in value["messages"]],
+            value["message_count"], waited) == (
+        200, expected.split(), len(expected.split()), seconds)
+
+
+TIMEOUTS = {
+    "nothing came": ([], [], "timeout=10", 10, ""),
+    "load waits as well": ([], [], "timeout=10", 10, ""),
+    "too few came": (["1"], [(1, "2")], "timeout=10&count=3", 10, "2 1"),
+    "others came": (["1"], [(1, "2")], "timeout=10&subject=wanted", 10, "2 1"),
+    "nothing came after that one": (["1"], [], "timeout=10&after={1}", 10, "1"),
+    "it came too late": ([], [(10.5, "1")], "timeout=10", 10, ""),
+}
+
+
+@pytest.mark.parametrize("path", ["/v1/get/", "/v1/load/", "/"])
+@pytest.mark.parametrize("before, coming, query, seconds, received", rows(TIMEOUTS))
+def test_wait_that_times_out_says_what_did_arrive(before, coming, query, seconds, received, path,
+                                                  timed):
+    response, waited = play_wait(timed, before, coming, query, path)
+    status, value = said(response)
+    assert (status, value["error"], value["waited"], waited) == (404, "timeout", seconds, seconds)
+    assert value["received"] == got(timed[1], "/api/messages")["items"]
+    assert [item["subject"] for item in value["received"]] == received.split()
+
+
+def test_wait_that_times_out_says_what_was_expected(timed):
+    _, api, _ = timed
+    post_mail(api, "1")
+    assert said(ask(api, "GET", "/v1/get/a@x.example?timeout=2.5&count=2&subject=wanted"))[1][
+        "detail"] == ("Expected 2 messages for a@x.example of that kind, got 0 in 2.5 s; "
+                      "the inbox holds 1 in all")
+
+
+def test_wait_without_a_filter_says_nothing_of_matching(timed):
+    _, api, _ = timed
+    assert said(ask(api, "GET", "/v1/get/a@x.example?timeout=2.5"))[1]["detail"] == (
+        "Expected 1 message for a@x.example, got 0 in 2.5 s; the inbox holds 0 in all")
+
+
+@pytest.mark.parametrize("before, coming, query, seconds, expected", rows({
+    "one is there": (["1"], [], "timeout=10&expect=0", 0, "1"),
+    "one is there, and nobody waits": (["1"], [], "expect=0", 0, "1"),
+    "one comes": ([], [(2, "1"), (3, "2")], "timeout=10&expect=0", 2, "1"),
+    "one that matches comes": (["1"], [(2, "2"), (3, "wanted")],
+                               "timeout=10&expect=0&subject=wanted", 3, "wanted"),
+}))
+def test_silence_that_is_broken_is_a_conflict_with_the_message(before, coming, query, seconds,
+                                                               expected, timed):
+    response, waited = play_wait(timed, before, coming, query)
+    status, value = said(response)
+    message, = api_messages = value.pop("messages")
+    assert (status, value, waited) == (409, {
+        "error": "unexpected", "detail": "Expected no such mail for a@x.example, got 1",
+        "waited": seconds}, seconds)
+    assert api_messages == [got(timed[1], f"/api/messages/{message['id']}")]
+    assert message["subject"] == expected
+
+
+def test_wait_for_an_inbox_that_does_not_exist_yet(timed):
+    clock, api, later = timed
+    later(3, post_mail, api, "1")
+    assert got(api, "/v1/get/a@x.example?timeout=10")["message_count"] == 1
+    assert clock.now == NOVEMBER + 3
+    assert said(ask(api, "GET", "/v1/get/b@x.example?timeout=10&expect=0")) == (200, {
+        "address": "b@x.example", "expires": None, "message_count": 0, "messages": []})
+
+
+def test_strict_service_does_not_wait_for_an_inbox_that_cannot_appear(monkeypatch):
+    _, api = api_on_clock(strict=True)
+    assert said(ask(api, "GET", "/v1/get/b@x.example?timeout=60"))[0] == 404
+
+
+@pytest.mark.parametrize("query, detail", rows({
+    "a word for seconds": ("timeout=soon", "timeout to be a number from 0 to 60, got 'soon'"),
+    "too many seconds": ("timeout=60.1", "timeout to be a number from 0 to 60, got '60.1'"),
+    "negative seconds": ("timeout=-1", "timeout to be a number from 0 to 60, got '-1'"),
+    "endless": ("timeout=inf", "timeout to be a number from 0 to 60, got 'inf'"),
+    "no messages": ("count=0", "count to be a whole number from 1 to 10000, got '0'"),
+    "half a message": ("count=1.5", "count to be a whole number from 1 to 10000, got '1.5'"),
+    "something else than silence": ("expect=1", "expect to be 0, which proves that no mail comes, "
+                                                "got '1'"),
+}))
+def test_bad_wait_says_what_was_expected(query, detail):
+    _, api = api_on_clock()
+    post_mail(api, "1")
+    assert said(ask(api, "GET", f"/v1/get/a@x.example?{query}")) == (
+        400, {"error": "bad_request", "detail": f"Expected {detail}"})
+
+
+def test_after_a_message_that_is_gone_is_not_found():
+    _, api = api_on_clock()
+    post_mail(api, "1")
+    assert said(ask(api, "GET", "/v1/get/a@x.example?after=5d0f")) == (404, {
+        "error": "not_found",
+        "detail": "no message has the id '5d0f'; it may be deleted or expired"})
+
+
+def test_waits_are_bounded():
+    _, api = api_on_clock(limits={"waiters": 0})
+    response = ask(api, "GET", "/v1/get/a@x.example?timeout=1")
+    assert said(response) == (503, {
+        "error": "full", "detail": "Try again later: 0 requests are waiting for mail"})
+    assert response.headers == (("Retry-After", "1"),)
+
+
+def test_wait_of_a_client_that_hangs_up_is_given_up():
+    _, api = api_on_clock()
+    with pytest.raises(mailtest.Hangup, match="hung up while it waited"):
+        ask(api, "GET", "/v1/get/a@x.example?timeout=60", gone=True)
+    assert api.store.counters()["waiters"] == 0
+
+
+def test_wait_is_one_step_with_looking(waiting_store):
+    api = mailtest.Api(waiting_store)
+    waiter = in_thread(ask, api, "GET", "/v1/get/a@x.example?timeout=60&count=2")
+    for subject in ("1", "2"):
+        waiting_store.next_waiter()
+        delivered(waiting_store, "a@x.example", octets=mail(subject))
+    status, value = said(waiter.join_value())
+    assert (status, [each["subject"] for each in value["messages"]]) == (200, ["2", "1"])
+
+
+# -- who may
+
+OPEN = {("GET", "/"), ("GET", "/page.css"), ("GET", "/page.js"), ("GET", "/favicon.ico"),
+        ("GET", "/healthz"), ("GET", "/v1/messages/{id}/preview"),
+        ("GET", "/v1/messages/{id}/source"), ("GET", "/v1/attachments/{id}")}
+SERVICE = {("GET", "/v1/acquire"), ("GET", "/v1/register"), ("GET", "/acquire"),
+           ("GET", "/aquire"), ("GET", "/v1/get/{address}"), ("GET", "/v1/load/{address}"),
+           ("DELETE", "/v1/get/{address}"), ("GET", "/{address}")}
+
+
+def key(text):
+    """The Authorization field of HTTP Basic."""
+    return "Basic " + mailtest.base64.b64encode(text.encode()).decode()
+
+
+# policy, authorization; the status for routes of the API, 0 for whatever they answer
+ACCESS = {
+    "no key, no credentials": ({}, "", 0),
+    "no key: credentials are ignored": ({}, key("any:thing"), 0),
+    "a key, no credentials": ({"api_key": "k"}, "", 401),
+    "a key, another key": ({"api_key": "k"}, key("x:"), 401),
+    "a key, the right one as user": ({"api_key": "k"}, key("k:"), 0),
+    "a key, the right one as password": ({"api_key": "k"}, key("api:k"), 0),
+    "hosted without a key": ({"hosted": True}, "", 403),
+    "hosted without a key, credentials": ({"hosted": True}, key(":"), 403),
+    "hosted, no credentials": ({"hosted": True, "api_key": "k"}, "", 401),
+    "hosted, the right key": ({"hosted": True, "api_key": "k"}, key("k:"), 0),
+}
+
+
+@pytest.mark.parametrize("policy, authorization, status", rows(ACCESS))
+def test_access_to_every_route(policy, authorization, status):
+    _, api = api_on_clock(**policy)
+    fields = {"authorization": authorization} if authorization else {}
+    for route in mailtest.ROUTES:
+        target = re.sub(r"\{\w+\}", "a@x.example", route.path)
+        found = ask(api, route.method, target, **fields)
+        closed = status if (route.method, route.path) not in OPEN | SERVICE else 0
+        assert found.status == closed if closed else (
+            found.status not in (401, 403, 405, 429, 500)), route
+        assert (dict(found.headers).get("WWW-Authenticate") is not None) == (closed == 401)
+
+
+@pytest.mark.parametrize("authorization, right", rows({
+    "user": (key("k\u00e9y:"), True), "password": (key(":k\u00e9y"), True),
+    "user and any password": (key("k\u00e9y:x"), True),
+    "lower case scheme": (key("k\u00e9y:").replace("Basic", "basic"), True),
+    "no colon": (key("k\u00e9y"), True),
+    "part of it": (key("k\u00e9:"), False), "more than it": (key("k\u00e9yy:"), False),
+    "another case": (key("K\u00c9Y:"), False), "empty halves": (key(":"), False),
+    "Bearer": ("Bearer k\u00e9y", False), "no base64": ("Basic k\u00e9y:", False),
+    "nothing": ("", False), "the scheme alone": ("Basic", False)}))
+def test_key_in_either_half(authorization, right):
+    _, api = api_on_clock(api_key="k\u00e9y")
+    status = ask(api, "GET", "/api/servers", authorization=authorization).status
+    assert status == (200 if right else 401)
+
+
+def test_refusals_for_want_of_a_key_say_what_to_do():
+    text = "Expected HTTP Basic authentication with the API key as user or password"
+    _, api = api_on_clock(api_key="k")
+    assert said(ask(api, "GET", "/api/servers")) == (401, {
+        "type": "AuthenticationError", "message": text,
+        "errors": [{"field": "", "detail": [{"description": text}]}]})
+    assert said(ask(api, "GET", "/v1/inboxes")) == (401, {"error": "unauthorized", "detail": text})
+    _, api = api_on_clock(hosted=True)
+    assert said(ask(api, "GET", "/v1/events")) == (403, {
+        "error": "forbidden", "detail": "This hosted service was started without --api-key, so "
+        "nobody may list, search or follow it"})
+
+
+# clients in turn, the statuses that they get when two requests a minute may be made
+RATES = {
+    "one IPv4 address": ("192.0.2.1 192.0.2.1 192.0.2.1", "200 200 429"),
+    "two IPv4 addresses": ("192.0.2.1 192.0.2.2 192.0.2.1 192.0.2.2", "200 200 200 200"),
+    "one IPv6 /64": ("2001:db8::1 2001:db8::2 2001:db8::3", "200 200 429"),
+    "two IPv6 /64": ("2001:db8::1 2001:db8::1 2001:db8:0:1::1", "200 200 200"),
+    "one IPv6 address in two spellings": ("2001:DB8::1 2001:db8:0::1 2001:db8::1", "200 200 429"),
+    "IPv4 through a dual-stack proxy": (
+        "::ffff:192.0.2.1 ::ffff:192.0.2.1 ::ffff:192.0.2.2", "200 200 200"),
+    "what is no address": ("unknown unknown unknown", "200 200 429"),
+}
+
+
+@pytest.mark.parametrize("clients, statuses", rows(RATES))
+def test_rate_of_the_mailtest_service(clients, statuses):
+    _, api = api_on_clock(limits={"rate": 2})
+    found = [ask(api, "GET", "/v1/acquire", client=client).status for client in clients.split()]
+    assert found == [int(status) for status in statuses.split()]
+
+
+def test_rate_says_when_to_come_back_and_lets_pass_then():
+    clock, api = api_on_clock(limits={"rate": 1})
+    address = ask(api, "GET", "/v1/acquire").body[:-1].decode()
+    clock.now += 15.5
+    response = ask(api, "GET", f"/v1/get/{address}")
+    assert said(response) == (429, {
+        "error": "rate_limited",
+        "detail": "Expected at most 1 requests a minute; try again in 44 s"})
+    assert response.headers == (("Retry-After", "45"),)
+    clock.now += 44.5
+    assert ask(api, "GET", f"/v1/load/{address}").status == 200
+
+
+def test_rate_leaves_everything_else_alone():
+    _, api = api_on_clock(limits={"rate": 1})
+    ask(api, "GET", "/v1/acquire")
+    for target in ("/", "/healthz", "/api/messages", "/api/servers", "/v1/inboxes"):
+        assert [ask(api, "GET", target).status for _ in range(3)] == [200] * 3
+    for route in mailtest.ROUTES:
+        if (route.method, route.path) in SERVICE:
+            target = re.sub(r"\{\w+\}", "a@x.example", route.path)
+            assert ask(api, route.method, target).status == 429
+
+
+def test_hosted_service_lets_who_knows_an_address_read_it():
+    _, api = api_on_clock(strict=True, hosted=True)
+    address = ask(api, "GET", "/v1/acquire").body[:-1].decode()
+    id = delivered(api.store, address, octets=EVERYTHING).id
+    assert got(api, f"/v1/get/{address}")["message_count"] == 1
+    for target in (f"/v1/messages/{id}/preview", f"/v1/messages/{id}/source",
+                   f"/v1/attachments/{id}-0"):
+        assert ask(api, "GET", target).status == 200
+    assert ask(api, "DELETE", f"/v1/get/{address}").status == 204
+
+
+# Host field, status
+HOSTS = {
+    "an IPv4 address": ("127.0.0.1", 200), "with a port": ("192.168.0.7:8080", 200),
+    "an IPv6 address": ("[::1]", 200), "IPv6 with a port": ("[fe80::1]:8080", 200),
+    "localhost": ("localhost", 200), "localhost in capitals": ("LOCALHOST:8080", 200),
+    "a single label": ("mailtest", 200), "a label with a line": ("mail_test-1:8080", 200),
+    "below localhost": ("app.localhost:8080", 200),
+    "one that is allowed": ("mail.example", 200),
+    "allowed with a port": ("mail.example:8080", 200),
+    "allowed in capitals": ("MAIL.example", 200),
+    "below one that is allowed": ("x.mail.example", 421),
+    "another": ("evil.example", 421), "another with a port": ("evil.example:8080", 421),
+    "localhost as a subdomain": ("localhost.evil.example", 421),
+    "an address as a subdomain": ("127.0.0.1.evil.example", 421),
+    "an address in words": ("127.0.0.1.nip.io:8080", 421),
+    "a user before it": ("evil.example@localhost", 421),
+    "two names": ("localhost, evil.example", 421), "a path": ("localhost/x", 421),
+    "a dot at the end": ("evil.example.", 421), "a port that is none": ("evil.example:x", 421),
+    "a line break at the end": ("localhost\n", 421),
+    "empty": ("", 200),
+}
+
+
+@pytest.mark.parametrize("host, status", rows(HOSTS))
+def test_host(host, status):
+    _, api = api_on_clock(allow_hosts=("mail.example",))
+    for target in ("/", "/healthz", "/api/messages"):
+        assert ask(api, "GET", target, host=host).status == status
+
+
+def test_host_that_is_refused_is_told_what_was_expected():
+    _, api = api_on_clock()
+    assert said(ask(api, "GET", "/v1/inboxes", host="evil.example")) == (421, {
+        "error": "misdirected", "detail": "Expected a Host field with an IP address, localhost, a "
+        "single-label name or an --allow-host, got 'evil.example'"})
+
+
+def test_host_is_checked_before_anything_is_told():
+    _, api = api_on_clock(api_key="k", limits={"rate": 1})
+    for method, target in (("GET", "/nope"), ("PUT", "/api/messages"), ("GET", "/api/messages"),
+                           ("OPTIONS", "/"), ("GET", "/v1/acquire"), ("GET", "/v1/acquire")):
+        assert ask(api, method, target, host="evil.example").status == 421
+
+
+def test_host_of_a_tunnel_was_checked_by_connect():
+    _, api = api_on_clock()
+    assert ask(api, "GET", "/api/servers", host="mailosaur.com", tunnel=True).status == 200
+
+
+ORIGINS = {
+    "no page at all": ({}, True),
+    "our page": ({"origin": "http://localhost:8080", "sec_fetch_site": "same-origin"}, True),
+    "our page over TLS": ({"origin": "https://localhost:8080"}, True),
+    "typed by the user": ({"sec_fetch_site": "none"}, True),
+    "a foreign page": ({"origin": "http://evil.example"}, False),
+    "another port": ({"origin": "http://localhost:3000"}, False),
+    "a sandboxed page": ({"origin": "null"}, False),
+    "an empty origin": ({"origin": ""}, False),
+    "a name that ends like ours": ({"origin": "http://evillocalhost:8080"}, False),
+    "cross-site": ({"sec_fetch_site": "cross-site"}, False),
+    "same-site": ({"sec_fetch_site": "same-site"}, False),
+    "our origin, but cross-site": (
+        {"origin": "http://localhost:8080", "sec_fetch_site": "cross-site"}, False),
+}
+CHANGES = (("DELETE", "/api/messages?server=x", 204), ("POST", "/api/servers", 200),
+           ("PUT", "/api/servers/mailtest", 200), ("POST", "/api/messages?server=x", 200),
+           ("GET", "/v1/acquire", 200), ("GET", "/aquire", 200), ("HEAD", "/acquire", 200),
+           ("DELETE", "/v1/get/b@x.example", 204))
+READS = ("/", "/healthz", "/api/messages", "/v1/load/a@x.example", "/v1/inboxes")
+
+
+@pytest.mark.parametrize("fields, ours", rows(ORIGINS))
+def test_origin(fields, ours):
+    _, api = api_on_clock()
+    delivered(api.store, "a@y.example", "b@x.example")
+    delivered(api.store, "a@x.example", "b@x.example")
+    before = api.store.number
+    for method, target, status in CHANGES:
+        found = ask(api, method, target, {"name": "n"}, **fields)
+        assert found.status == (status if ours else 403), (method, target)
+    assert (api.store.number > before) is ours
+    for target in READS:                 # which no page can read, since nothing allows CORS
+        assert ask(api, "GET", target, **fields).status in (200, 404)
+
+
+def test_foreign_origin_is_told_what_was_expected():
+    _, api = api_on_clock()
+    text = ("Expected a request from this origin or from no page, got Origin 'http://evil.example'"
+            ", Sec-Fetch-Site 'same-origin'")
+    assert said(ask(api, "GET", "/v1/acquire", origin="http://evil.example"))[1]["error"] == (
+        "foreign_origin")
+    assert said(ask(api, "DELETE", "/api/messages", origin="http://evil.example")) == (403, {
+        "type": "Error", "message": text,
+        "errors": [{"field": "", "detail": [{"description": text}]}]})
+
+
+@pytest.mark.parametrize("target", [
+    "/api/messages/{id}?_method=DELETE", "/api/messages/{id}/delete", "/delete/{id}",
+    "/api/messages?server=x&_method=DELETE", "/clear"])
+def test_no_get_deletes_anything(target):
+    _, api = api_on_clock()
+    id = delivered(api.store, "a@x.example").id
+    ask(api, "GET", target.format(id=id), x_http_method_override="DELETE")
+    assert ask(api, "GET", f"/api/messages/{id}").status == 200
+
+
+# -- routes
+
+# path, methods that it has
+ALLOWED = {
+    "/": "GET, HEAD, OPTIONS", "/healthz": "GET, HEAD, OPTIONS",
+    "/page.js": "GET, HEAD, OPTIONS", "/openapi.json": "GET, HEAD, OPTIONS",
+    "/v1/acquire": "GET, HEAD, OPTIONS", "/v1/get/a@x.example": "GET, DELETE, HEAD, OPTIONS",
+    "/v1/load/a@x.example": "GET, HEAD, OPTIONS", "/a@x.example": "GET, HEAD, OPTIONS",
+    "/api/messages": "GET, POST, DELETE, HEAD, OPTIONS",
+    "/api/messages/": "GET, POST, DELETE, HEAD, OPTIONS",
+    "/api/messages/search": "POST, GET, DELETE, HEAD, OPTIONS",
+    "/api/messages/5d0f": "GET, DELETE, HEAD, OPTIONS",
+    "/api/messages/5d0f/reply": "POST, OPTIONS", "/api/servers": "GET, POST, HEAD, OPTIONS",
+    "/api/servers/x": "GET, PUT, DELETE, HEAD, OPTIONS", "/api/devices/5d0f": "DELETE, OPTIONS",
+    "/api/devices/otp": "DELETE, POST, OPTIONS",
+    "/2010-04-01/Accounts/AC1/Messages.json": "POST, OPTIONS",
+}
+
+
+@pytest.mark.parametrize("path, allowed", ALLOWED.items())
+def test_method_that_is_not_allowed(path, allowed):
+    _, api = api_on_clock()
+    for method in ("PATCH", "TRACE", "get", "BREW"):
+        response = ask(api, method, path)
+        assert (response.status, response.headers) == (405, (("Allow", allowed),))
+    detail = f"Expected {' or '.join(allowed.split(', ')[:-1])}, got 'BREW'"
+    value = said(response)[1]
+    assert value.get("detail", value.get("message")) == detail
+
+
+@pytest.mark.parametrize("path, allowed", ALLOWED.items())
+def test_options_tell_the_methods_and_allow_no_cors(path, allowed):
+    _, api = api_on_clock()
+    assert ask(api, "OPTIONS", path, origin="http://evil.example",
+               access_control_request_method="DELETE") == mailtest.Response(
+        204, headers=(("Allow", allowed),))
+
+
+@pytest.mark.parametrize("target", [
+    "/nope", "/v1", "/v1/get", "/v1/get/a/b", "/api", "/api/messages/5d0f/nope", "/.git/config",
+    "/index.html", "/etc/passwd", "/<script>alert(1)</script>", "/v1/smuggled", "/nobody",
+    "/api/messages/a/b/c", "/%2e%2e", "//evil.example/x"])
+def test_unknown_path_is_not_found(target):
+    _, api = api_on_clock()
+    for method in ("GET", "POST", "DELETE", "OPTIONS", "BREW"):
+        response = ask(api, method, target)
+        assert (response.status, response.type) == (404, "application/json")
+
+
+def test_unknown_path_is_told_where_the_paths_are():
+    _, api = api_on_clock()
+    assert said(ask(api, "GET", "/nope?x=1")) == (404, {
+        "error": "not_found", "detail": "No endpoint '/nope': see GET /openapi.json"})
+
+
+@pytest.mark.parametrize("target", [
+    "/v1/get/%", "/v1/get/%zz@x", "/v1/get/a%4", "/v1/get/%ff", "/v1/get/%c0%af",
+    "/v1/get/%ed%a0%80"])
+def test_percent_signs_that_encode_no_text_are_refused(target):
+    _, api = api_on_clock()
+    assert said(ask(api, "GET", target)) == (400, {
+        "error": "bad_request", "detail": "Expected percent-encoded UTF-8 in the path, got "
+        f"{target[8:]!r}"})
+
+
+@pytest.mark.parametrize("target", [
+    "/v1/get/%00@x", "/v1/get/a%0d%0aX-Injected:%201@x", "/v1/get/%7F"])
+def test_control_characters_in_a_path_name_nothing(target):
+    _, api = api_on_clock()
+    response = ask(api, "GET", target)
+    assert (response.status, response.headers) == (404, ())
+
+
+@pytest.mark.parametrize("target", ["/page.css/", "//"])
+def test_slash_at_the_end_of_a_file_is_forgiven_too(target):
+    _, api = api_on_clock()
+    assert ask(api, "GET", target).status == 200
+
+
+@pytest.mark.parametrize("path, kind", [
+    ("/", "text/html; charset=utf-8"), ("/page.css", "text/css; charset=utf-8"),
+    ("/page.js", "text/javascript; charset=utf-8"), ("/favicon.ico", "image/svg+xml")])
+def test_page_is_served_under_a_policy_without_inline_script(path, kind):
+    _, api = api_on_clock()
+    response = ask(api, "GET", path)
+    assert response[:3] == (200, mailtest.PAGE_FILES[path][1], kind)
+    assert dict(response.headers)["Content-Security-Policy"] == (
+        "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; "
+        "img-src 'self' data:; frame-src 'self'; base-uri 'none'; form-action 'none'; "
+        "frame-ancestors 'none'")
+
+
+def test_health_tells_counters_and_how_the_catcher_was_started():
+    clock, api = api_on_clock(api_key="k", smtp="127.0.0.1:2525",
+                              state=lambda: {"save": {"saved": 0}})
+    delivered(api.store, "a@x.example")
+    api.store.acquire()
+    clock.now += 1.5
+    value = got(api, "/healthz")
+    started = round(clock.now - api.store.started, 3)
+    octets = api.store.counters()["octets"]
+    assert value == {
+        "status": "ok", "version": mailtest.__version__, "uptime": started, "messages": 1,
+        "inboxes": 2, "octets": octets, "max_memory": 512_000_000, "accepted": 1, "sms": 0,
+        "sessions": 0, "events": 2, "waiters": 0, "smtp": "127.0.0.1:2525",
+        "domain": "mailtest.example", "ttl": 600.0, "max_size": 25_000_000, "rate": 0,
+        "hosted": False, "strict": False, "api_key": True, "save": {"saved": 0}}
+    api.store.close()
+    assert got(api, "/healthz")["status"] == "stopping"
+
+
+def test_openapi_describes_exactly_the_routes():
+    _, api = api_on_clock()
+    value = got(api, "/openapi.json")
+    described = {(method.upper(), path) for path, methods in value["paths"].items()
+                 for method in methods}
+    files = {("GET", path) for path in mailtest.PAGE_FILES}
+    assert described == {(route.method, route.path) for route in mailtest.ROUTES} - files
+    assert (value["openapi"], value["servers"]) == ("3.0.3", [{"url": "http://localhost:8080"}])
+    names = [operation["operationId"] for methods in value["paths"].values()
+             for operation in methods.values()]
+    assert len(set(names)) == len(names)
+    for path, methods in value["paths"].items():
+        for operation in methods.values():
+            assert operation["summary"]
+            in_path = [each["name"] for each in operation["parameters"] if each["in"] == "path"]
+            assert in_path == re.findall(r"\{(\w+)\}", path)
+
+
+def test_routes_are_all_in_one_of_the_tables_of_access():
+    routes = {(route.method, route.path): route.access for route in mailtest.ROUTES}
+    assert len(routes) == len(mailtest.ROUTES)
+    assert {which for which, access in routes.items() if access == "open"} == OPEN
+    assert {which for which, access in routes.items() if access == "inbox"} == SERVICE
+    assert set(routes.values()) == {"open", "inbox", "api"}
+
+
+BODY_LIMITS = {
+    "creating a mail": ("POST", "/api/messages", 152),
+    "forwarding": ("POST", "/api/messages/5d0f/forward", 152),
+    "searching": ("POST", "/api/messages/search", 2),
+    "a server": ("POST", "/api/servers", 2), "an SMS": ("POST", TWILIO, 2),
+    "what has no body": ("GET", "/api/messages", 2),
+}
+
+
+@pytest.mark.parametrize("method, path, expected", rows(BODY_LIMITS))
+def test_bodies_may_be_as_large_as_they_need(method, path, expected):
+    limits = mailtest.Limits(max_size=100, http_body=2)
+    assert mailtest.body_limit(limits, method, path) == expected
+
+
+def test_defect_is_told_as_one_and_no_more(monkeypatch):
+    _, api = api_on_clock()
+    told = []
+    monkeypatch.setattr(mailtest, "log_error", lambda text, *values, **_: told.append(
+        text % values))
+
+    def fail(*arguments):
+        raise RuntimeError("secret")
+    monkeypatch.setattr(api.store, "inboxes", fail)
+    assert said(ask(api, "GET", "/v1/inboxes")) == (500, {
+        "error": "internal",
+        "detail": "This is a defect of mailtest; its log on standard error says more"})
+    assert told == ["GET /v1/inboxes failed"]
+
+
+# -- events
+
+def stream(response, batches=1):
+    """So many pieces of an event stream, after the first, as text."""
+    assert (response.status, response.type) == (200, "text/event-stream; charset=utf-8")
+    return b"".join(itertools.islice(response.stream, 1 + batches)).decode()
+
+
+def test_events_say_what_happened_since():
+    clock, api = api_on_clock()
+    address = api.store.acquire().address
+    id = delivered(api.store, address, octets=mail("Grüße")).id
+    gone = delivered(api.store, "b@x.example").id
+    api.store.delete(gone)
+    item, = got(api, "/api/messages")["items"]
+    found = stream(ask(api, "GET", "/v1/events?after=0", gone=True))
+    head, *events = found.split("\n\n")[1:-1] if found.startswith("event") else (
+        found.split("\n\n")[:-1])
+    assert head == "retry: 1000\n: 0"
+    assert [event.split("\n")[:2] for event in events] == [
+        ["id: 1", "event: inbox"], ["id: 2", "event: message"], ["id: 4", "event: deleted"]]
+    data = [json.loads(event.split("\n")[2][len("data: "):]) for event in events]
+    assert data == [{"address": address, "expires": NOVEMBER + 600},
+                    {**item, "direction": "Received"}, {"id": gone}]
+    assert item["inboxes"] == [address.lower()] and data[1]["id"] == id
+
+
+RESUMES = {
+    "from the beginning": ({}, "after=0", ["1", "2", "3"], False),
+    "after the second": ({"last_event_id": "2"}, "", ["3"], False),
+    "the field goes before the parameter": ({"last_event_id": "2"}, "after=0", ["3"], False),
+    "by the parameter": ({}, "after=1", ["2", "3"], False),
+}
+
+
+@pytest.mark.parametrize("fields, query, ids, reset", rows(RESUMES))
+def test_events_resume_after_the_last_one_seen(fields, query, ids, reset):
+    _, api = api_on_clock()
+    for _ in range(3):
+        delivered(api.store, "a@x.example")
+    found = stream(ask(api, "GET", f"/v1/events?{query}", gone=True, **fields))
+    assert (re.findall("(?m)^id: (.*)$", found), "event: reset" in found) == (ids, reset)
+
+
+def test_events_that_are_no_longer_kept_are_a_reset():
+    _, api = api_on_clock(limits={"events": 2})
+    for _ in range(4):
+        delivered(api.store, "a@x.example")
+    response = ask(api, "GET", "/v1/events", last_event_id="1", gone=True)
+    assert re.findall("(?m)^(?:id|event): (.*)$", stream(response, 2)) == [
+        "reset", "3", "message", "4", "message"]
+
+
+def test_events_of_a_catcher_that_ran_before_are_a_reset():
+    _, api = api_on_clock()
+    delivered(api.store, "a@x.example")
+    api.store.close()                    # nothing is waited for
+    assert stream(ask(api, "GET", "/v1/events", last_event_id="99")) == (
+        "event: reset\ndata: {}\n\nretry: 1000\n: 1\n\n")
+
+
+def test_events_begin_now_unless_asked_for_more(waiting_store):
+    api = mailtest.Api(waiting_store)
+    delivered(waiting_store, "a@x.example")
+    response = ask(api, "GET", "/v1/events", gone=True)
+    follower = in_thread(stream, response)
+    waiting_store.next_waiter()
+    delivered(waiting_store, "a@x.example")
+    assert re.findall("(?m)^id: (.*)$", follower.join_value()) == ["2"]
+
+
+@pytest.mark.parametrize("last", ["x", "-1", "1.5", "9" * 16, "\u0661"])
+def test_event_that_is_none_is_refused(last):
+    _, api = api_on_clock()
+    assert said(ask(api, "GET", "/v1/events", last_event_id=last)) == (400, {
+        "error": "bad_request",
+        "detail": f"Expected Last-Event-ID to be the number of an event, got {last!r}"})
+
+
+# -- preview
+
+def previewed(api, source, parts=(), query=""):
+    """The Response to the preview of a mail with that HTML and (content id, type, octets)."""
+    octets = (b"Content-Type: multipart/related; boundary=B\r\n\r\n--B\r\n"
+              b"Content-Type: text/html; charset=utf-8\r\n\r\n" + source.encode() + b"\r\n")
+    for content_id, kind, content in parts:
+        octets += (f"--B\r\nContent-ID: <{content_id}>\r\nContent-Type: {kind}\r\n\r\n".encode()
+                   + content + b"\r\n")
+    message = delivered(api.store, "a@x.example", octets=octets + b"--B--\r\n")
+    return ask(api, "GET", f"/v1/messages/{message.id}/preview{query}")
+
+
+FRAME = '<!doctype html><meta charset="utf-8"><base target="_blank">'
+# HTML of the mail, HTML of the preview; the mail has an image "logo" of "PNG" and a page "page"
+INLINED = {
+    "an image": ('<img src="cid:logo">', '<img src="data:image/png;base64,UE5H">'),
+    "without quotes": ("<img src=cid:logo>", "<img src=data:image/png;base64,UE5H>"),
+    "twice": ("<img src='cid:logo'><img src='cid:logo'>",
+              "<img src='data:image/png;base64,UE5H'><img src='data:image/png;base64,UE5H'>"),
+    "in a style": ('<p style="background:url(cid:logo)">',
+                   '<p style="background:url(data:image/png;base64,UE5H)">'),
+    "percent-encoded": ('<img src="cid:%6cogo">', '<img src="data:image/png;base64,UE5H">'),
+    "with an entity": ('<img src="cid:log&#111;">', '<img src="data:image/png;base64,UE5H">'),
+    "an unknown one stays": ('<img src="cid:nope">', '<img src="cid:nope">'),
+    "scripts stay, and do not run": ("<script>alert(1)</script>", "<script>alert(1)</script>"),
+    "text is kept": ("Grüße &amp; <b>x</b>", "Grüße &amp; <b>x</b>"),
+}
+
+
+@pytest.mark.parametrize("source, expected", rows(INLINED))
+def test_preview_shows_images_of_the_mail(source, expected):
+    _, api = api_on_clock()
+    response = previewed(api, source, [("logo", "image/png", b"PNG")])
+    assert (response.status, response.type) == (200, "text/html; charset=utf-8")
+    assert response.body.decode() == FRAME + expected
+
+
+CLOSED = ("default-src 'none'; img-src data:{0}; style-src 'unsafe-inline'{0}; font-src data:{0}; "
+          "media-src data:{0}; frame-ancestors 'self'; form-action 'none'; base-uri 'none'; "
+          "sandbox allow-popups allow-popups-to-escape-sandbox")
+
+
+@pytest.mark.parametrize("query, sources", rows({
+    "nothing remote": ("", ""), "remote=0": ("?remote=0", ""), "remote=yes": ("?remote=yes", ""),
+    "remote=1": ("?remote=1", " http: https:")}))
+def test_preview_runs_nothing_and_loads_nothing_remote_unless_asked(query, sources):
+    _, api = api_on_clock()
+    headers = dict(previewed(api, "<script src=http://evil.example/x>", query=query).headers)
+    assert headers == {"Content-Security-Policy": CLOSED.format(sources),
+                       "X-DNS-Prefetch-Control": "off"}
+
+
+def test_preview_of_a_mail_without_html_is_empty():
+    _, api = api_on_clock()
+    id = delivered(api.store, "a@x.example").id
+    assert ask(api, "GET", f"/v1/messages/{id}/preview").body.decode() == FRAME
+
+
+def test_preview_is_not_much_larger_than_a_mail_may_be():
+    _, api = api_on_clock(limits={"max_size": 10_000})
+    response = previewed(api, "<img src=cid:a>" * 1_000, [("a", "image/png", b"x" * 3_000)])
+    assert [response.body.count(b"src=data:"), response.body.count(b"src=cid:")] == [3, 997]
+
+
+# ---- HTTP server -----------------------------------------------------------
+
+@pytest.fixture(scope="module")
+def tls(certificate):
+    """A server's SSLContext."""
+    return mailtest.tls_context(certificate)
+
+
+@contextlib.contextmanager
+def serving(api=None, **options):
+    """A running HttpServer on a free port."""
+    if api is None:
+        api = mailtest.Api(mailtest.Store(), mailtest.ApiPolicy(files=mailtest.PAGE_FILES))
+    server = mailtest.HttpServer("127.0.0.1", 0, api, **options)
+    server.ended = queue.Queue()         # why each connection ended
+    server.closed = lambda connection, why: server.ended.put(why)
+    server.start()
+    try:
+        yield server
+    finally:
+        api.store.close()
+        server.stop()
+
+
+@pytest.fixture(scope="module")
+def server():
+    """One server for all tests that need nothing special."""
+    with serving() as server:
+        yield server
+
+
+class Wire:
+    """A Connection in memory: what the client sends, piece by piece, and what it gets."""
+
+    def __init__(self, pieces):
+        self.pieces = iter(pieces)
+        self.sent = b""
+        self.lingered = False
+
+    def receive(self, most=65_536):
+        return next(self.pieces, b"")
+
+    def send(self, *parts):
+        self.sent += b"".join(parts)
+
+    def linger(self):
+        self.lingered = True
+
+    def is_gone(self):
+        return False
+
+    def set_timeout(self, seconds):
+        pass
+
+
+def in_memory(server, pieces):
+    """What a client gets that sends these pieces and then says that it is done."""
+    wire = Wire(pieces)
+    with contextlib.suppress(mailtest.Hangup):
+        mailtest.HttpHandler(wire, "127.0.0.1", server)
+    return wire.sent
+
+
+def receive_all(sock):
+    """Everything until the end."""
+    return b"".join(iter(lambda: sock.recv(65_536), b""))
+
+
+def connect(server):
+    """A client's socket."""
+    return socket.create_connection(("127.0.0.1", server.port), 10)
+
+
+def over_socket(server, octets):
+    """The same through a socket."""
+    with connect(server) as sock:
+        with contextlib.suppress(ConnectionError):       # it closes while we still send
+            sock.sendall(octets)
+            sock.shutdown(socket.SHUT_WR)
+        return receive_all(sock)
+
+
+def octet_by_octet(octets):
+    """The pieces; of what is long, larger ones."""
+    step = 1 if len(octets) < 3_000 else 997
+    return [octets[start:start + step] for start in range(0, len(octets), step)]
+
+
+EVERY_ANSWER = {
+    "server": "mailtest", "cache-control": "no-store", "x-content-type-options": "nosniff",
+    "referrer-policy": "no-referrer", "cross-origin-resource-policy": "same-origin",
+}
+
+
+def responses(octets, heads=False):
+    """[(status, header fields, body)] of what a server sent; looks at what each must have."""
+    found = []
+    while octets:
+        head, end, octets = octets.partition(b"\r\n\r\n")
+        assert end, head
+        lines = head.decode("ascii").split("\r\n")
+        version, status, reason = lines[0].split(" ", 2)
+        assert (version, reason) == ("HTTP/1.1", http.client.responses[int(status)])
+        fields = dict(line.lower().split(": ", 1) for line in lines[1:])
+        assert len(fields) == len(lines) - 1         # no field twice
+        if status == "100":
+            assert fields == {}
+            found.append((100, fields, b""))
+            continue
+        assert {name: fields.get(name) for name in EVERY_ANSWER} == EVERY_ANSWER
+        assert "default-src 'none'" in fields["content-security-policy"] and fields["date"]
+        assert ("content-length" in fields) == (status != "204") == ("content-type" in fields)
+        assert not any(name.startswith("access-control-") for name in fields)
+        length = 0 if heads else int(fields.get("content-length", 0))
+        body, octets = octets[:length], octets[length:]
+        assert len(body) == length
+        found.append((int(status), fields, body))
+    return found
+
+
+def statuses(octets):
+    """The statuses of what a server sent, but for leave to go on."""
+    return [status for status, _, _ in responses(octets) if status != 100]
+
+
+LAST = b"GET /last HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n"
+OTP = b'{"sharedSecret":"GEZDGNBVGY3TQOJQ"}'     # 200 if it is read as it is, 400 if not
+SMUGGLED = b"GET /v1/smuggled HTTP/1.1\r\nHost: localhost\r\n\r\n"
+
+
+def request(line="GET /v1/inboxes HTTP/1.1", *fields, body=b"", host="Host: localhost"):
+    """The octets of a request."""
+    return "\r\n".join((line,) + ((host,) if host else ()) + fields).encode("latin-1") + (
+        b"\r\n\r\n" + body)
+
+
+def posted(*fields, body=b"", line="POST /api/devices/otp HTTP/1.1"):
+    """The octets of a request with a body, whose framing these fields tell."""
+    return request(line, *fields, body=body)
+
+
+def chunked(body, *fields):
+    """The octets of a request with a chunked body."""
+    return posted("Transfer-Encoding: chunked", *fields, body=body)
+
+
+LENGTH = f"Content-Length: {len(OTP)}"
+WHOLE_CHUNK = b"%X\r\n%b\r\n0\r\n\r\n" % (len(OTP), OTP)
+
+# octets in; statuses; whether the connection can be used for another request
+RAW = {
+    # requests
+    "GET": (request(), [200], True),
+    "a body with its length": (posted(LENGTH, body=OTP), [200], True),
+    "no body and no length": (posted(), [400], True),
+    "a length of 0": (posted("Content-Length: 0"), [400], True),
+    "a length with zeros": (posted(f"Content-Length: 000{len(OTP)}", body=OTP), [200], True),
+    "ten requests at once": (request() * 10, [200] * 10, True),
+    "bodies and none in turn": (
+        (posted(LENGTH, body=OTP) + request() + chunked(WHOLE_CHUNK)) * 3, [200] * 9, True),
+    "nothing": (b"", [], True),
+    # lengths
+    "a negative length": (posted("Content-Length: -1"), [400], False),
+    "a length with a plus": (posted("Content-Length: +5", body=b"12345"), [400], False),
+    "a length with a line": (posted("Content-Length: 1_0", body=b"1234567890"), [400], False),
+    "a length in hexadecimal": (posted("Content-Length: 0x5", body=b"12345"), [400], False),
+    "a length with a fraction": (posted("Content-Length: 5.0", body=b"12345"), [400], False),
+    "an empty length": (posted("Content-Length:"), [400], False),
+    "a length in Arabic digits": (posted("Content-Length: \xb2"), [400], False),
+    "two lengths in one field": (posted("Content-Length: 5, 5", body=b"12345"), [400], False),
+    "two equal lengths": (posted(LENGTH, LENGTH, body=OTP), [400], False),
+    "two lengths": (posted(LENGTH, "content-length: 0", body=OTP), [400], False),
+    "a length beyond the bound": (posted("Content-Length: 2000001"), [413], False),
+    "a terabyte": (posted("Content-Length: 1000000000000"), [413], False),
+    "an absurd length": (posted("Content-Length: 1" + "0" * 40), [400], False),
+    "a body that ends early": (posted("Content-Length: 2000", body=OTP), [], False),
+    # chunks
+    "a chunked body": (chunked(WHOLE_CHUNK), [200], True),
+    "chunked in capitals": (posted("TRANSFER-ENCODING: CHUNKED", body=WHOLE_CHUNK), [200], True),
+    "many chunks": (chunked(b"".join(b"1\r\n%c\r\n" % each for each in OTP) + b"0\r\n\r\n"),
+                    [200], True),
+    "a chunk size with zeros": (chunked(b"00000" + WHOLE_CHUNK), [200], True),
+    "chunk extensions": (chunked(b"%x;a=b;c=\"d\"\r\n%b\r\n0;e\r\n\r\n" % (len(OTP), OTP)),
+                         [200], True),
+    "trailers": (chunked(WHOLE_CHUNK[:-2] + b"X-A: 1\r\nHost: evil.example\r\n\r\n"),
+                 [200], True),
+    "an empty chunked body": (chunked(b"0\r\n\r\n"), [400], True),
+    "a chunk that is larger than its size": (chunked(b"2\r\n{}xx0\r\n\r\n"), [400], False),
+    "a chunk size of 0x5": (chunked(b"0x5\r\n12345\r\n0\r\n\r\n"), [400], False),
+    "a chunk size of +5": (chunked(b"+5\r\n12345\r\n0\r\n\r\n"), [400], False),
+    "a chunk size of -1": (chunked(b"-1\r\n"), [400], False),
+    "a chunk size of 1_0": (chunked(b"1_0\r\n"), [400], False),
+    "no chunk size": (chunked(b"\r\n"), [400], False),
+    "a chunk size that is a word": (chunked(b"five\r\n"), [400], False),
+    "a chunk size ended by a bare LF": (chunked(b"2\n{}\r\n0\r\n\r\n"), [400], False),
+    "a chunk size of 16 digits": (chunked(b"1" + b"0" * 15 + b"\r\n"), [400], False),
+    "a chunk beyond the bound": (chunked(b"1E8481\r\n"), [413], False),
+    "chunks beyond the bound": (chunked(b"1\r\nx\r\n1E8480\r\n"), [413], False),
+    "a chunk size line without end": (chunked(b"5;" + b"x" * 5_000), [400], False),
+    "trailers without end": (chunked(b"0\r\n" + b"X: 1\r\n" * 300), [431], False),
+    "chunks that end early": (chunked(b"500\r\n12"), [], False),
+    "no last chunk": (chunked(b"2\r\n{}\r\n"), [400], False),
+    # both
+    "a length and chunks": (posted("Content-Length: 4", "Transfer-Encoding: chunked",
+                                   body=b"0\r\n\r\n" + SMUGGLED), [400], False),
+    "chunks and a length": (posted("Transfer-Encoding: chunked", "Content-Length: 0",
+                                   body=b"0\r\n\r\n" + SMUGGLED), [400], False),
+    "chunked twice": (posted("Transfer-Encoding: chunked", "Transfer-Encoding: chunked",
+                             body=WHOLE_CHUNK), [400], False),
+    "chunked in HTTP/1.0": (posted("Transfer-Encoding: chunked", body=WHOLE_CHUNK,
+                                   line="POST /api/devices/otp HTTP/1.0"), [400], False),
+    "gzip and chunked": (posted("Transfer-Encoding: gzip, chunked", body=WHOLE_CHUNK),
+                         [501], False),
+    "identity": (posted("Transfer-Encoding: identity", "X: 1"), [501], False),
+    "an unknown coding": (posted("Transfer-Encoding: xchunked", body=WHOLE_CHUNK), [501], False),
+    "an empty coding": (posted("Transfer-Encoding:", body=WHOLE_CHUNK), [501], False),
+    "a coding before a colon with a blank": (
+        posted("Transfer-Encoding : chunked", body=WHOLE_CHUNK), [400], False),
+    # bodies that nobody reads
+    "a body for an unknown path": (posted(f"Content-Length: {len(SMUGGLED)}", body=SMUGGLED,
+                                          line="POST /nope HTTP/1.1"), [404], True),
+    "a body for a method that is not allowed": (
+        posted(f"Content-Length: {len(SMUGGLED)}", body=SMUGGLED,
+               line="PUT /api/messages HTTP/1.1"), [405], True),
+    "a body of a DELETE": (posted(f"Content-Length: {len(SMUGGLED)}", body=SMUGGLED,
+                                  line="DELETE /api/messages/x HTTP/1.1"), [404], True),
+    "a body of a GET": (posted(f"Content-Length: {len(SMUGGLED)}", body=SMUGGLED,
+                               line="GET /v1/inboxes HTTP/1.1"), [200], True),
+    "a chunked body of a GET": (
+        posted("Transfer-Encoding: chunked", line="GET /v1/inboxes HTTP/1.1",
+               body=b"%x\r\n%b\r\n0\r\n\r\n" % (len(SMUGGLED), SMUGGLED)), [200], True),
+    "a body of a foreign page": (posted("Origin: http://evil.example", LENGTH, body=OTP),
+                                 [403], True),
+    "a body for a foreign host": (
+        posted(LENGTH, body=OTP).replace(b"localhost", b"evil.example"), [421], True),
+    # request lines
+    "one word": (b"GET\r\n\r\n", [400], False),
+    "two words": (b"GET /\r\n\r\n", [400], False),
+    "four words": (request("GET / HTTP/1.1 x"), [400], False),
+    "two blanks": (request("GET  / HTTP/1.1"), [400], False),
+    "a blank before": (request(" GET / HTTP/1.1"), [400], False),
+    "a blank behind": (request("GET / HTTP/1.1 "), [400], False),
+    "a tabulator": (request("GET\t/\tHTTP/1.1"), [400], False),
+    "a NUL": (request("GET /\0 HTTP/1.1"), [400], False),
+    "8 bit": (request("GET /\xff HTTP/1.1"), [400], False),
+    "a method that is no token": (request("G(T / HTTP/1.1"), [400], False),
+    "an unknown method": (request("BREW / HTTP/1.1"), [405], True),
+    "a method in small letters": (request("get / HTTP/1.1"), [405], True),
+    "a target without slash": (request("GET v1/inboxes HTTP/1.1"), [400], False),
+    "a query alone": (request("GET ?x HTTP/1.1"), [400], False),
+    "SMTP": (b"EHLO x\r\n\r\n", [400], False),
+    "TLS": (b"\x16\x03\x01\x02\x00\x01" + b"x" * 200, [400], False),
+    "noise": (bytes(range(255, 0, -1)) + b"\r\n\r\n", [400], False),
+    "a target of 16384 octets": (request("GET /" + "x" * 16_383 + " HTTP/1.1"), [404], True),
+    "a target of 16385 octets": (request("GET /" + "x" * 16_384 + " HTTP/1.1"), [414], False),
+    "an empty line before": (b"\r\n" + request(), [200], True),
+    "two empty lines before": (b"\r\n\r\n" + request(), [200], True),
+    # versions
+    "HTTP/1.0": (request("GET /v1/inboxes HTTP/1.0"), [200], False),
+    "HTTP/1.0 without Host": (request("GET /v1/inboxes HTTP/1.0", host=""), [200], False),
+    "HTTP/1.0 that is kept": (request("GET /v1/inboxes HTTP/1.0", "Connection: Keep-Alive"),
+                              [200], True),
+    "HTTP/1.2": (request("GET /v1/inboxes HTTP/1.2"), [200], True),
+    "HTTP/2.0": (request("GET / HTTP/2.0"), [505], False),
+    "HTTP/0.9": (request("GET / HTTP/0.9"), [505], False),
+    "HTTP/1.10": (request("GET / HTTP/1.10"), [400], False),
+    "HTTP/11": (request("GET / HTTP/11"), [400], False),
+    "HTTP/-1.1": (request("GET / HTTP/-1.1"), [400], False),
+    "http/1.1": (request("GET / http/1.1"), [400], False),
+    "the preface of HTTP/2": (b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", [505], False),
+    # header fields
+    "no Host": (request(host=""), [400], False),
+    "two Hosts": (request("GET / HTTP/1.1", "Host: localhost"), [400], False),
+    "an empty Host": (request(host="Host:"), [200], True),
+    "a foreign Host": (request(host="Host: evil.example"), [421], True),
+    "a blank before the colon": (request("GET / HTTP/1.1", "X : 1"), [400], False),
+    "no colon": (request("GET / HTTP/1.1", "junk"), [400], False),
+    "no name": (request("GET / HTTP/1.1", ": x"), [400], False),
+    "a name in 8 bit": (request("GET / HTTP/1.1", "X\xe4: 1"), [400], False),
+    "a folded field": (request("GET / HTTP/1.1", "X: a", " b"), [400], False),
+    "a folded field with a colon": (request("GET / HTTP/1.1", "X: a", "\tb: c"), [400], False),
+    "a folded first field": (request("GET / HTTP/1.1", host=" Host: localhost"), [400], False),
+    "a NUL in a value": (request("GET / HTTP/1.1", "X: \0"), [400], False),
+    "a bare CR in a value": (request("GET / HTTP/1.1", "X: a\rContent-Length: 5"), [400], False),
+    "a bare LF in a value": (request("GET / HTTP/1.1", "X: a\nContent-Length: 5"), [400], False),
+    "lines that end with a bare LF": (request().replace(b"\r\n", b"\n"), [400], False),
+    "8 bit in a value": (request("GET /v1/inboxes HTTP/1.1", "X: \xff"), [200], True),
+    "an empty value": (request("GET /v1/inboxes HTTP/1.1", "X:"), [200], True),
+    "200 fields": (request("GET /v1/inboxes HTTP/1.1", *["X: 1"] * 199), [200], True),
+    "201 fields": (request("GET /v1/inboxes HTTP/1.1", *["X: 1"] * 200), [431], False),
+    "a head of 100 kB": (request("GET / HTTP/1.1", "X: " + "x" * 150_000), [431], False),
+    # connection
+    "close": (request("GET /v1/inboxes HTTP/1.1", "Connection: close"), [200], False),
+    "close in capitals": (request("GET /v1/inboxes HTTP/1.1", "Connection: CLOSE"), [200], False),
+    "close among others": (request("GET /v1/inboxes HTTP/1.1", "Connection: x, close"),
+                           [200], False),
+    "close in a second field": (request("GET /v1/inboxes HTTP/1.1", "Connection: x",
+                                        "Connection: close"), [200], False),
+    "what follows a close is not answered": (
+        request("GET /v1/inboxes HTTP/1.1", "Connection: close") + request(), [200], False),
+    "what follows an error of framing is not answered": (
+        posted("Content-Length: -1") + request(), [400], False),
+    "an upgrade is ignored": (request("GET /v1/inboxes HTTP/1.1", "Connection: Upgrade",
+                                      "Upgrade: h2c"), [200], True),
+    # expectations
+    "100-continue with the body": (posted("Expect: 100-continue", LENGTH, body=OTP), [200], True),
+    "100-Continue with chunks": (chunked(WHOLE_CHUNK, "Expect: 100-Continue"), [200], True),
+    "100-continue for too much": (posted("Expect: 100-continue", "Content-Length: 2000001"),
+                                  [413], False),
+    "another expectation": (posted("Expect: cookies", LENGTH, body=OTP), [417], False),
+    # targets
+    "absolute form": (request("GET http://localhost/v1/inboxes HTTP/1.1"), [200], True),
+    "absolute form without path": (request("GET http://localhost HTTP/1.1"), [200], True),
+    "absolute form with a query": (
+        request("GET http://localhost/api/messages?page=x HTTP/1.1"), [400], True),
+    "absolute form of a foreign host": (
+        request("GET http://evil.example/v1/inboxes HTTP/1.1"), [421], True),
+    "absolute form goes before Host": (
+        request("GET http://localhost/v1/inboxes HTTP/1.1", host="Host: evil.example"),
+        [200], True),
+    "absolute form without Host": (
+        request("GET http://localhost/v1/inboxes HTTP/1.1", host=""), [400], False),
+    "absolute form without a host": (request("GET http:///x HTTP/1.1"), [400], False),
+    "another scheme": (request("GET ftp://localhost/ HTTP/1.1"), [400], False),
+    "half an address": (request("GET http://[ HTTP/1.1"), [400], False),
+    "OPTIONS for the server": (request("OPTIONS * HTTP/1.1"), [204], True),
+    "a star for another method": (request("GET * HTTP/1.1"), [400], False),
+    # tunnels
+    "a tunnel without certificate": (
+        request("CONNECT mailosaur.com:443 HTTP/1.1", host="Host: mailosaur.com:443"),
+        [501], False),
+    "a tunnel to another host": (request("CONNECT evil.example:443 HTTP/1.1"), [403], False),
+    "a tunnel to a name that ends like it": (
+        request("CONNECT evilmailosaur.com:443 HTTP/1.1"), [403], False),
+    "a tunnel to another port": (request("CONNECT mailosaur.com:25 HTTP/1.1"), [403], False),
+    "a tunnel to no port": (request("CONNECT mailosaur.com HTTP/1.1"), [400], False),
+    "a tunnel to a path": (request("CONNECT / HTTP/1.1"), [400], False),
+}
+
+
+
+@pytest.mark.parametrize("octets, expected, usable", rows(RAW))
+def test_raw_request(octets, expected, usable, server):
+    sent = over_socket(server, octets + LAST)
+    assert statuses(sent) == expected + [404] * usable
+    if usable:
+        assert b"No endpoint '/last'" in sent
+    assert statuses(in_memory(server, octet_by_octet(octets + LAST))) == statuses(sent)
+
+
+def test_empty_line_between_two_requests_is_ignored(server):
+    assert statuses(over_socket(server, request() + b"\r\n" + request() + LAST)) == [
+        200, 200, 404]
+
+
+def test_errors_of_framing_say_what_was_seen_and_close(server):
+    (status, fields, body), = responses(over_socket(server, posted("Content-Length: -1")))
+    assert (status, fields["connection"], fields["content-type"]) == (
+        400, "close", "application/json")
+    assert json.loads(body) == {"error": "bad_request",
+                                "detail": "Expected Content-Length: digits, got '-1'"}
+
+
+def test_connection_field_says_whether_it_is_kept(server):
+    def kept(*head):
+        (_, fields, _), = responses(over_socket(server, request(*head)))
+        return fields.get("connection")
+    assert kept("GET / HTTP/1.1") is None
+    assert kept("GET / HTTP/1.1", "Connection: close") == "close"
+    assert kept("GET / HTTP/1.0") == "close"
+
+
+def test_http_1_0_is_told_that_the_connection_is_kept(server):
+    (_, fields, _), = responses(over_socket(server, request(
+        "GET / HTTP/1.0", "Connection: keep-alive")))
+    assert fields["connection"] == "keep-alive"
+
+
+def test_client_that_waits_for_leave_to_send_gets_it(server):
+    with connect(server) as sock:
+        sock.sendall(posted("Expect: 100-continue", LENGTH, "Connection: close"))
+        assert sock.recv(65_536) == b"HTTP/1.1 100 Continue\r\n\r\n"
+        sock.sendall(OTP)
+        assert statuses(receive_all(sock)) == [200]
+
+
+def test_client_of_http_1_0_gets_no_100(server):
+    line = "POST /api/devices/otp HTTP/1.0"
+    pieces = [posted("Expect: 100-continue", LENGTH, line=line), OTP]
+    assert [status for status, _, _ in responses(in_memory(server, pieces))] == [200]
+
+
+@pytest.mark.parametrize("target", ["/", "/page.js", "/v1/inboxes", "/nope",
+                                    "/api/messages?page=x"])
+def test_head_gives_the_head_of_get_without_a_body(target, server):
+    def answer(method):
+        sent = over_socket(server, request(f"{method} {target} HTTP/1.1"))
+        (status, fields, _), = responses(sent, heads=method == "HEAD") or [None]
+        fields.pop("date")
+        return status, fields
+    assert answer("HEAD") == answer("GET")
+
+
+def test_large_answer_comes_whole(server):
+    octets = b"Subject: x\r\n\r\n" + bytes(range(256)) * 4_000
+    id = delivered(server.api.store, "a@x.example", octets=octets).id
+    sent = over_socket(server, request(f"GET /api/files/email/{id} HTTP/1.1") + LAST)
+    (status, fields, body), last = responses(sent)
+    assert (status, body, last[0]) == (200, octets, 404)
+    server.api.store.empty("mailtest")
+
+
+def test_forwarded_address_counts_only_behind_a_trusted_proxy():
+    for trusted, client in ((False, "127.0.0.1"), (True, "203.0.113.9")):
+        policy = mailtest.ApiPolicy(trust_proxy=trusted)
+        with serving(mailtest.Api(mailtest.Store(mailtest.Limits(rate=1)), policy)) as server:
+            octets = request("GET /acquire HTTP/1.1", "X-Forwarded-For: 198.51.100.1, 203.0.113.9")
+            assert statuses(over_socket(server, octets * 2)) == [200, 429]
+            assert server.api.store.rate(client) > 0
+            assert server.api.store.rate("198.51.100.1") == 0
+
+
+# -- time
+
+SLOW = mailtest.Limits(http_head_time=-1.0, http_body_time=-1.0)
+
+
+def test_head_that_takes_too_long_is_told_so(server):
+    slow = types.SimpleNamespace(**{name: getattr(server, name) for name in (
+        "api", "tls", "https", "stopping", "port", "date")}, limits=SLOW)
+    (status, fields, body), = responses(in_memory(slow, [b"GET / HTTP/1.1\r\n", b"Host: x"]))
+    assert (status, fields["connection"], json.loads(body)["error"]) == (408, "close", "timeout")
+
+
+def test_body_that_takes_too_long_ends_the_connection(server):
+    slow = types.SimpleNamespace(**{name: getattr(server, name) for name in (
+        "api", "tls", "https", "stopping", "port", "date")}, limits=SLOW._replace(
+            http_head_time=30.0))
+    for octets in (posted(LENGTH), chunked(b"10\r\n")):
+        assert in_memory(slow, [octets, OTP[:5], OTP[5:]]) == b""
+
+
+@pytest.mark.parametrize("octets", rows({
+    "nothing": b"", "half a head": b"GET / HT", "half a body": posted(LENGTH, body=b"{")}))
+def test_client_that_is_silent_is_left(octets):
+    api = mailtest.Api(mailtest.Store(mailtest.Limits(http_idle=0.01)))
+    with serving(api) as server, connect(server) as sock:
+        sock.sendall(octets)
+        assert receive_all(sock) == b""
+        assert server.ended.get(timeout=10) == "was silent for too long"
+
+
+@pytest.fixture
+def announced(monkeypatch):
+    """A server that says when somebody begins to wait for mail: next_waiter()."""
+    api = mailtest.Api(mailtest.Store())
+    entered, wait = queue.Queue(), api.store.wait
+
+    def announce(*arguments):
+        entered.put(True)
+        wait(*arguments)
+    monkeypatch.setattr(api.store, "wait", announce)
+    with serving(api) as server:
+        server.next_waiter = lambda: entered.get(timeout=10)
+        yield server
+
+
+WAITING = {
+    "an inbox": request("GET /v1/get/a@x.example?timeout=60&count=9 HTTP/1.1"),
+    "a search": posted("Content-Length: 13", body=b'{"body":"no"}',
+                       line="POST /api/messages/search?timeout=60000 HTTP/1.1"),
+}
+
+
+@pytest.mark.parametrize("octets", rows(WAITING))
+def test_client_that_hangs_up_while_it_waits_frees_its_place(octets, announced):
+    with connect(announced) as sock:
+        sock.sendall(octets)
+        announced.next_waiter()
+    delivered(announced.api.store, "a@x.example")    # wakes it: it looks whether anybody is there
+    assert announced.ended.get(timeout=10) == "hung up while it waited"
+    assert announced.api.store.counters()["waiters"] == 0
+
+
+def test_client_that_waits_is_answered_when_the_mail_comes(announced):
+    with connect(announced) as sock:
+        sock.sendall(request("GET /v1/get/a@x.example?timeout=60 HTTP/1.1") + LAST)
+        announced.next_waiter()
+        id = delivered(announced.api.store, "a@x.example").id
+        first, last = responses(receive_all(sock))
+        assert (first[0], json.loads(first[2])["messages"][0]["id"], last[0]) == (200, id, 404)
+
+
+def test_client_that_waits_is_answered_when_the_catcher_stops(announced):
+    with connect(announced) as sock:
+        sock.sendall(request("GET /v1/get/a@x.example?timeout=60 HTTP/1.1"))
+        announced.next_waiter()
+        announced.stopping.set()
+        announced.api.store.close()
+        (status, fields, _), = responses(receive_all(sock))
+        assert (status, fields["connection"]) == (404, "close")
+
+
+# -- events
+
+def chunks(sock):
+    """The chunks of a body as they come."""
+    octets = b""
+    while True:
+        while b"\r\n" not in octets:
+            octets += sock.recv(65_536)
+        size, _, octets = octets.partition(b"\r\n")
+        count = int(size, 16)
+        while len(octets) < count + 2:
+            octets += sock.recv(65_536)
+        yield octets[:count]
+        octets = octets[count + 2:]
+        if not count:
+            return
+
+
+def test_events_come_as_they_happen_and_end_with_the_catcher():
+    with serving() as server, connect(server) as sock:
+        sock.sendall(request("GET /v1/events HTTP/1.1"))
+        head = b""
+        while not head.endswith(b"\r\n\r\n"):
+            head += sock.recv(1)
+        fields = head.decode().lower().split("\r\n")
+        assert fields[0] == "http/1.1 200 ok"
+        assert {"transfer-encoding: chunked", "connection: close", "cache-control: no-store",
+                "content-type: text/event-stream; charset=utf-8"} <= set(fields)
+        assert not any(field.startswith("content-length") for field in fields)
+        events = chunks(sock)
+        assert next(events) == b"retry: 1000\n: 0\n\n"
+        for number in (1, 2):
+            delivered(server.api.store, "a@x.example")
+            assert next(events).startswith(b"id: %d\nevent: message\ndata: {" % number)
+        server.api.store.close()
+        assert list(events)[-1] == b""
+        assert sock.recv(1) == b""
+
+
+def test_events_for_http_1_0_are_not_chunked():
+    with serving() as server, connect(server) as sock:
+        delivered(server.api.store, "a@x.example")
+        sock.sendall(request("GET /v1/events?after=0 HTTP/1.0"))
+        server.api.store.close()
+        head, _, body = receive_all(sock).partition(b"\r\n\r\n")
+        assert b"Transfer-Encoding" not in head and b"Connection: close" in head
+        assert body.startswith(b"retry: 1000\n: 0\n\n")
+
+
+def test_head_of_events_ends_at_once(server):
+    sent = over_socket(server, request("HEAD /v1/events HTTP/1.1"))
+    assert sent.startswith(b"HTTP/1.1 200 OK\r\n") and sent.endswith(b"\r\n\r\n")
+
+
+def test_reader_of_events_that_hangs_up_is_left():
+    with serving() as server:
+        with connect(server) as sock:
+            sock.sendall(request("GET /v1/events HTTP/1.1"))
+            sock.recv(1)
+        delivered(server.api.store, "a@x.example")
+        assert server.ended.get(timeout=10) in ("", "broke the connection")
+
+
+# -- bounds
+
+def test_connections_beyond_the_bound_of_one_client_are_refused():
+    api = mailtest.Api(mailtest.Store(mailtest.Limits(connections_per_client=1)))
+    with serving(api) as server, connect(server) as first:
+        first.sendall(request())
+        assert first.recv(65_536).startswith(b"HTTP/1.1 200 OK\r\n")
+        with connect(server) as second:
+            head, _, body = receive_all(second).partition(b"\r\n\r\n")
+        assert head.decode().split("\r\n") == [
+            "HTTP/1.1 503 Service Unavailable", "Retry-After: 1", "Connection: close",
+            "Content-Type: application/json", f"Content-Length: {len(body)}"]
+        assert json.loads(body) == {"error": "busy",
+                                    "detail": "Too many connections: try again later"}
+        first.sendall(LAST)
+        assert statuses(receive_all(first)) == [404]
+
+
+# -- TLS
+
+def trusting_all():
+    """A client's SSLContext that takes any certificate."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.check_hostname = False
+    context.verify_mode = ssl.CERT_NONE
+    return context
+
+
+def over_tls(sock, octets):
+    """What a client gets over TLS."""
+    with trusting_all().wrap_socket(sock, server_hostname="mailosaur.com") as secure:
+        secure.sendall(octets)
+        return receive_all(secure)
+
+
+def test_https(tls):
+    with serving(tls=tls, https=True) as server:
+        id = whole(server.api).id
+        with connect(server) as sock:
+            (status, _, body), last = responses(over_tls(sock, request(
+                f"GET /api/messages/{id} HTTP/1.1", host="Host: localhost:1") + LAST))
+        assert (status, last[0]) == (200, 404)
+        assert json.loads(body)["attachments"][0]["url"].startswith("https://localhost:1/api/")
+
+
+def test_plain_http_on_a_port_with_tls_is_left(tls):
+    with serving(tls=tls, https=True) as server, connect(server) as sock:
+        sock.sendall(request())
+        assert server.ended.get(timeout=10).startswith("failed the TLS handshake: ")
+
+
+TUNNELS = {
+    "HTTP/1.1": request("CONNECT mailosaur.com:443 HTTP/1.1", host="Host: mailosaur.com:443"),
+    "HTTP/1.0 without fields, as Python does": b"CONNECT mailosaur.com:443 HTTP/1.0\r\n\r\n",
+    "in capitals": request("CONNECT MAILOSAUR.COM:443 HTTP/1.1"),
+    "a subdomain": request("CONNECT api.mailosaur.net:443 HTTP/1.1"),
+    "this machine": request("CONNECT 127.0.0.1:443 HTTP/1.1"),
+    "a host that is allowed": request("CONNECT mail.example:443 HTTP/1.1"),
+}
+
+
+@pytest.mark.parametrize("octets", rows(TUNNELS))
+def test_tunnel_ends_here(octets, tls):
+    api = mailtest.Api(mailtest.Store(), mailtest.ApiPolicy(allow_hosts=("mail.example",)))
+    with serving(api, tls=tls) as server, connect(server) as sock:
+        sock.sendall(octets)
+        assert sock.recv(65_536) == b"HTTP/1.1 200 Connection established\r\n\r\n"
+        found = responses(over_tls(sock, request(
+            "GET /api/messages?server=abcd1234 HTTP/1.1", host="Host: mailosaur.com") + LAST))
+        assert [(status, body) for status, _, body in found][0] == (200, b'{"items":[]}')
+        assert len(found) == 2
+
+
+def test_tunnel_gives_urls_that_lead_through_it(tls):
+    with serving(tls=tls) as server, connect(server) as sock:
+        id = whole(server.api).id
+        sock.sendall(TUNNELS["HTTP/1.1"])
+        sock.recv(65_536)
+        (_, _, body), = responses(over_tls(sock, request(
+            f"GET /api/messages/{id} HTTP/1.1", "Connection: close", host="Host: mailosaur.com")))
+        assert json.loads(body)["attachments"][0]["url"].startswith("https://mailosaur.com/api/")
+
+
+@pytest.mark.parametrize("octets, status", rows({
+    "another host": (request("CONNECT evil.example:443 HTTP/1.1"), 403),
+    "another port": (request("CONNECT mailosaur.com:80 HTTP/1.1"), 403),
+    "octets before the answer": (request("CONNECT mailosaur.com:443 HTTP/1.1", body=b"x"), 400),
+}))
+def test_tunnel_is_refused(octets, status, tls):
+    with serving(tls=tls) as server:
+        assert statuses(over_socket(server, octets)) == [status]
+
+
+def test_plain_requests_are_served_where_tunnels_are(tls):
+    with serving(tls=tls) as server:
+        assert statuses(over_socket(server, request() + LAST)) == [200, 404]
+
+
+def test_client_that_fails_the_handshake_is_left(tls):
+    with serving(tls=tls) as server, connect(server) as sock:
+        sock.sendall(TUNNELS["HTTP/1.1"])
+        sock.recv(65_536)
+        sock.sendall(b"GET / HTTP/1.1\r\n\r\n")
+        assert server.ended.get(timeout=10).startswith("failed the TLS handshake: ")
+
+
+# ---- Web page --------------------------------------------------------------
+
+BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
+QUIET = ("--headless", "--remote-debugging-pipe", "--no-first-run", "--no-default-browser-check",
+         "--disable-gpu", "--disable-dev-shm-usage", "--disable-quic", "--disable-extensions",
+         "--disable-background-networking", "--disable-component-update", "--disable-sync",
+         "--disable-features=IsolateSandboxedIframes")         # so that frames are seen too
+
+KEY_CODES = {"Tab": 9, "Enter": 13, "Escape": 27, "ArrowLeft": 37, "ArrowUp": 38,
+             "ArrowRight": 39, "ArrowDown": 40, "Delete": 46}
+
+
+class Browser:
+    """Chromium over --remote-debugging-pipe: it reads descriptor 3 and writes 4, JSON each ended
+    by a NUL octet.  Calls are DevTools methods: `browser("Page.reload", ignoreCache=True)`."""
+
+    def __init__(self, program):
+        self.folder = tempfile.mkdtemp(prefix="browser-")
+        child_in, self._out = os.pipe()
+        self._in, child_out = os.pipe()
+        flags = QUIET + ("--no-sandbox",) * (os.geteuid() == 0)
+
+        def descriptors():               # ours may be 3 or 4 already: by way of high numbers
+            os.dup2(child_in, 103)
+            os.dup2(child_out, 104)
+            os.dup2(103, 3)
+            os.dup2(104, 4)
+            os.closerange(5, 110)
+        self.process = subprocess.Popen(
+            (program,) + flags + ("--user-data-dir=" + self.folder, "about:blank"),
+            preexec_fn=descriptors, close_fds=False, stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        os.close(child_in)
+        os.close(child_out)
+        self._buffer, self._number, self._session, self.events = b"", 0, None, []
+        target = self("Target.createTarget", url="about:blank")["targetId"]
+        self._session = self("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
+        for domain in ("Page", "Runtime", "Network", "Log"):
+            self(domain + ".enable")
+
+    def __call__(self, method, **parameters):
+        self._number += 1
+        call = {"id": self._number, "method": method, "params": parameters}
+        if self._session:
+            call["sessionId"] = self._session
+        os.write(self._out, json.dumps(call).encode() + b"\0")
+        while True:
+            answer = self._read()
+            if answer.get("id") == self._number:
+                assert "error" not in answer, (method, answer["error"])
+                return answer["result"]
+            self.events.append(answer)
+
+    def _read(self):
+        while b"\0" not in self._buffer:
+            assert select.select([self._in], [], [], 20)[0], "the browser does not answer"
+            octets = os.read(self._in, 1 << 16)
+            assert octets, "the browser has ended"
+            self._buffer += octets
+        message, _, self._buffer = self._buffer.partition(b"\0")
+        return json.loads(message.decode())
+
+    def js(self, expression):
+        """The value of an expression in the page; promises are awaited."""
+        answer = self("Runtime.evaluate", expression=expression, returnByValue=True,
+                      awaitPromise=True, userGesture=True)
+        assert "exceptionDetails" not in answer, answer["exceptionDetails"]
+        return answer["result"].get("value")
+
+    def wait(self, expression, timeout=10):
+        """The value of an expression as soon as it is true."""
+        return self.js("""new Promise((done, failed) => {
+            const until = performance.now() + %d, look = () => {
+                let value; try { value = (%s) } catch (error) { value = null }
+                if (value) done(value);
+                else if (performance.now() > until) failed(Error(%s));
+                else setTimeout(look, 10); }; look() })""" % (
+            timeout * 1000, expression, json.dumps("never true: " + expression)))
+
+    def goto(self, url):
+        """Opens a page of its own and waits until its script has run."""
+        self("Page.navigate", url="about:blank")
+        self.events.clear()
+        self("Page.navigate", url=url)
+        self.wait("location.href.startsWith(%s) && document.readyState === 'complete'"
+                  % json.dumps(url))
+
+    def click(self, selector):
+        """A real click in the middle of the first such element that is to be seen."""
+        x, y = self.wait("""(() => { const node = [...document.querySelectorAll(%s)].find(
+            (each) => each.checkVisibility()); node.scrollIntoView({block: "nearest"});
+            const box = node.getBoundingClientRect();
+            return [box.x + box.width / 2, box.y + box.height / 2] })()""" % json.dumps(selector))
+        for kind in ("mousePressed", "mouseReleased"):
+            self("Input.dispatchMouseEvent", type=kind, x=x, y=y, button="left", clickCount=1)
+
+    def press(self, *keys):
+        """Keys by their names: "j", "Enter", "ArrowDown"."""
+        for key in keys:
+            event = {"key": key, "windowsVirtualKeyCode": KEY_CODES.get(key, ord(key[0].upper()))}
+            text = {"text": key} if len(key) == 1 else {"text": "\r"} if key == "Enter" else {}
+            self("Input.dispatchKeyEvent", type="keyDown", **event, **text)
+            self("Input.dispatchKeyEvent", type="keyUp", **event)
+
+    def size(self, width, height, dark=False):
+        self("Emulation.setDeviceMetricsOverride", width=width, height=height,
+             deviceScaleFactor=1, mobile=width < 700)
+        self("Emulation.setEmulatedMedia", features=[
+            {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}])
+
+    def requests(self):
+        """The URLs that were asked for since the page was opened; a policy may have refused some
+        before they left."""
+        refused = {event["params"]["requestId"] for event in self.events
+                   if event.get("method") == "Network.loadingFailed"
+                   and event["params"].get("blockedReason") == "csp"}
+        return [event["params"]["request"]["url"] for event in self.events
+                if event.get("method") == "Network.requestWillBeSent"
+                and event["params"]["requestId"] not in refused]
+
+    def complaints(self):
+        """What the browser and the page's script complained of since the page was opened, but for
+        what a mail's frame was refused."""
+        return [event["params"] for event in self.events if event.get("method") in (
+            "Log.entryAdded", "Runtime.exceptionThrown", "Runtime.consoleAPICalled")
+            and "/preview?" not in event["params"].get("entry", {}).get("url", "")]
+
+    def until(self, condition, timeout=10):
+        """Waits until a condition on this side holds; meanwhile events come in."""
+        end = time.monotonic() + timeout
+        while not condition():
+            assert time.monotonic() < end, "never true"
+            self.js("new Promise((done) => setTimeout(done, 10))")
+
+    def close(self):
+        self._session = None
+        try:
+            self("Browser.close")
+        except (AssertionError, OSError):
+            self.process.kill()
+        self.process.wait()
+        os.close(self._in)
+        os.close(self._out)
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+
+@pytest.fixture(scope="session")
+def chromium():
+    """One browser for all tests of the page."""
+    program = next(filter(None, map(shutil.which, BROWSERS)), None)
+    if program is None or sys.platform == "win32":
+        if os.environ.get("MAILTEST_REQUIRE_BROWSER") == "1":
+            pytest.fail("MAILTEST_REQUIRE_BROWSER=1, but there is no Chromium")
+        pytest.skip("no Chromium found")
+    browser = Browser(program)
+    browser("Browser.grantPermissions", permissions=["clipboardReadWrite",
+                                                     "clipboardSanitizedWrite"])
+    yield browser
+    browser.close()
+
+
+@pytest.fixture(scope="module")
+def catcher():
+    """One catcher, emptied for each test that opens its page."""
+    with mailtest.Mailtest() as server:
+        yield server
+
+
+@pytest.fixture
+def page(chromium, catcher):
+    """The page of an empty catcher in a fresh browser, and afterwards: no complaint of the
+    browser (such as a breach of the policy), and nothing asked of anyone else."""
+    catcher.store.empty("mailtest")
+    for view in catcher.store.inboxes():
+        catcher.store.drop_inbox(view.address)
+    chromium.size(1400, 900)
+    chromium("Storage.clearDataForOrigin", origin=catcher.url, storageTypes="local_storage")
+    chromium.goto(catcher.url + "/")
+    chromium.wait(LIVE)
+    yield chromium
+    assert chromium.complaints() == []
+    assert [url for url in chromium.requests() if not url.startswith((catcher.url, "data:"))] == []
+
+
+LIVE = "document.querySelector('[data-testid=status]').textContent === 'live'"
+ROWS = "[...document.querySelectorAll('[data-testid=message-row]')]"
+TITLE = "document.querySelector('#message h2').textContent"
+ACQUIRED = "(document.querySelectorAll('[data-testid=inbox]')[1] || {}).title"
+TAB = "document.querySelector('[aria-selected=true][role=tab]')"
+PANEL = "document.querySelector('[role=tabpanel]').textContent"
+FOCUS = "(document.activeElement.id || document.activeElement.localName)"
+GIF = (b"GIF89a\x01\x00\x01\x00\x80\x00\x00\x00\x00\x00\xff\x00\x00!\xf9\x04\x01\x00\x00\x00\x00,"
+       b"\x00\x00\x00\x00\x01\x00\x01\x00\x00\x02\x02D\x01\x00;")
+
+
+def a_mail(subject="Hello", text="It works", to="jane@example.com", html="", sender="a@b.example"):
+    mail = email.message.EmailMessage()
+    mail["From"], mail["To"], mail["Subject"] = sender, to, subject
+    mail["Date"], mail["Message-ID"] = "Fri, 21 Nov 2025 10:00:00 +0000", "<1@b.example>"
+    mail.set_content(text)
+    if html:
+        mail.add_alternative(html, subtype="html")
+    return mail
+
+
+def send(server, *mails):
+    with smtplib.SMTP("127.0.0.1", server.smtp_port, "client.example") as client:
+        for mail in mails:
+            client.send_message(mail)
+
+
+def page_rows(browser, count):
+    """The texts of the rows, once there are so many."""
+    return browser.wait(f"{ROWS}.length === {count} && {ROWS}.map((row) => row.innerText)")
+
+
+def test_page_shows_how_to_send_mail_while_there_is_none(page, catcher):
+    manual = page.wait("document.querySelector('[data-testid=empty]').innerText")
+    assert str(catcher.smtp_port) in manual and catcher.url + "/v1/acquire" in manual
+    page.click("[data-testid=sample]")
+    (row,) = page_rows(page, 1)
+    assert "482913" in row
+    page.wait("document.title === '(1) mailtest'")
+
+
+def test_page_acquires_an_address_and_its_mail_appears_by_itself(page, catcher):
+    page.click("[data-testid=acquire]")
+    address = page.wait(ACQUIRED)
+    assert page.wait("navigator.clipboard.readText()") == address
+    send(catcher, a_mail("Not for it"), a_mail("Confirm: code 482 913", "code 482 913", address))
+    (row,) = page_rows(page, 1)                           # the acquired inbox is selected
+    assert "Confirm" in row and "482913" in row and "a@b.example" in row
+    page.click("[data-testid=inbox]")                # all mail
+    page_rows(page, 2)
+    assert page.wait("document.querySelectorAll('[data-testid=inbox]').length === 3")
+    assert len([url for url in page.requests() if url == catcher.url + "/"]) == 1
+
+
+TABS = {  # data-testid: what its panel shows
+    "tab-preview": "320",
+    "tab-text": "Text 482913",
+    "tab-links": "https://acme.example/verify?a=1&b=2",
+    "tab-headers": "Fri, 21 Nov 2025 10:00:00 +0000",
+    "tab-source": "Content-Type: multipart/",
+    "tab-smtp": "C: ehlo client.example",
+    "tab-json": '"forwardPath" timeout=30',
+}
+
+
+def test_page_shows_a_message_in_seven_tabs(page, catcher):
+    send(catcher, a_mail("Tabs", "Text 482913", html='<img src="https://elsewhere.example/x.png">'
+                         '<a href="https://acme.example/verify?a=1&amp;b=2">Verify</a>'))
+    page_rows(page, 1)
+    page.click("[data-testid=message-row]")
+    assert page.wait(f"{TITLE} === 'Tabs'")
+    for tab, expected in TABS.items():
+        page.click(f"[data-testid={tab}]")
+        for part in expected.replace('"forwardPath"', '"rcptTo"').split():
+            page.wait(f"{PANEL}.includes({json.dumps(part)})")
+        assert page.js(TAB + ".dataset.testid") == tab
+
+
+def test_page_greys_empty_tabs_and_says_why(page, catcher):
+    send(catcher, a_mail("Plain"))
+    page_rows(page, 1)
+    page.press("j")
+    tab = "document.querySelector('[data-testid=tab-preview]')"
+    assert page.wait(f"{tab} && [{tab}.ariaDisabled, {tab}.title]") == [
+        "true", "This message has no HTML part"]
+    page.click("[data-testid=tab-preview]")
+    assert page.js(TAB + ".textContent") == "Text"
+
+
+def test_page_blocks_remote_content_until_asked_for(page, catcher):
+    elsewhere = socket.socket()
+    elsewhere.bind(("127.0.0.1", 0))
+    elsewhere.listen()
+    elsewhere.settimeout(10)
+    url = "http://127.0.0.1:%d/pixel.gif" % elsewhere.getsockname()[1]
+    send(catcher, a_mail("News", html=f'<img src="{url}"><style>@import "{url}"</style>'
+                                      f'<link rel="preload" as="image" href="{url}">'))
+    page_rows(page, 1)
+    page.press("j")
+    frame = "document.querySelector('[data-testid=preview-frame]')"
+    assert page.wait(f"{frame}.sandbox.value") == "allow-popups allow-popups-to-escape-sandbox"
+    page.wait("new Promise((done) => setTimeout(done, 100, true))")    # for what should not come
+    assert select.select([elsewhere], [], [], 0)[0] == []
+    page.click("[data-testid=load-remote]")
+    elsewhere.accept()[0].close()                    # now it comes
+    elsewhere.close()
+    page.events.clear()
+
+
+def test_page_copies_code_and_link(page, catcher):
+    send(catcher, a_mail("Your code", "Your code is 482913: https://acme.example/v?t=1"))
+    page_rows(page, 1)
+    page.press("j")
+    page.click("[data-testid=chip-code]")
+    assert page.wait("navigator.clipboard.readText()") == "482913"
+    page.click("[data-testid=chip-link]")
+    page.until(lambda: page.js("navigator.clipboard.readText()") == "https://acme.example/v?t=1")
+    page.press("y")
+    page.until(lambda: page.js("navigator.clipboard.readText()") == "482913")
+
+
+TYPED = {  # what is typed: subjects that remain
+    "invoice": ["Invoice"],
+    "to:bob": ["Hello"],
+    "from:": ["Invoice", "Hello"],                   # not yet finished
+    '"it works" -invoice': ["Hello"],
+    "nothing like it": [],
+}
+
+
+def test_page_searches_as_it_is_typed(page, catcher):
+    send(catcher, a_mail("Hello", to="bob@example.com"), a_mail("Invoice"))
+    page_rows(page, 2)
+    for query, subjects in TYPED.items():
+        page.js("document.querySelector('[data-testid=search]').value = ''")
+        page.press("Escape", "/")
+        page("Input.insertText", text=query)
+        page.wait(f"JSON.stringify({ROWS}.map((row) => row.querySelector('.subject').textContent))"
+                  f" === {json.dumps(json.dumps(subjects, separators=(',', ':')))}")
+    page.press("Escape")
+    page_rows(page, 2)
+
+
+def test_page_deletes_with_undo(page, catcher):
+    send(catcher, a_mail("First"), a_mail("Second"))
+    page_rows(page, 2)
+    page.press("j")
+    page.wait(f"{TITLE} === 'Second'")
+    page.click("[data-testid=delete]")
+    page_rows(page, 1)
+    page.wait(f"{TITLE} === 'First'")
+    page.click("[data-testid=undo]")
+    page_rows(page, 2)
+    assert len(catcher.messages) == 2
+    page.press("Delete")
+    page_rows(page, 1)
+    page.goto(catcher.url + "/?again")               # who leaves does not undo
+    page.until(lambda: [mail.subject for mail in catcher.messages] == ["First"])
+
+
+def test_page_empties_and_ends_an_inbox_after_asking(page, catcher):
+    inbox = catcher.acquire()
+    send(catcher, a_mail("Stays"), a_mail("Goes", to=inbox.address))
+    page_rows(page, 2)
+    def choose(action):
+        page.js("[...document.querySelectorAll('#acquired .menu button')].find("
+                f"(button) => button.textContent === '{action}').click()")
+        page.click("dialog[open] .primary")
+    page.click(f"[data-testid=inbox][title='{inbox.address}']")
+    page_rows(page, 1)
+    page.click("#acquired [aria-expanded=false]")
+    assert page.js("document.querySelector('#acquired .menu').innerText").split() == [
+        "Copy", "Empty", "End"]
+    choose("Empty")
+    page_rows(page, 0)
+    assert inbox.messages == [] and len(catcher.messages) == 1
+    choose("End")
+    page_rows(page, 1)                                    # back to all mail
+    assert inbox.address not in [view.address for view in catcher.store.inboxes()]
+
+
+def test_page_is_usable_by_keyboard_alone(page, catcher):
+    send(catcher, *(a_mail(f"Mail {number}", html="<p>x") for number in range(4)))
+    page_rows(page, 4)
+    page.press("j", "j", "ArrowDown", "k")
+    page.wait(f"{TITLE} === 'Mail 2'")
+    assert page.js(FOCUS) == "rows"
+    assert page.js("document.getElementById(document.activeElement.getAttribute("
+                   "'aria-activedescendant')).textContent.includes('Mail 2')")
+    page.press("Enter")
+    page.wait(f"{FOCUS} === 'panel'")
+    page.press("4")
+    page.wait(f"{PANEL}.includes('Message-ID')")
+    page.js(TAB + ".focus()")
+    page.press("ArrowRight")
+    assert page.js(FOCUS) == "tab-source"
+    page.press("Escape")
+    assert page.js(FOCUS) == "rows"
+    page.press("?")
+    assert page.js("document.querySelector('dialog[open]') !== null")
+    page.press("Escape", "Delete", "u", "/")
+    assert page.js(FOCUS) == "search"
+    page.press("Escape", "Escape")
+    page.wait("document.querySelector('[data-testid=empty]')")
+    page_rows(page, 4)
+    reached = set()
+    for _ in range(40):                              # the Tab key reaches everything, visibly
+        page.press("Tab")
+        focus, outline = page.js(f"[{FOCUS}, getComputedStyle(document.activeElement)"
+                                 ".outlineStyle]")
+        reached.add(focus)
+        assert outline != "none" or focus in ("rows", "body")
+    assert reached > {"search", "acquire", "theme", "help", "rows"}
+
+
+def test_page_keeps_the_selection_when_mail_arrives(page, catcher):
+    said = "document.querySelector('[role=log]').textContent.includes"
+    send(catcher, a_mail("Old"))
+    page.wait(said + "('Old')")
+    page.press("j")
+    page.wait(f"{TITLE} === 'Old'")
+    send(catcher, a_mail("New"))
+    new, old = page_rows(page, 2)
+    assert "New" in new and page.js(f"{ROWS}.map((row) => row.ariaSelected)") == ["false", "true"]
+    assert page.js(TITLE) == "Old"
+    page.wait("document.title === '(1) mailtest'")
+    page.wait(said + "('New')")
+
+
+def test_page_shows_a_refused_session(page, catcher):
+    with smtplib.SMTP("127.0.0.1", catcher.smtp_port) as client:
+        client.docmd("MAIL FROM:<a@b.example> SIZE=99000000")
+        client.docmd("RCPT TO:<c@d.example>")
+    strip = page.wait("document.querySelector('[data-testid=refused]:not([hidden])').innerText")
+    assert "refused: 50" in strip or "refused: 55" in strip
+    page.click("[data-testid=refused] summary")
+    page.wait("document.querySelector('[data-testid=refused] pre').innerText.includes('RCPT TO')")
+    page.click("[data-testid=refused] button")
+    page.wait("document.querySelector('[data-testid=refused]').hidden")
+
+
+VISIBLE_CONTRASTS = """(() => {
+    const context = document.createElement("canvas").getContext("2d", {willReadFrequently: true});
+    const rgb = (color) => { context.clearRect(0, 0, 1, 1); context.fillStyle = color;
+        context.fillRect(0, 0, 1, 1); return context.getImageData(0, 0, 1, 1).data };
+    const light = (color) => { const [r, g, b] = [...rgb(color)].map((value) => value <= 10 ?
+        value / 3294.6 : ((value / 255 + 0.055) / 1.055) ** 2.4);
+        return 0.2126 * r + 0.7152 * g + 0.0722 * b + 0.05 };
+    const behind = (node) => { while (rgb(getComputedStyle(node).backgroundColor)[3] < 255)
+        node = node.parentElement; return getComputedStyle(node).backgroundColor };
+    return [...document.querySelectorAll("body *")].filter((node) => node.checkVisibility()
+        && !node.ariaDisabled && [...node.childNodes].some((each) => each.nodeType === 3
+        && each.textContent.trim())).map((node) => {
+            const pair = [light(getComputedStyle(node).color), light(behind(node))];
+            return [Math.max(...pair) / Math.min(...pair), node.outerHTML.slice(0, 90)];
+        }).filter(([ratio]) => ratio < 4.5) })()"""
+
+
+@pytest.mark.parametrize("dark", (False, True), ids=("light", "dark"))
+def test_page_has_contrast_in_both_themes(page, catcher, dark):
+    page.size(1400, 900, dark)
+    page.wait(f"document.documentElement.dataset.theme === '{'dark' if dark else 'light'}'")
+    assert page.js(VISIBLE_CONTRASTS) == []
+    send(catcher, a_mail("Your code", "Your code is 482913", html="<a href='//x'>y</a>"))
+    page_rows(page, 1)
+    page.press("j")
+    page.wait(f"{TITLE} === 'Your code'")
+    for tab in "2345671":
+        page.press(tab)
+        assert page.js(VISIBLE_CONTRASTS) == []
+    page.click("#theme")
+    page.wait(f"document.documentElement.dataset.theme === '{'light' if dark else 'dark'}'")
+
+
+@pytest.mark.parametrize("width", (320, 390, 700, 1100))
+def test_page_needs_no_sideways_scrolling(page, catcher, width):
+    send(catcher, a_mail("A subject that does not end " * 9, "x" * 300, html="<p>x", sender=(
+        "Somebody With A Long Name <with.a.very.long.local.part@a.very.long.domain.example>")))
+    page_rows(page, 1)
+    overflow = "document.documentElement.scrollWidth - innerWidth"
+    page.size(width, 800)
+    page.wait(f"innerWidth === {width}")
+    assert page.js(overflow) <= 0
+    page.click("[data-testid=message-row]")
+    for key in "1234567":
+        page.press(key)
+        page.wait(f"{TITLE} && {PANEL}")
+        assert page.js(overflow) <= 0
+    if width < 700:                                  # one column, and a way back
+        assert not page.js("document.getElementById('list').checkVisibility()")
+        page.js("history.back()")
+        page.wait("document.getElementById('list').checkVisibility()")
+
+
+def test_page_runs_nothing_that_comes_in_a_mail(page, catcher):
+    evil = "<script>top.pwned=1</script><img src=x onerror=top.pwned=1>"
+    mail = a_mail(evil, evil + " javascript:top.pwned=1", html=evil + (
+        '<a href="javascript:top.pwned=1">x</a><svg onload="top.pwned=1"></svg>'
+        '<iframe src="javascript:top.pwned=1"></iframe><base href="//elsewhere.example">'
+        '<meta http-equiv="refresh" content="0;url=https://elsewhere.example/">'
+        '<link rel="stylesheet" href="https://elsewhere.example/x.css">'))
+    mail.replace_header("From", f'"{evil}" <a@b.example>')
+    mail["X-Evil"] = evil
+    mail.add_attachment(evil.encode(), "text", "html", filename=evil + ".html")
+    mail.add_attachment(b'<svg xmlns="http://www.w3.org/2000/svg" onload="top.pwned=1"/>', "image",
+                        "svg+xml", filename="evil.svg")
+    send(catcher, mail)
+    page_rows(page, 1)
+    page.press("j")
+    page.wait(f"{TITLE}.includes('<script>')")
+    page.wait("document.querySelectorAll('[data-testid=attachment]').length === 2")
+    for tab in "2345671":
+        page.press(tab)
+        page.wait(f"{PANEL}")
+    page.until(lambda: any("/preview" in url for url in page.requests()))
+    page.wait("new Promise((done) => setTimeout(done, 100, true))")    # what would run runs now
+    assert page.js("window.pwned") is None
+    assert page.js("document.querySelectorAll('[onerror], [onload], script:not([src]), "
+                   "a[href^=javascript]').length") == 0
+    assert page.js(TITLE) == evil
+
+
+def test_page_follows_again_when_the_catcher_restarts(chromium):
+    first = mailtest.Mailtest().start()
+    chromium.size(1400, 900)
+    chromium.goto(first.url + "/")
+    chromium.wait(LIVE)
+    send(first, a_mail("Before"))
+    page_rows(chromium, 1)
+    first.stop()
+    chromium.wait("document.querySelector('[data-testid=status]').textContent === 'reconnecting'")
+    with mailtest.Mailtest(http_port=first.http_port) as second:
+        send(second, a_mail("After"))
+        chromium.wait(LIVE)
+        chromium.wait(f"{ROWS}.length === 1 && {ROWS}[0].innerText.includes('After')")
+        send(second, a_mail("And live"))
+        assert "And live" in page_rows(chromium, 2)[0]
+
+
+def test_page_lists_ten_thousand_messages_in_a_window(chromium):
+    with mailtest.Mailtest() as server:
+        octets = a_mail("Mail").as_bytes()
+        for number in range(10_000):
+            server.store.deliver(mailtest.Message(mailtest.new_id(), octets, mailtest.Envelope(
+                "a@b.example", (f"user{number}@example.com",))))
+        chromium.size(1400, 900)
+        chromium.goto(server.url + "/")
+        chromium.wait(f"{LIVE} && {ROWS}.length")
+        assert chromium.js(f"{ROWS}.length") < 40
+        chromium.wait("document.querySelectorAll('[data-testid=inbox]').length > 50")
+        began = time.monotonic()
+        send(server, a_mail("The newest"))
+        chromium.wait(f"{ROWS}[0].innerText.includes('The newest')")
+        assert time.monotonic() - began < 2
+        chromium.js("document.getElementById('scroller').scrollTop = 1e9")
+        chromium.wait("document.getElementById('rows').offsetHeight > 150 * 78")
+        assert chromium.js("document.querySelectorAll('*').length") < 3000
+
+
+def test_page_in_hosted_mode_shows_what_this_browser_acquired(chromium):
+    limits = mailtest.Limits(max_size=200_000, rate=10)
+    with mailtest.Mailtest(strict=True, limits=limits,
+                           policy=mailtest.ApiPolicy(hosted=True)) as server:
+        chromium.size(1400, 900)
+        chromium.goto(server.url + "/")
+        manual = chromium.wait("document.querySelector('[data-testid=empty]').innerText")
+        for part in ("10 requests a minute", "200 kB", "10 min", server.url + "/v1/acquire"):
+            assert part in manual
+        chromium.click("[data-testid=acquire]")
+        address = chromium.wait(ACQUIRED)
+        send(server, a_mail("Hosted", "Your code is 482913", address, html="<p>x"))
+        page_rows(chromium, 1)
+        chromium.press("j")
+        chromium.wait("document.querySelector('[data-testid=preview-frame]')")
+        chromium.goto(server.url + "/?again")        # the browser remembers its inboxes
+        assert "482913" in page_rows(chromium, 1)[0]
+        assert not [url for url in chromium.requests() if "/api/" in url or "/v1/events" in url]
+
+
+# ---- Mailtest --------------------------------------------------------------
+
+LETTER = b"""\
+From: "The Shop" <shop@sender.example>
+To: Bob <bob@mailtest.example>, eve@other.example
+Cc: carl@cc.example
+Subject: =?utf-8?q?Your_code_f=C3=BCr_heute?=
+Date: Tue, 6 Aug 2019 17:44:07 +0000
+Message-ID: <1@sender.example>
+X-Twice: one
+X-Twice: two
+MIME-Version: 1.0
+Content-Type: multipart/mixed; boundary="b"
+
+--b
+Content-Type: multipart/alternative; boundary="c"
+
+--c
+Content-Type: text/plain; charset=utf-8
+
+Your code is 482913, see https://text.example/
+--c
+Content-Type: text/html; charset=utf-8
+
+<p>Your code is <b>482913</b>, <a href="https://html.example/">see</a></p>
+--c--
+--b
+Content-Type: application/pdf; name="bill.pdf"
+Content-Disposition: attachment; filename="bill.pdf"
+Content-ID: <bill@sender.example>
+Content-Transfer-Encoding: base64
+
+JVBERi0=
+--b--
+""".replace(b"\n", b"\r\n")
+
+
+def inbox_on_clock(*subjects, **limits):
+    """(clock, store, inbox): an acquired inbox on a fake clock that has got mail with these
+    subjects."""
+    clock, store = store_on_clock(**limits)
+    inbox = mailtest.Inbox(store, store.acquire().address)
+    for subject in subjects:
+        delivered(store, inbox.address, octets=_with_subject(subject))
+    return clock, store, inbox
+
+
+def _with_subject(subject):
+    return (f"From: s@sender.example\r\nTo: b@x.example\r\nSubject: {subject}\r\n"
+            "Date: Tue, 6 Aug 2019 17:44:07 +0000\r\nMessage-ID: <1@sender.example>\r\n\r\n"
+            f"Body of {subject}\r\n").encode()
+
+
+def subjects(mails):
+    return [mail.subject for mail in mails]
+
+
+def post(server, *paths, octets=b"Subject: x\r\n\r\nx\r\n"):
+    """Sends a mail over SMTP."""
+    with smtplib.SMTP("127.0.0.1", server.smtp_port, "client.example", 10) as client:
+        client.sendmail("s@sender.example", paths, octets)
+
+
+def fetch(url, **headers):
+    """(status, octets) of a GET."""
+    request = urllib.request.Request(url, headers=headers)
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    try:
+        with opener.open(request, timeout=10) as response:
+            return response.status, response.read()
+    except urllib.error.HTTPError as error:
+        with error:
+            return error.code, error.read()
+
+
+def answers(port):
+    """Whether somebody listens on the port."""
+    with socket.socket() as client:
+        return client.connect_ex(("127.0.0.1", port)) == 0
+
+
+# -- Mail
+
+def test_attributes_of_a_mail():
+    _, store = store_on_clock()
+    message = delivered(store, "bob@mailtest.example", "hidden@bcc.example", octets=LETTER)
+    mail = mailtest.Mail(message)
+    fields = {name: value for name, value in vars(mail).items() if name not in (
+        "_message", "content", "from_", "to", "cc", "headers")}
+    html = '<p>Your code is <b>482913</b>, <a href="https://html.example/">see</a></p>'
+    assert fields == {
+        "id": message.id,
+        "number": 1,
+        "octets": LETTER,
+        "envelope": mailtest.Envelope("s@sender.example",
+                                      ("bob@mailtest.example", "hidden@bcc.example")),
+        "received": datetime.datetime(1970, 1, 1, 0, 16, 40, tzinfo=datetime.timezone.utc),
+        "subject": "Your code für heute",
+        "bcc": mail.bcc,
+        "text": "Your code is 482913, see https://text.example/",
+        "html": html,
+        "links": ["https://html.example/"],
+        "codes": ["482913"],
+        "warnings": mail.warnings,
+        "transcript": "",
+    }
+    assert [[(each.name, each.email) for each in kind]
+            for kind in (mail.from_, mail.to, mail.cc, mail.bcc)] == [
+        [("The Shop", "shop@sender.example")],
+        [("Bob", "bob@mailtest.example"), ("", "eve@other.example")],
+        [("", "carl@cc.example")],
+        [("", "hidden@bcc.example")],
+    ]
+    assert list(mail.warnings) == []
+    assert [name for name, _ in mail.headers] == [
+        "From", "To", "Cc", "Subject", "Date", "Message-ID", "X-Twice", "X-Twice", "MIME-Version",
+        "Content-Type"]
+
+
+def test_attachments_of_a_mail_come_with_their_octets():
+    assert mailtest.Mail(letter("b@x.example", octets=LETTER)).attachments == [
+        mailtest.MailAttachment("bill.pdf", "application/pdf", "bill@sender.example", b"%PDF-")]
+
+
+def test_header_of_a_mail():
+    mail = mailtest.Mail(letter("b@x.example", octets=LETTER))
+    assert [mail.header("x-twice"), mail.header("X-None"), mail.header("X-None", "-")] == [
+        "one", "", "-"]
+
+
+def test_links_and_codes_of_a_mail_without_html_are_those_of_its_text():
+    mail = mailtest.Mail(letter("b@x.example", octets=(
+        b"Content-Type: text/plain\r\n\r\nYour code is 482913: https://text.example/\r\n")))
+    assert (mail.html, mail.links, mail.codes) == ("", ["https://text.example/"], ["482913"])
+
+
+def test_mail_and_inbox_show_themselves():
+    _, store = store_on_clock()
+    assert repr(mailtest.Mail(letter("b@x.example", "c@x.example", octets=LETTER))) == (
+        "<Mail 'Your code für heute' from 'shop@sender.example' to b@x.example, c@x.example>")
+    assert repr(mailtest.Mail(letter("b@x.example", octets=b""))) == (
+        "<Mail '' from '' to b@x.example>")
+    assert repr(mailtest.Inbox(store, "b@x.example")) == "<Inbox b@x.example>"
+
+
+# -- Inbox
+
+# subjects of the mail in the inbox, arguments of wait_all(), subjects of what it returns
+WAITED = {
+    "one of one": (["a"], {"count": 1}, ["a"]),
+    "newest first": (["a", "b"], {"count": 2}, ["b", "a"]),
+    "all there are, beyond the count": (["a", "b", "c"], {"count": 2}, ["c", "b", "a"]),
+    "a part of the subject in any case": (
+        ["Your Invoice", "b"], {"count": 1, "subject": "INVOICE"}, ["Your Invoice"]),
+    "the sender's address": (["a"], {"count": 1, "sender": "S@sender.example"}, ["a"]),
+    "a part of the body": (["a", "b"], {"count": 1, "body": "body of a"}, ["a"]),
+    "all conditions hold": (["a", "ab"], {"count": 1, "subject": "a", "body": "ab"}, ["ab"]),
+}
+
+
+@pytest.mark.parametrize("got, arguments, expected", rows(WAITED))
+def test_wait_all_returns_what_is_there(got, arguments, expected):
+    _, _, inbox = inbox_on_clock(*got)
+    assert subjects(inbox.wait_all(**arguments)) == expected
+
+
+def test_wait_returns_the_newest_mail():
+    _, _, inbox = inbox_on_clock("a", "b")
+    assert inbox.wait().subject == "b"
+
+
+def test_wait_after_a_mail_looks_only_at_later_ones():
+    _, _, inbox = inbox_on_clock("a", "b")
+    newest, oldest = inbox.messages
+    assert inbox.wait(after=oldest).id == newest.id
+    with pytest.raises(mailtest.NoMail):
+        inbox.wait(after=newest, timeout=0)
+
+
+def test_wait_after_a_mail_that_was_deleted():
+    _, store, inbox = inbox_on_clock("a")
+    mail = inbox.wait()
+    store.delete(mail.id)
+    delivered(store, inbox.address, octets=_with_subject("b"))
+    assert inbox.wait(after=mail).subject == "b"
+
+
+# what is waited for with one mail too few
+WAITERS = {
+    "wait": (lambda inbox: inbox.wait(timeout=10).subject, "b"),
+    "wait for a subject": (lambda inbox: inbox.wait("b", timeout=10).subject, "b"),
+    "wait_all": (lambda inbox: subjects(inbox.wait_all(1, timeout=10)), ["b"]),
+    "expect_none": (lambda inbox: str(inbox.expect_none(timeout=10)),
+                    "expected no mail for b@x.example\nb@x.example got 1 mail:\n"
+                    "  <time> <Mail 'b' from 's@sender.example' to b@x.example>"),
+}
+
+
+@pytest.mark.parametrize("wait, expected", rows(WAITERS))
+def test_waiting_ends_when_the_mail_arrives(wait, expected, waiting_store):
+    waiter = in_thread(wait, mailtest.Inbox(waiting_store, "b@x.example"))
+    waiting_store.next_waiter()
+    delivered(waiting_store, "b@x.example", octets=_with_subject("b"))
+    found = waiter.join_value()
+    if isinstance(found, mailtest.NoMail):
+        found = re.sub(r"\d\d:\d\d:\d\d\.\d{6}", "<time>", str(found))
+    assert found == expected
+
+
+# subjects of the mail in the inbox, arguments of wait_all(), the text of NoMail
+NO_MAIL = {
+    "nothing at all": (
+        [], {"count": 1, "timeout": 0},
+        "expected 1 mail for <inbox> within 0 s, got 0\n<inbox> got 0 mails"),
+    "one of two": (
+        ["a"], {"count": 2, "timeout": 0},
+        "expected 2 mails for <inbox> within 0 s, got 1\n<inbox> got 1 mail:\n"
+        "  00:16:40.000000 <Mail 'a' from 's@sender.example' to <inbox>>"),
+    "another subject": (
+        ["a", "b"], {"count": 1, "subject": "Invoice", "timeout": 0},
+        "expected 1 mail for <inbox> with subject='Invoice' within 0 s, got 0\n"
+        "<inbox> got 2 mails:\n"
+        "  00:16:40.000001 <Mail 'b' from 's@sender.example' to <inbox>>\n"
+        "  00:16:40.000000 <Mail 'a' from 's@sender.example' to <inbox>>"),
+    "each condition is named": (
+        [], {"count": 1, "subject": "a", "sender": "b@c", "body": "d", "timeout": 0.001},
+        "expected 1 mail for <inbox> with subject='a', sender='b@c', body='d' within 0.001 s, "
+        "got 0\n<inbox> got 0 mails"),
+}
+
+
+@pytest.mark.parametrize("got, arguments, expected", rows(NO_MAIL))
+def test_no_mail_says_what_was_expected_and_what_came(got, arguments, expected):
+    _, _, inbox = inbox_on_clock(*got)
+    with pytest.raises(mailtest.NoMail) as no_mail:
+        inbox.wait_all(**arguments)
+    assert str(no_mail.value) == expected.replace("<inbox>", inbox.address)
+
+
+def test_no_mail_is_an_assertion_that_failed():
+    assert issubclass(mailtest.NoMail, AssertionError)
+
+
+def test_expect_none_is_content_with_silence_and_with_other_mail():
+    _, _, inbox = inbox_on_clock("a")
+    assert inbox.expect_none(timeout=0, subject="b") is None
+    assert inbox.expect_none(timeout=0, after=inbox.wait()) is None
+
+
+def test_report_lists_warnings_and_the_last_refused_session():
+    _, store, inbox = inbox_on_clock()
+    delivered(store, inbox.address, octets=b"From: s@x.example\r\nSubject: a\r\n\r\nx\r\n")
+    for refused in ("", "550 5.1.1 Expected another", "451 4.0.0 Later", ""):
+        store.add_session(lambda number, refused=refused: mailtest.SessionRecord(
+            number, "127.0.0.1", "c", "", False, 0.0, 0.0, 0, refused, "quit",
+            b"C: QUIT\r\nS: " + refused.encode() + b"\r\n"))
+    assert inbox.report() == (
+        f"{inbox.address} got 1 mail:\n"
+        f"  00:16:40.000000 <Mail 'a' from 's@x.example' to {inbox.address}>\n"
+        "    warning: no Date field\n"
+        "    warning: no Message-ID field\n"
+        "last refused SMTP session (451 4.0.0 Later):\n"
+        "  C: QUIT\n"
+        "  S: 451 4.0.0 Later")
+
+
+def test_report_is_of_bounded_length():
+    _, store, inbox = inbox_on_clock(*map(str, range(30)))
+    lines = inbox.report().splitlines()
+    assert (lines[0], len(lines)) == (f"{inbox.address} got 30 mails:", 21)
+
+
+def test_messages_of_an_inbox_that_has_ended_are_unknown():
+    _, _, inbox = inbox_on_clock("a")
+    inbox.delete()
+    with pytest.raises(mailtest.Unknown):
+        print(inbox.messages)
+
+
+def test_report_says_that_the_inbox_has_expired():
+    clock, _, inbox = inbox_on_clock("a")
+    clock.now += 600
+    assert inbox.report() == (
+        f"nothing arrived: the inbox {inbox.address.lower()!r} expired at "
+        "1970-01-01T00:26:40.000000+00:00; acquire a new one")
+
+
+def test_inbox_knows_its_end():
+    clock, _, inbox = inbox_on_clock()
+    assert inbox.expires == datetime.datetime.fromtimestamp(clock.now + 600,
+                                                            datetime.timezone.utc)
+    inbox.delete()
+    with pytest.raises(mailtest.Unknown):
+        print(inbox.expires)
+
+
+# -- Saver
+
+def test_saved_file_is_whole_before_it_has_its_name(tmp_path, monkeypatch):
+    seen = []
+
+    def replace(old, new, really=os.replace):
+        seen.append((os.listdir(tmp_path), pathlib.Path(old).read_bytes()))
+        really(old, new)
+    monkeypatch.setattr(os, "replace", replace)
+    _, store = store_on_clock()
+    saver = mailtest.Saver(str(tmp_path))
+    store.keepers.append(saver.save)
+    message = delivered(store, "b@x.example", octets=LETTER)
+    name = f"19700101T001640.000000Z-{message.id}"
+    assert seen == [([f".{name}.part"], LETTER)]
+    assert [(path.name, path.read_bytes()) for path in tmp_path.iterdir()] == [
+        (name + ".eml", LETTER)]
+    assert saver.state() == {"folder": str(tmp_path), "saved": 1, "failed": 0, "error": None}
+
+
+def _full_disk(monkeypatch, folder):
+    class Full(io.FileIO):
+        def write(self, octets):
+            super().write(octets[:10])
+            raise OSError(errno.ENOSPC, "No space left on device")
+    monkeypatch.setattr(mailtest, "open", lambda path, mode: Full(path, mode), raising=False)
+    return "No space left on device"
+
+
+def _no_permission(monkeypatch, folder):
+    def refuse(path, mode):
+        raise PermissionError(errno.EACCES, "Permission denied")
+    monkeypatch.setattr(mailtest, "open", refuse, raising=False)
+    return "Permission denied"
+
+
+def _cannot_be_named(monkeypatch, folder):
+    def refuse(old, new):
+        raise OSError(errno.EIO, "Input/output error")
+    monkeypatch.setattr(os, "replace", refuse)
+    return "Input/output error"
+
+
+UNWRITABLE = {
+    "a full disk": _full_disk,
+    "a folder without permission": _no_permission,
+    "a disk that fails at the last step": _cannot_be_named,
+}
+
+
+@pytest.mark.parametrize("breaks", rows(UNWRITABLE))
+def test_mail_that_cannot_be_saved_stays_in_memory(breaks, tmp_path, monkeypatch, caplog):
+    _, store = store_on_clock()
+    saver = mailtest.Saver(str(tmp_path))
+    store.keepers.append(saver.save)
+    with monkeypatch.context() as broken:
+        error = breaks(broken, tmp_path)
+        message = delivered(store, "b@x.example")
+    assert os.listdir(tmp_path) == []
+    assert store.message(message.id) is message
+    assert saver.state() == {"folder": str(tmp_path), "saved": 0, "failed": 1, "error": error}
+    (logger, level, text), = caplog.record_tuples
+    assert (logger, level) == ("mailtest", logging.ERROR)
+    assert re.fullmatch(rf"--save: 19700101T001640\.000000Z-{message.id} was not written: "
+                        rf"\[Errno \d+\] {error}", text)
+    delivered(store, "b@x.example")      # and the next one is written again
+    assert len(os.listdir(tmp_path)) == 1
+    assert saver.state() == {"folder": str(tmp_path), "saved": 1, "failed": 1, "error": None}
+
+
+def test_saver_makes_its_folder(tmp_path):
+    mailtest.Saver(str(tmp_path / "a" / "b"))
+    assert os.listdir(tmp_path / "a") == ["b"]
+
+
+# -- Webhook
+
+class Receiver(http.server.ThreadingHTTPServer):
+    """Takes POSTs: what came is in `came`, and is answered with the next of `statuses`, then
+    with 200."""
+
+    daemon_threads = True
+
+    def __init__(self, *statuses):
+        super().__init__(("127.0.0.1", 0), _ReceiverHandler)
+        self.came = queue.Queue()
+        self.statuses = list(statuses)
+        self.url = f"http://127.0.0.1:{self.server_port}/hook?a=b"
+
+    def server_bind(self):               # the base class asks for the host's name
+        self.socket.bind(self.server_address)
+        self.server_address = self.socket.getsockname()
+        self.server_name, self.server_port = self.server_address
+
+    def next(self):
+        """(path, content type, subject) of the next POST."""
+        return self.came.get(timeout=10)
+
+
+class _ReceiverHandler(http.server.BaseHTTPRequestHandler):
+    def do_POST(self):
+        mail = json.loads(self.rfile.read(int(self.headers["Content-Length"])).decode("utf-8"))
+        statuses = self.server.statuses
+        self.send_response(statuses.pop(0) if statuses else 200)
+        self.send_header("Content-Length", "0")
+        self.end_headers()
+        self.server.came.put((self.path, self.headers["Content-Type"], mail["subject"]))
+
+    def log_message(self, format, *arguments):
+        pass
+
+
+@contextlib.contextmanager
+def receiving(*statuses):
+    with Receiver(*statuses) as receiver:
+        thread = threading.Thread(target=receiver.serve_forever, args=(0.01,))
+        thread.start()
+        try:
+            yield receiver
+        finally:
+            receiver.shutdown()
+            thread.join()
+
+
+def webhook(url, **limits):
+    """A Webhook that has not started."""
+    _, store = store_on_clock(**limits)
+    return mailtest.Webhook(url, mailtest.Api(store), "http://127.0.0.1:8080")
+
+
+def add_all(hook, *subjects):
+    for subject in subjects:
+        hook.add(delivered(hook._api.store, "b@x.example", octets=_with_subject(subject)))
+
+
+def test_webhook_posts_each_message_in_order():
+    with receiving() as receiver:
+        hook = webhook(receiver.url)
+        add_all(hook, *"abc")
+        hook.start()
+        assert [receiver.next() for _ in range(3)] == [
+            ("/hook?a=b", "application/json", subject) for subject in "abc"]
+        hook.stop()
+        assert hook.state() == {"sent": 3, "waiting": 0, "dropped": 0, "error": None}
+
+
+def test_webhook_tries_again_and_keeps_the_order():
+    with receiving(500, 301, 404) as receiver:
+        hook = webhook(receiver.url, webhook_pause=0.001)
+        add_all(hook, *"ab")
+        hook.start()
+        assert [receiver.next()[2] for _ in range(5)] == list("aaaab")
+        hook.stop()
+        assert hook.state() == {"sent": 2, "waiting": 0, "dropped": 0, "error": None}
+
+
+def test_webhook_gives_one_message_up_and_goes_on(caplog):
+    with receiving(500, 503) as receiver:
+        hook = webhook(receiver.url, webhook_pause=0.001, webhook_tries=2)
+        add_all(hook, *"ab")
+        hook.start()
+        assert [receiver.next()[2] for _ in range(3)] == list("aab")
+        hook.stop()
+        assert hook.state() == {"sent": 1, "waiting": 0, "dropped": 1, "error": None}
+    assert [re.sub(r"[0-9a-f-]{36}", "<id>", text) for _, _, text in caplog.record_tuples] == [
+        "--webhook: message <id> was not sent: answered 503"]
+
+
+def test_webhook_goes_on_after_a_message_that_cannot_be_rendered(caplog, monkeypatch):
+    def rendered(api, message, base, really=mailtest.rendered):
+        if b"Subject: a" in message.octets:
+            raise RuntimeError("a defect")
+        return really(api, message, base)
+    monkeypatch.setattr(mailtest, "rendered", rendered)
+    with receiving() as receiver:
+        hook = webhook(receiver.url)
+        add_all(hook, *"ab")
+        hook.start()
+        assert receiver.next()[2] == "b"
+        hook.stop()
+        assert hook.state() == {"sent": 1, "waiting": 0, "dropped": 1, "error": None}
+
+
+def test_webhook_drops_a_message_that_has_ended_meanwhile(caplog):
+    with receiving() as receiver:
+        hook = webhook(receiver.url)
+        add_all(hook, *"ab")
+        newest, oldest = hook._api.store.newest("mailtest")
+        hook._api.store.delete(oldest.id)
+        hook.start()
+        assert receiver.next()[2] == "b"
+        hook.stop()
+        assert hook.state() == {"sent": 1, "waiting": 0, "dropped": 1, "error": None}
+    assert [text for _, _, text in caplog.record_tuples] == [
+        f"--webhook: message {oldest.id} was not sent: no message has the id {oldest.id!r}; it "
+        "may be deleted or expired"]
+
+
+def test_stop_of_a_webhook_tells_what_it_did_not_send(caplog):
+    hook = webhook(_unreachable(), webhook_pause=60.0)
+    pausing = threading.Event()
+    hook._stop.wait = lambda seconds, wait=hook._stop.wait: pausing.set() or wait(seconds)
+    add_all(hook, *"abc")
+    hook.start()
+    assert pausing.wait(10)
+    hook.stop()
+    assert hook.state() == {"sent": 0, "waiting": 2, "dropped": 1, "error": "Connection refused"}
+    assert caplog.messages[-1] == "--webhook: 2 messages were not sent before the stop"
+
+
+def test_webhook_queue_is_bounded_and_adding_never_waits(caplog):
+    hook = webhook("http://127.0.0.1:9/", webhook_queue=2)
+    add_all(hook, *"abc")
+    assert hook.state() == {"sent": 0, "waiting": 2, "dropped": 1, "error": None}
+    assert [re.sub(r"[0-9a-f-]{36}", "<id>", text) for _, _, text in caplog.record_tuples] == [
+        "--webhook: message <id> was not sent: too many are waiting"]
+
+
+class _Pauses:
+    """Stands for the event that ends a webhook's pauses: writes down how long they are."""
+
+    def __init__(self, ends_after=100):
+        self.seconds = []
+        self._ends_after = ends_after
+
+    def is_set(self):
+        return False
+
+    def wait(self, seconds):
+        self.seconds.append(seconds)
+        return len(self.seconds) >= self._ends_after
+
+
+def _unreachable():
+    """A URL where nobody listens."""
+    with socket.socket() as closed:
+        closed.bind(("127.0.0.1", 0))
+        return f"http://127.0.0.1:{closed.getsockname()[1]}/"
+
+
+def test_pauses_of_a_webhook_double_up_to_thirty_seconds():
+    hook = webhook(_unreachable())
+    hook._stop = _Pauses()
+    hook._send(letter("b@x.example"))
+    assert hook._stop.seconds[:7] == [0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 30.0]
+    assert hook.state()["dropped"] == 1
+
+
+def test_webhook_does_not_pause_after_its_last_try():
+    hook = webhook(_unreachable(), webhook_tries=2)
+    hook._stop = _Pauses()
+    hook._send(letter("b@x.example"))
+    assert hook._stop.seconds == [0.5]
+
+
+def test_stop_ends_a_pause_of_a_webhook():
+    hook = webhook(_unreachable())
+    hook._stop = _Pauses(ends_after=2)
+    hook._send(letter("b@x.example"))
+    assert hook._stop.seconds == [0.5, 1.0]
+
+
+BAD_WEBHOOKS = {
+    "another scheme": ("ftp://x.example/", "expected --webhook http://host/path, got "
+                                           "'ftp://x.example/'"),
+    "no scheme": ("x.example", "expected --webhook http://host/path, got 'x.example'"),
+    "no host": ("http:///x", "expected --webhook http://host/path, got 'http:///x'"),
+    "a port that is none": ("http://h:99999/",
+                            "expected --webhook http://host/path, got 'http://h:99999/'"),
+    "a port in words": ("http://h:abc/", "expected --webhook http://host/path, got "
+                                         "'http://h:abc/'"),
+    "half an IPv6 address": ("http://[::1/", "expected --webhook http://host/path, got "
+                                             "'http://[::1/'"),
+}
+
+
+@pytest.mark.parametrize("url, text", rows(BAD_WEBHOOKS))
+def test_webhook_refuses_a_url_that_is_none(url, text):
+    with pytest.raises(ValueError) as error:
+        webhook(url)
+    assert str(error.value) == text
+
+
+# -- Mailtest
+
+@pytest.fixture(scope="module")
+def running():
+    """One running Mailtest for the tests that need sockets."""
+    with mailtest.Mailtest() as server:
+        yield server
+
+
+def test_mail_goes_in_over_smtp_and_out_in_python(running):
+    inbox = running.acquire()
+    post(running, inbox.address, octets=LETTER)
+    mail = inbox.wait(subject="code")
+    assert (mail.octets, mail.codes, mail.envelope.forward_paths) == (
+        LETTER, ["482913"], (inbox.address,))
+    assert subjects(inbox.messages) == [mail.subject]
+    assert running.messages[0].id == mail.id
+    assert f"c: rcpt to:<{inbox.address}>\r\ns: 250 2.1.5 ok\r\n".lower() in (
+        mail.transcript.lower())         # smtplib's case differs by version
+
+
+def test_inbox_of_any_address(running):
+    inbox = running.inbox("Anyone@User.example")
+    post(running, "anyone@user.example")
+    assert inbox.wait().envelope.forward_paths == ("anyone@user.example",)
+
+
+def test_attempts_count_what_was_refused(running):
+    inbox = running.acquire("rcpt:451*2")
+    for _ in range(2):
+        with pytest.raises(smtplib.SMTPRecipientsRefused):
+            post(running, inbox.address)
+    post(running, inbox.address)
+    assert (inbox.attempts, len(inbox.messages)) == (3, 1)
+    assert "last refused SMTP session (451 4.0.0 Scripted: fail=rcpt:451*2):" in inbox.report()
+
+
+def test_acquire_refuses_a_failure_that_is_none(running):
+    with pytest.raises(ValueError):
+        running.acquire("rcpt:99")
+
+
+def test_addresses_of_a_server(running):
+    assert (running.smtp, running.url) == (f"127.0.0.1:{running.smtp_port}",
+                                           f"http://127.0.0.1:{running.http_port}")
+    assert fetch(running.url + "/healthz")[0] == 200
+    assert answers(running.smtp_port)
+    assert running.smtps_port is None
+
+
+# host, how the SMTP address is told with port 25
+TOLD = {
+    "IPv4": ("127.0.0.2", "127.0.0.2:25"),
+    "a name": ("localhost", "localhost:25"),
+    "IPv6": ("::1", "[::1]:25"),
+    "IPv6 in brackets": ("[::1]", "[::1]:25"),
+    "all of IPv4": ("0.0.0.0", "127.0.0.1:25"),
+    "all of IPv6": ("::", "[::1]:25"),
+}
+
+
+@pytest.mark.parametrize("host, told", rows(TOLD))
+def test_told_address_is_one_that_a_client_can_use(host, told):
+    server = mailtest.Mailtest(host, smtp_port=25, http_port=80)
+    assert (server.smtp, server.url) == (told, f"http://{told[:-3]}:80")
+
+
+def test_two_servers_know_nothing_of_each_other():
+    with mailtest.Mailtest() as one, mailtest.Mailtest() as two:
+        assert len({one.smtp_port, one.http_port, two.smtp_port, two.http_port}) == 4
+        post(one, "b@x.example", octets=_with_subject("one"))
+        post(two, "b@x.example", octets=_with_subject("two"))
+        assert [subjects(each.messages) for each in (one, two)] == [["one"], ["two"]]
+
+
+def test_stop_leaves_no_thread_and_no_port(tmp_path):
+    before = set(threading.enumerate())
+    with receiving() as receiver:
+        with mailtest.Mailtest(save=str(tmp_path), webhook=receiver.url) as server:
+            post(server, "b@x.example")
+            assert fetch(server.url + "/healthz")[0] == 200
+            receiver.next()
+            assert set(threading.enumerate()) > before
+    assert set(threading.enumerate()) == before
+    assert not answers(server.smtp_port) and not answers(server.http_port)
+    server.stop()                        # once more does no harm
+
+
+def test_stop_ends_waiting():
+    with mailtest.Mailtest() as server:
+        waiter = in_thread(server.acquire().wait)
+        server.stop()
+        assert isinstance(waiter.join_value(), mailtest.NoMail)
+
+
+@contextlib.contextmanager
+def taken_port():
+    """A port that another program listens on."""
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        yield other.getsockname()[1]
+
+
+@pytest.mark.parametrize("name", ["smtp_port", "http_port"])
+def test_start_opens_all_ports_or_none(name):
+    before = set(threading.enumerate())
+    with taken_port() as port:
+        server = mailtest.Mailtest(**{name: port})
+        with pytest.raises(OSError) as error:
+            server.start()
+        assert error.value.errno == errno.EADDRINUSE
+    assert set(threading.enumerate()) == before
+    assert not answers(server.smtp_port) and not answers(server.http_port)
+
+
+def test_webhook_that_is_none_opens_no_port():
+    before = set(threading.enumerate())
+    server = mailtest.Mailtest(webhook="nowhere")
+    with pytest.raises(ValueError):
+        server.start()
+    assert set(threading.enumerate()) == before
+    assert not answers(server.smtp_port) and not answers(server.http_port)
+
+
+@pytest.mark.parametrize("arguments", [{"smtps_port": 0}, {"https": True}], ids=str)
+def test_tls_port_needs_a_certificate(arguments):
+    with pytest.raises(ValueError) as error:
+        mailtest.Mailtest(**arguments)
+    assert str(error.value) == "smtps_port and https need tls, see tls_context()"
+
+
+def test_server_starts_once():
+    server = mailtest.Mailtest().start()
+    server.stop()
+    with pytest.raises(RuntimeError) as error:
+        server.start()
+    assert str(error.value) == "a Mailtest starts once; make another"
+    assert not answers(server.smtp_port) and not answers(server.http_port)
+
+
+def test_followers_tell_their_state_in_healthz(tmp_path):
+    with receiving() as receiver:
+        with mailtest.Mailtest(save=str(tmp_path), webhook=receiver.url) as server:
+            post(server, "b@x.example", octets=LETTER)
+            assert [path.read_bytes() for path in tmp_path.iterdir()] == [LETTER]
+            receiver.next()
+            server._webhook.stop()       # so that it has counted
+            state = json.loads(fetch(server.url + "/healthz")[1].decode("utf-8"))
+    assert state["save"] == {"folder": str(tmp_path), "saved": 1, "failed": 0, "error": None}
+    assert state["webhook"] == {"sent": 1, "waiting": 0, "dropped": 0, "error": None}
+
+
+# -- the pytest plugin
+
+CONFTEST = """\
+pytest_plugins = ["mailtest"]
+"""
+PROJECT = """\
+import smtplib
+
+def send(server, inbox):
+    with smtplib.SMTP("127.0.0.1", server.smtp_port, "c.example") as client:
+        client.sendmail("shop@x.example", [inbox.address], "From: shop@x.example\\r\\n"
+                        "Date: Tue, 6 Aug 2019 17:44:07 +0000\\r\\nMessage-ID: <1@x.example>\\r\\n"
+                        "Subject: Welcome\\r\\n\\r\\nx\\r\\n")
+
+def test_that_passes(mailtest_server, inbox):
+    inbox.expect_none(timeout=0)
+    send(mailtest_server, inbox)
+    assert inbox.wait(subject="Welcome").subject == "Welcome"
+
+def test_that_fails(mailtest_server, inbox):
+    send(mailtest_server, inbox)
+    assert "Invoice" == inbox.wait().subject
+"""
+PROJECT_IN_SETUP = """\
+import pytest
+from test_project import send
+
+@pytest.fixture
+def user(mailtest_server, inbox):
+    send(mailtest_server, inbox)
+    raise LookupError("no user")
+
+def test_whose_setup_fails(user):
+    pass
+"""
+
+
+def run_project(folder, conftest, files, *options):
+    """Runs pytest as its users do on a project that holds a copy of mailtest.py; its output."""
+    shutil.copy(mailtest.__file__, str(folder))
+    for name, text in dict(files, conftest=conftest).items():
+        (folder / f"{name}.py").write_text(text, encoding="utf-8")
+    environment = {name: value for name, value in os.environ.items()
+                   if not name.startswith(("PYTEST", "PYTHONPATH"))}
+    done = subprocess.run([sys.executable, "-W", "error", "-m", "pytest", "-p", "no:cacheprovider",
+                           "--color=no", *options], cwd=str(folder), env=environment,
+                          stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=60)
+    return done.stdout.decode("utf-8", "replace").replace("\r\n", "\n")
+
+
+REPORTED = re.compile(r"^-+ mailtest -+\n(test-\w{11}@mailtest\.example) got 1 mail:\n"
+                      r"  \d\d:\d\d:\d\d\.\d{6} <Mail 'Welcome' from 'shop@x\.example' to \1>\n",
+                      re.M)
+
+
+@pytest.fixture(scope="module")
+def reports(tmp_path_factory):
+    """What pytest prints of each failed test and fixture, by its title."""
+    output = run_project(tmp_path_factory.mktemp("project"), CONFTEST,
+                         {"test_project": PROJECT, "test_setup": PROJECT_IN_SETUP})
+    assert re.search(r"^=+ 1 failed, 1 passed, 1 error in ", output, re.M), output
+    parts = re.split(r"^_+ (\S.*\S) _+\n", output, flags=re.M)
+    return dict(zip(parts[1::2], parts[2::2]))
+
+
+def test_report_of_a_failed_test_shows_what_its_inbox_received(reports):
+    assert REPORTED.search(reports["test_that_fails"]), reports
+
+
+def test_fixtures_of_the_pytest_plugin_in_each_worker_of_xdist(tmp_path):
+    pytest.importorskip("xdist")
+    output = run_project(tmp_path, CONFTEST, {"test_project": PROJECT}, "-n", "2")
+    assert re.search(r"^=+ 1 failed, 1 passed in ", output, re.M), output
+    assert len(REPORTED.findall(output)) == 1, output
+
+
+def test_report_of_a_failed_fixture_does_so_too(reports):
+    assert REPORTED.search(reports["ERROR at setup of test_whose_setup_fails"]), reports
+
+
+def test_conftest_may_import_mailtest_itself(tmp_path):
+    output = run_project(tmp_path, "import mailtest\n" + CONFTEST, {"test_project": PROJECT})
+    assert re.search(r"^=+ 1 failed, 1 passed in ", output, re.M), output
+
+
+# ---- Command line ----------------------------------------------------------
+
+class _Ready(io.StringIO):
+    """Standard output that calls `then` with the ready line once that is there."""
+
+    def __init__(self, then):
+        super().__init__()
+        self.then = then
+
+    def flush(self):
+        then, self.then = self.then, None
+        if then is not None:
+            then(json.loads(self.getvalue()))
+
+
+@pytest.fixture
+def program(monkeypatch, capsys):
+    """Runs main() in this process, on free ports and for no time unless told otherwise.
+
+    program(*arguments, ready=function) -> (exit status, standard output, standard error).
+    `ready` gets the ready line while the servers run.
+    """
+    monkeypatch.setattr(logging, "basicConfig", lambda **options: None)
+    monkeypatch.delenv("MAILTEST_API_KEY", raising=False)
+    monkeypatch.setenv("NO_COLOR", "1")
+    numbers = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGBREAK")
+               if hasattr(signal, name)]
+    before = [signal.getsignal(number) for number in numbers]
+
+    def run(*arguments, ready=None):
+        output = _Ready(ready)
+        with monkeypatch.context() as patched:
+            patched.setattr(sys, "stdout", output)
+            try:
+                status = mailtest.main(list(arguments))
+            except SystemExit as ended:
+                status = ended.code
+            except KeyboardInterrupt:    # else it would end the test run
+                status = "KeyboardInterrupt"
+        return status, output.getvalue(), capsys.readouterr().err
+    yield run
+    for number, handler in zip(numbers, before):
+        signal.signal(number, handler)
+
+
+FREE = ("--smtp", "0", "--http", "0")
+BRIEF = FREE + ("--exit-after", "1", "--timeout", "0.001")
+
+# arguments, the last line on standard error
+BAD_OPTIONS = {
+    "a time in words": (
+        ["--ttl", "soon"],
+        "argument --ttl: expected a time such as 90s, 10m or 1h, got 'soon'"),
+    "no time at all": (
+        ["--ttl", "0"], "argument --ttl: expected a time such as 90s, 10m or 1h, got '0'"),
+    "a time with another unit": (
+        ["--timeout", "2weeks"],
+        "argument --timeout: expected a time such as 90s, 10m or 1h, got '2weeks'"),
+    "a time beyond the calendar": (
+        ["--ttl", "99999999d"],
+        "argument --ttl: expected a time such as 90s, 10m or 1h, got '99999999d'"),
+    "a size in words": (
+        ["--max-size", "big"],
+        "argument --max-size: expected a size such as 200k, 25M or 1G, got 'big'"),
+    "a negative size": (
+        ["--max-memory=-1"],
+        "argument --max-memory: expected a size such as 200k, 25M or 1G, got '-1'"),
+    "a size of nothing": (
+        ["--max-memory", "0k"],
+        "argument --max-memory: expected a size such as 200k, 25M or 1G, got '0k'"),
+    "a port in words": (
+        ["--smtp", "smtp"], "argument --smtp: expected a port from 0 to 65535, got 'smtp'"),
+    "a port beyond 65535": (
+        ["--http", "65536"], "argument --http: expected a port from 0 to 65535, got '65536'"),
+    "a negative port": (
+        ["--smtps=-1"], "argument --smtps: expected a port from 0 to 65535, got '-1'"),
+    "a domain with an empty label": (
+        ["--domain", "a..b"],
+        "argument --domain: expected a domain such as a.example, got 'a..b'"),
+    "an address literal as domain": (
+        ["--domain", "[127.0.0.1]"],
+        "argument --domain: expected a domain such as a.example, got '[127.0.0.1]'"),
+    "an address as domain": (
+        ["--domain", "a@b.example"],
+        "argument --domain: expected a domain such as a.example, got 'a@b.example'"),
+    "credentials without a colon, which are not shown": (
+        ["--auth", "secret"], "argument --auth: expected USER:PASSWORD"),
+    "credentials without a user": (
+        ["--auth", ":secret"], "argument --auth: expected USER:PASSWORD"),
+    "no requests a minute": (
+        ["--rate", "0"], "argument --rate: expected a whole number from 1, got '0'"),
+    "half a message": (
+        ["--exit-after", "1.5"],
+        "argument --exit-after: expected a whole number from 1, got '1.5'"),
+    "a time to wait for nothing": (["--timeout", "5"], "--timeout needs --exit-after"),
+    "an option without its value": (["--smtp"], "argument --smtp: expected one argument"),
+    "no key": (["--api-key", ""], "argument --api-key: expected a key, got an empty one"),
+    "no address": (
+        ["--host", ""], "argument --host: expected an address such as 127.0.0.1, or 0.0.0.0"),
+    "binary sizes": (
+        ["--max-size", "25MiB"],
+        "argument --max-size: expected a size such as 200k, 25M or 1G, got '25MiB'"),
+    "half an option": (["--max-m", "1M"], "unrecognized arguments: --max-m 1M"),
+    "an unknown option": (["--smpt", "25"], "unrecognized arguments: --smpt 25"),
+    "an argument without option": (["serve"], "unrecognized arguments: serve"),
+    "a URL of another scheme": (
+        ["--webhook", "ftp://x.example/"],
+        "expected --webhook http://host/path, got 'ftp://x.example/'"),
+    "a key without certificate": (["--tls-key", "key.pem"], "--tls-key needs --tls-cert"),
+    "implicit TLS without certificate": (
+        ["--smtps", "0"],
+        "--smtps and --https need a certificate: give --tls, or --tls-cert"),
+    "HTTPS without certificate": (
+        ["--https"], "--smtps and --https need a certificate: give --tls, or --tls-cert"),
+}
+
+
+@pytest.mark.parametrize("arguments, text", rows(BAD_OPTIONS))
+def test_bad_option_says_what_was_seen_and_what_is_expected(arguments, text, program):
+    limited = () if "--timeout" in arguments or "--exit-after" in arguments else BRIEF[4:]
+    status, out, err = program(*FREE, *limited, *arguments)
+    assert (status, out, err.splitlines()[-1]) == (2, "", "mailtest.py: error: " + text)
+    assert "secret" not in err
+
+
+def test_file_that_is_no_certificate(program, tmp_path):
+    path = tmp_path / "cert.pem"
+    path.write_text("no certificate", encoding="ascii")
+    status, out, err = program(*BRIEF, "--tls-cert", str(path))
+    assert (status, out) == (2, "")
+    assert err.splitlines()[-1].startswith(
+        "mailtest.py: error: --tls-cert and --tls-key: expected a PEM certificate and its key in "
+        f"{path}: ")
+
+
+def test_certificate_that_is_not_there(program, tmp_path):
+    path = tmp_path / "cert.pem"
+    status, out, err = program(*BRIEF, "--tls-cert", str(path))
+    assert (status, out, err.splitlines()[-1]) == (
+        2, "", f"mailtest.py: error: --tls-cert and --tls-key: cannot read {path}: No such file "
+               "or directory")
+
+
+# a text, what it means
+DURATIONS = {"1": 1, "90s": 90, "10m": 600, "10 min": 600, "1H": 3600, "1d": 86400, "0.5": 0.5}
+SIZES = {"1": 1, "200k": 200_000, "25M": 25_000_000, "25 MB": 25_000_000, "2g": 2_000_000_000}
+
+
+@pytest.mark.parametrize("text, seconds", DURATIONS.items())
+def test_duration(text, seconds):
+    assert mailtest.duration(text) == seconds
+
+
+@pytest.mark.parametrize("text, octets", SIZES.items())
+def test_octets(text, octets):
+    assert mailtest.octets(text) == octets
+
+
+@pytest.mark.parametrize("option", ["smtp", "http"])
+def test_port_in_use(option, program):
+    with taken_port() as port:
+        ports = {"smtp": 0, "http": 0, option: port}
+        shown = f"--smtp {ports['smtp']}, --http {ports['http']}"
+        assert program("--exit-after", "1", "--timeout", "0.001", *shown.replace(",", "").split()
+                       ) == (1, "", f"mailtest: a port of {shown} on 127.0.0.1 is in use; choose "
+                                    "another, or 0 for a free one\n")
+
+
+def test_address_that_is_not_of_this_machine(program):
+    status, out, err = program(*BRIEF, "--host", "192.0.2.1")
+    assert (status, out) == (1, "")
+    assert err.startswith("mailtest: cannot start with --host 192.0.2.1 --smtp 0, --http 0: ")
+
+
+@pytest.mark.parametrize("error", [PermissionError(errno.EACCES, "Permission denied"),
+                                   FileExistsError(errno.EEXIST, "File exists")], ids=type)
+def test_folder_that_cannot_be_made(error, program, tmp_path, monkeypatch):
+    def refuse(*arguments, **options):
+        raise error
+    monkeypatch.setattr(os, "makedirs", refuse)
+    folder = str(tmp_path / "mails")
+    status, out, err = program(*BRIEF, "--save", folder)
+    assert (status, out, err.splitlines()[-1]) == (
+        2, "", f"mailtest.py: error: --save: cannot make the folder {folder!r}: {error.strerror}")
+
+
+def test_first_line_is_json_with_both_addresses_once_they_answer(program):
+    def ready(line):
+        seen.append(line)
+        ports = [int(address.rpartition(":")[2]) for address in line.values()]
+        assert all(map(answers, ports))
+    seen = []
+    status, out, err = program(*BRIEF, ready=ready)
+    line, = seen
+    assert out == json.dumps(line) + "\n"
+    assert sorted(line) == ["http", "smtp"]
+    assert re.fullmatch(r"127\.0\.0\.1:\d+", line["smtp"])
+    assert re.fullmatch(r"http://127\.0\.0\.1:\d+", line["http"])
+
+
+def test_exit_after_with_time_out(program):
+    status, out, err = program(*BRIEF)
+    assert (status, err) == (1, "mailtest: expected 1 messages within 0.001 s, got 0\n")
+    assert out.count("\n") == 1
+
+
+def test_exit_after_prints_the_messages_oldest_first(program):
+    def ready(line):
+        port = int(line["smtp"].rpartition(":")[2])
+        with smtplib.SMTP("127.0.0.1", port, "client.example", 10) as client:
+            for subject in "ab":
+                client.sendmail("s@x.example", ["b@x.example"], _with_subject(subject))
+    status, out, err = program(*FREE, "--exit-after", "2", "--timeout", "10", ready=ready)
+    assert (status, err) == (0, "")
+    mails = json.loads(out.partition("\n")[2])
+    assert [mail["subject"] for mail in mails] == ["a", "b"]
+    assert [mail["text"]["body"].strip() for mail in mails] == ["Body of a", "Body of b"]
+
+
+# signal, further arguments, exit status
+SIGNALS = {
+    "SIGTERM is the normal end": ("SIGTERM", [], 0),
+    "SIGINT is the normal end": ("SIGINT", [], 0),
+    "SIGTERM before the messages came": ("SIGTERM", ["--exit-after", "1"], 1),
+    "SIGINT before the messages came": ("SIGINT", ["--exit-after", "1"], 1),
+}
+
+
+@pytest.mark.parametrize("name, arguments, expected", rows(SIGNALS))
+def test_exit_status_after_a_signal(name, arguments, expected, program):
+    before = set(threading.enumerate())
+    status, _, err = program(*FREE, *arguments,
+                             ready=lambda line: signal.raise_signal(getattr(signal, name)))
+    assert (status, err) == (expected, "")
+    assert set(threading.enumerate()) == before
+
+
+def test_signal_during_the_start(program, monkeypatch):
+    def start(server):
+        signal.raise_signal(signal.SIGTERM)
+    monkeypatch.setattr(mailtest.Mailtest, "start", start)
+    assert program(*FREE) == (0, "", "")
+
+
+def test_main_leaves_the_handlers_of_signals_as_they_were(program):
+    before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+    program(*BRIEF)
+    assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
+
+
+def _until(connection, octets):
+    """What comes until it holds these octets."""
+    got = b""
+    while octets not in got:
+        more = connection.recv(65_536)
+        assert more, got
+        got += more
+    return got
+
+
+def _end_in_mail_data(process):
+    """Sends SIGTERM to the program while a client sends it a mail."""
+    host, port = json.loads(process.stdout.readline().decode())["smtp"].split(":")
+    with socket.create_connection((host, int(port)), 10) as sender, \
+            socket.create_connection((host, int(port)), 10) as idle:
+        _until(idle, b"220 ")
+        _until(sender, b"220 ")
+        sender.sendall(b"EHLO c\r\nMAIL FROM:<>\r\nRCPT TO:<b@x.example>\r\nDATA\r\n")
+        _until(sender, b"354 ")
+        sender.sendall(b"Subject: half\r\n")
+        process.send_signal(signal.SIGTERM)
+        _until(idle, b"421 ")            # the stop has begun
+        sender.sendall(b"\r\nand half\r\n.\r\n")
+        assert re.match(rb"250 2\.0\.0 Ok: queued as ", _until(sender, b"\r\n"))
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows cannot send SIGTERM")
+def test_sigterm_lets_mail_data_end_first_and_saves_it(tmp_path):
+    with subprocess.Popen([sys.executable, "-W", "error", mailtest.__file__, *FREE,
+                           "--save", str(tmp_path)],
+                          stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        try:
+            _end_in_mail_data(process)
+            out, err = process.communicate(timeout=10)
+        finally:
+            process.kill()               # if it has not ended by itself
+    assert (process.returncode, out, err) == (0, b"", b"")
+    assert [path.read_bytes() for path in tmp_path.iterdir()] == [
+        b"Subject: half\r\n\r\nand half\r\n"]
+
+
+def test_version(program):
+    assert program("--version") == (0, f"mailtest {mailtest.__version__}\n", "")
+
+
+def help_text(program):
+    """--help, as Python 3.10 and later print it."""
+    status, out, err = program("--help")
+    assert (status, err) == (0, "")
+    return out.replace("\noptional arguments:\n", "\noptions:\n")
+
+
+def test_help_has_its_options_in_groups(program):
+    groups = re.findall(r"^(\S.*):\n((?:  .*\n)+)", help_text(program), re.M)
+    assert [(name, re.findall(r"^  (?:-h, )?(--\S+)", options, re.M))
+            for name, options in groups if name != "usage"] == [
+        ("options", ["--help", "--version"]),
+        ("where to listen", ["--smtp", "--http", "--host"]),
+        ("inboxes", ["--domain", "--ttl", "--strict", "--max-size", "--max-memory"]),
+        ("TLS and authentication",
+         ["--tls", "--tls-cert", "--tls-key", "--smtps", "--https", "--auth", "--api-key"]),
+        ("on a network", ["--hosted", "--rate", "--trust-proxy", "--allow-host"]),
+        ("in scripts", ["--save", "--webhook", "--exit-after", "--timeout"]),
+    ]
+
+
+@pytest.mark.parametrize("columns", ["20", "300"])
+def test_help_does_not_depend_on_the_terminal(columns, program, monkeypatch):
+    expected = help_text(program)
+    monkeypatch.setenv("COLUMNS", columns)
+    assert help_text(program) == expected
+    assert max(map(len, expected.splitlines())) <= 99
+
+
+def test_help_tells_the_defaults_that_hold(program):
+    text = help_text(program)
+    limits = mailtest.Limits()
+    assert (limits.ttl, limits.max_size, limits.max_memory) == (600, 25_000_000, 512_000_000)
+    for told in ("an inbox lives (10m)", "a message (25M; hosted 200k)", "together (512M)"):
+        assert told in text
+
+
+def test_help_does_not_tell_the_api_key(program, monkeypatch):
+    monkeypatch.setenv("MAILTEST_API_KEY", "s3cret")
+    assert "s3cret" not in help_text(program)
+
+
+KEYS = {
+    "no key": (None, [], {"secret": 200, "other": 200, "": 200}),
+    "the environment's": ("secret", [], {"secret": 200, "other": 401, "": 401}),
+    "the option's": (None, ["--api-key", "secret"], {"secret": 200, "other": 401, "": 401}),
+    "the option before the environment": (
+        "other", ["--api-key", "secret"], {"secret": 200, "other": 401, "": 401}),
+}
+
+
+@pytest.mark.parametrize("variable, arguments, expected", rows(KEYS))
+def test_api_key(variable, arguments, expected, program, monkeypatch):
+    def ready(line):
+        for key in expected:
+            basic = base64.b64encode(f"{key}:".encode()).decode()
+            seen[key] = fetch(line["http"] + "/api/messages?server=mailtest",
+                              **({"Authorization": f"Basic {basic}"} if key else {}))[0]
+        seen["acquire"] = fetch(line["http"] + "/v1/acquire")[0]
+    seen = {}
+    if variable is not None:
+        monkeypatch.setenv("MAILTEST_API_KEY", variable)
+    assert program(*BRIEF, *arguments, ready=ready)[0] == 1
+    assert seen == dict(expected, acquire=200)
+
+
+# arguments, what /healthz says of it
+TOLD_OPTIONS = {
+    "defaults": ([], {"domain": "mailtest.example", "ttl": 600.0, "max_size": 25_000_000,
+                      "max_memory": 512_000_000, "rate": 0, "hosted": False, "strict": False,
+                      "api_key": False}),
+    "each its own": (
+        ["--domain", "S1.Mail.example", "--ttl", "1h", "--max-size", "1M", "--max-memory", "2M",
+         "--rate", "7", "--strict", "--api-key", "k"],
+        {"domain": "s1.mail.example", "ttl": 3600.0, "max_size": 1_000_000,
+         "max_memory": 2_000_000, "rate": 7, "hosted": False, "strict": True, "api_key": True}),
+    "hosted": (["--hosted"], {"max_size": 200_000, "rate": 10, "hosted": True, "strict": True}),
+    "hosted with limits of its own": (
+        ["--hosted", "--max-size", "1M", "--rate", "5"],
+        {"max_size": 1_000_000, "rate": 5, "hosted": True, "strict": True}),
+}
+
+
+@pytest.mark.parametrize("arguments, expected", rows(TOLD_OPTIONS))
+def test_options_arrive(arguments, expected, program):
+    def ready(line):
+        state.update(json.loads(fetch(line["http"] + "/healthz")[1].decode("utf-8")))
+    state = {}
+    program(*BRIEF, *arguments, ready=ready)
+    assert {name: state[name] for name in expected} == expected
+
+
+def test_listening_on_all_addresses_without_a_key_is_warned_of(program):
+    warning = ("mailtest: anyone who reaches 0.0.0.0 can read and delete this mail; --api-key "
+               "closes it\n")
+    assert program(*BRIEF, "--host", "0.0.0.0")[2].startswith(warning)
+    assert warning not in program(*BRIEF, "--host", "0.0.0.0", "--api-key", "k")[2]
+
+
+# -- TLS
+
+@pytest.mark.skipif(not shutil.which("openssl"), reason="there is no openssl program")
+def test_tls_makes_a_certificate_that_a_client_can_check(program, tmp_path, monkeypatch):
+    def ready(line):
+        context = ssl.create_default_context(cafile=str(next(tmp_path.glob("*/*-cert.pem"))))
+        host, port = line["smtps"].split(":")
+        with smtplib.SMTP_SSL(host, int(port), "client.example", context=context) as client:
+            seen.append(client.noop()[0])
+        host, port = line["smtp"].split(":")
+        with smtplib.SMTP("localhost", int(port), "client.example") as client:
+            seen.append(client.starttls(context=context)[0])
+        with urllib.request.urlopen(line["http"] + "/healthz", context=context) as response:
+            seen.append(response.status)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setenv("no_proxy", "*")
+    seen = []
+    status, out, err = program(*BRIEF, "--tls", "--smtps", "0", "--https", ready=ready)
+    assert (status, seen) == (1, [250, 220, 200])
+    certificate = next(tmp_path.glob("*/*-cert.pem"))
+    key = next(tmp_path.glob("*/*-key.pem"))
+    assert err.splitlines()[0] == f"mailtest: clients must trust {certificate}"
+    if os.name != "nt":
+        assert key.stat().st_mode & 0o077 == 0
+    line = json.loads(out)
+    assert (sorted(line), line["http"].partition(":")[0]) == (["http", "smtp", "smtps"], "https")
+
+
+def test_tls_without_the_openssl_program(program, tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    assert program(*BRIEF, "--tls") == (
+        1, "", "mailtest: cannot start with --host 127.0.0.1 --smtp 0, --http 0: --tls needs the "
+               "openssl program to make a certificate, and it is not on the PATH; install it, or "
+               "give --tls-cert and --tls-key\n")
+
+
+def test_folder_of_the_certificate_is_removed_in_the_end(program, tmp_path, monkeypatch):
+    at_exit = []
+    monkeypatch.setattr(atexit, "register", lambda *call, **options: at_exit.append(
+        functools.partial(*call, **options)))
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    program(*BRIEF, "--tls")
+    assert len(os.listdir(tmp_path)) == 1
+    for call in at_exit:
+        call()
+    assert os.listdir(tmp_path) == []
+
+
+# -- the sendmail stand-in
+
+@pytest.fixture
+def standin(running, monkeypatch, capsys):
+    """Runs `mailtest.py sendmail`: standin(arguments, octets) -> (exit status, what stands on
+    standard error, the messages that came, oldest first)."""
+    monkeypatch.setenv("MAILTEST_SMTP", running.smtp)
+    monkeypatch.setenv("USER", "tester")
+
+    def run(arguments, octets=b""):
+        before = {message.id for message in running.store.newest("mailtest")}
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(octets)))
+        status = mailtest.main(["sendmail", *arguments])
+        out, err = capsys.readouterr()
+        assert out == ""
+        return status, err, [message for message in running.store.newest("mailtest")[::-1]
+                             if message.id not in before]
+    return run
+
+
+def completed(octets):
+    """The octets with the date and the id that the stand-in makes replaced by words."""
+    octets = re.sub(rb"(?m)^Date: [A-Z][a-z]{2}, \d\d [A-Z][a-z]{2} \d{4} \d\d:\d\d:\d\d "
+                    rb"[+-]\d{4}\r$", b"Date: <date>\r", octets)
+    return re.sub(rb"(?m)^Message-ID: <[0-9a-f-]{36}@localhost>\r$", b"Message-ID: <id>\r", octets)
+
+
+DATED = b"Date: <date>\r\nMessage-ID: <id>\r\n"
+FROM_TESTER = b"From: tester@localhost\r\n"
+WHOLE = (b"From: a@x.example\nTo: b@x.example\nDate: Tue, 6 Aug 2019 17:44:07 +0000\n"
+         b"Message-ID: <1@x.example>\n")
+WHOLE_CRLF = WHOLE.replace(b"\n", b"\r\n")
+
+# arguments, standard input, reverse-path, forward-paths, mail data
+FLAGS = {
+    "PHP: -t -i": (
+        ["-t", "-i"], b"To: Bob <b@x.example>, c@x.example\nSubject: Hi\nX-PHP: 1\n\nHello\n",
+        "tester@localhost", ("b@x.example", "c@x.example"),
+        b"To: Bob <b@x.example>, c@x.example\r\nSubject: Hi\r\nX-PHP: 1\r\n" + FROM_TESTER + DATED
+        + b"\r\nHello\r\n"),
+    "cron: -FCronDaemon -i -B8BITMIME -oem root": (
+        ["-FCronDaemon", "-i", "-B8BITMIME", "-oem", "root"],
+        b"From: root (Cron Daemon)\nTo: root\nSubject: Cron <root@host> ls\n\nout\n",
+        "root@localhost", ("root@localhost",),
+        b"From: root (Cron Daemon)\r\nTo: root\r\nSubject: Cron <root@host> ls\r\n" + DATED
+        + b"\r\nout\r\n"),
+    "cron with MAILTO=ops@x.example": (
+        ["-FCronDaemon", "-i", "-B8BITMIME", "-oem", "ops@x.example"],
+        b"Subject: Cron ls\n\nout\n", "tester@localhost", ("ops@x.example",),
+        b"Subject: Cron ls\r\nFrom: CronDaemon <tester@localhost>\r\nTo: ops@x.example\r\n" + DATED
+        + b"\r\nout\r\n"),
+    "mailx: -i -f a@b c@d": (
+        ["-i", "-f", "a@b.example", "c@d.example"], b"To: c@d.example\nSubject: Hi\n\nHello\n",
+        "a@b.example", ("c@d.example",),
+        b"To: c@d.example\r\nSubject: Hi\r\nFrom: a@b.example\r\n" + DATED + b"\r\nHello\r\n"),
+    "seed: -t address -s subject -m text": (
+        ["-t", "b@x.example", "-s", "Hi there", "-m", "Some text"], b"", "tester@localhost",
+        ("b@x.example",),
+        b"Subject: Hi there\r\n" + FROM_TESTER + b"To: b@x.example\r\n" + DATED
+        + b"\r\nSome text\r\n"),
+    "mutt: -oem -oi -f a@b -- c@d": (
+        ["-oem", "-oi", "-f", "a@b.example", "--", "c@d.example"], WHOLE + b"\nx\n.\ny\n",
+        "a@b.example", ("c@d.example",), WHOLE_CRLF + b"\r\nx\r\n.\r\ny\r\n"),
+    "MIME::Lite: -t -oi -oem": (
+        ["-t", "-oi", "-oem"], WHOLE + b"\nx\n.\ny\n", "a@x.example", ("b@x.example",),
+        WHOLE_CRLF + b"\r\nx\r\n.\r\ny\r\n"),
+    "two letters in one word: -ti": (
+        ["-ti"], WHOLE + b"\nx\n.\ny\n", "a@x.example", ("b@x.example",),
+        WHOLE_CRLF + b"\r\nx\r\n.\r\ny\r\n"),
+    "two letters in one word: -it": (
+        ["-it"], WHOLE + b"\nx\n.\ny\n", "a@x.example", ("b@x.example",),
+        WHOLE_CRLF + b"\r\nx\r\n.\r\ny\r\n"),
+    "a complete mail is left as it is": (
+        ["b@x.example"], WHOLE + b"\nx\n", "a@x.example", ("b@x.example",),
+        WHOLE_CRLF + b"\r\nx\r\n"),
+    "CRLF stays, a lone LF becomes it": (
+        ["-t"], WHOLE_CRLF + b"\r\none\r\ntwo\nthree\r\n", "a@x.example", ("b@x.example",),
+        WHOLE_CRLF + b"\r\none\r\ntwo\r\nthree\r\n"),
+    "a last line without end gets one": (
+        ["-t"], WHOLE + b"\nend", "a@x.example", ("b@x.example",), WHOLE_CRLF + b"\r\nend\r\n"),
+    "a lone dot ends the mail": (
+        ["-t"], WHOLE + b"\nx\n.\ny\n", "a@x.example", ("b@x.example",),
+        WHOLE_CRLF + b"\r\nx\r\n"),
+    "with -i a lone dot is text": (
+        ["-t", "-i"], WHOLE + b"\n.\n..\n.x\n", "a@x.example", ("b@x.example",),
+        WHOLE_CRLF + b"\r\n.\r\n..\r\n.x\r\n"),
+    "8-bit text passes": (
+        ["-t", "-i"], WHOLE + "Subject: Grüße\n\nStraße \xff\n".encode("utf-8") + b"\xff\xfe\n",
+        "a@x.example", ("b@x.example",),
+        WHOLE_CRLF + "Subject: Grüße\r\n\r\nStraße \xff\r\n".encode("utf-8") + b"\xff\xfe\r\n"),
+    "Bcc gets the mail and is removed, folded or not": (
+        ["-t"], WHOLE + b"BCC: c@x.example,\n d@x.example\nBcc :\n\te@x.example\nX-Bcc: f\n\nx\n",
+        "a@x.example", ("b@x.example", "c@x.example", "d@x.example", "e@x.example"),
+        WHOLE_CRLF + b"X-Bcc: f\r\n\r\nx\r\n"),
+    "Bcc as the last line": (
+        ["-t"], WHOLE + b"Bcc: c@x.example", "a@x.example", ("b@x.example", "c@x.example"),
+        WHOLE_CRLF + b"\r\n"),
+    "Bcc without -t is removed too": (
+        ["b@x.example"], WHOLE + b"Bcc: c@x.example\n\nx\n", "a@x.example", ("b@x.example",),
+        WHOLE_CRLF + b"\r\nx\r\n"),
+    "Bcc in the body is text": (
+        ["-t"], WHOLE + b"\nBcc: c@x.example\n", "a@x.example", ("b@x.example",),
+        WHOLE_CRLF + b"\r\nBcc: c@x.example\r\n"),
+    "recipients of all kinds, each once": (
+        ["-t", "d@x.example", "b@x.example"], WHOLE + b"Cc: c@x.example\n\nx\n",
+        "a@x.example", ("d@x.example", "b@x.example", "c@x.example"),
+        WHOLE_CRLF + b"Cc: c@x.example\r\n\r\nx\r\n"),
+    "-f before From": (
+        ["-fbounce@x.example", "-t"], WHOLE + b"\nx\n", "bounce@x.example", ("b@x.example",),
+        WHOLE_CRLF + b"\r\nx\r\n"),
+    "-r is -f": (
+        ["-r", "bounce@x.example", "-t"], WHOLE + b"\nx\n", "bounce@x.example", ("b@x.example",),
+        WHOLE_CRLF + b"\r\nx\r\n"),
+    "-f <> is the null reverse-path": (
+        ["-f", "<>", "-t"], WHOLE + b"\nx\n", "", ("b@x.example",), WHOLE_CRLF + b"\r\nx\r\n"),
+    "a full name in another script": (
+        ["-F", "Zoë", "-f", "z@x.example", "b@x.example"], b"\nx\n", "z@x.example",
+        ("b@x.example",),
+        b"From: =?utf-8?q?Zo=C3=AB?= <z@x.example>\r\nTo: b@x.example\r\n" + DATED
+        + b"\r\nx\r\n"),
+    "text without a header section": (
+        ["b@x.example"], b"Hello, world\n", "tester@localhost", ("b@x.example",),
+        FROM_TESTER + b"To: b@x.example\r\n" + DATED + b"\r\nHello, world\r\n"),
+    "nothing on standard input": (
+        ["b@x.example"], b"", "tester@localhost", ("b@x.example",),
+        FROM_TESTER + b"To: b@x.example\r\n" + DATED + b"\r\n"),
+    "an address of SMTPUTF8": (
+        ["büro@x.example"], WHOLE + b"\nx\n", "a@x.example", ("büro@x.example",),
+        WHOLE_CRLF + b"\r\nx\r\n"),
+    "two addresses in one argument": (
+        ["b@x.example, c@x.example"], WHOLE + b"\nx\n", "a@x.example",
+        ("b@x.example", "c@x.example"), WHOLE_CRLF + b"\r\nx\r\n"),
+    "-f with a full name": (
+        ["-f", "Bob <bob@x.example>", "b@x.example"], b"Subject: x\n\nx\n", "bob@x.example",
+        ("b@x.example",),
+        b"Subject: x\r\nFrom: bob@x.example\r\nTo: b@x.example\r\n" + DATED + b"\r\nx\r\n"),
+    "the separator line of an mbox is dropped": (
+        ["-t"], b"From root Mon Nov 21 06:00:00 2026\n" + WHOLE + b"\nx\n", "a@x.example",
+        ("b@x.example",), WHOLE_CRLF + b"\r\nx\r\n"),
+    "a subject in another script": (
+        ["-t", "b@x.example", "-s", "Grüße", "-m", "Straße"], b"", "tester@localhost",
+        ("b@x.example",),
+        b"Subject: =?utf-8?b?R3LDvMOfZQ==?=\r\n" + FROM_TESTER + b"To: b@x.example\r\n" + DATED
+        + "\r\nStraße\r\n".encode("utf-8")),
+    "flags that change nothing here": (
+        ["-v", "-n", "-U", "-bm", "-odb", "-em", "-Oa=b", "-N", "never", "-R", "hdrs", "-t"],
+        WHOLE + b"\nx\n", "a@x.example", ("b@x.example",), WHOLE_CRLF + b"\r\nx\r\n"),
+}
+
+
+@pytest.mark.parametrize("arguments, octets, reverse, forward, expected", rows(FLAGS))
+def test_sendmail_flags(arguments, octets, reverse, forward, expected, standin):
+    status, err, messages = standin(arguments, octets)
+    assert (status, err) == (0, "")
+    message, = messages
+    assert (message.envelope.reverse_path, message.envelope.forward_paths,
+            completed(message.octets)) == (reverse, forward, expected)
+
+
+USED_WRONGLY = {
+    "no recipient": (
+        [], "expected a recipient: as an argument, or with -t in To, Cc or Bcc"),
+    "-t and nobody named": (
+        ["-t"], "expected a recipient: as an argument, or with -t in To, Cc or Bcc"),
+    "a flag without its value": (["b@x.example", "-f"], "expected a value after -f"),
+    "an unknown flag": (
+        ["-Z", "b@x.example"],
+        "unknown flag -Z in '-Z': expected -t, -i, -f ADDRESS, -F NAME, -o..., -s SUBJECT, "
+        "-m TEXT, -S HOST:PORT"),
+    "a mode that is none here": (
+        ["-bs"], "-bs is not implemented: expected a mail on standard input"),
+    "a catcher without port": (
+        ["-S", "localhost", "b@x.example"],
+        "expected HOST:PORT in -S or MAILTEST_SMTP, got 'localhost'"),
+    "a catcher with a port in words": (
+        ["-S", "localhost:smtp", "b@x.example"],
+        "expected HOST:PORT in -S or MAILTEST_SMTP, got 'localhost:smtp'"),
+    "a catcher without host": (
+        ["-S", ":2525", "b@x.example"],
+        "expected HOST:PORT in -S or MAILTEST_SMTP, got ':2525'"),
+}
+
+
+@pytest.mark.parametrize("arguments, text", rows(USED_WRONGLY))
+def test_sendmail_used_wrongly_is_ex_usage(arguments, text, standin):
+    assert standin(arguments, b"Subject: x\n\nx\n") == (64, f"sendmail: {text}\n", [])
+
+
+INJECTIONS = {
+    "in the sender": ["-f", "a@x.example\nX-Evil: 1", "b@x.example"],
+    "in the full name": ["-F", "Bob\nX-Evil: 1", "b@x.example"],
+    "in a recipient": ["b@x.example\nX-Evil: 1"],
+    "in a recipient after --": ["--", "b@x.example\r\nX-Evil: 1"],
+    "in the subject": ["-s", "Hi\nX-Evil: 1", "-m", "text", "b@x.example"],
+}
+
+
+@pytest.mark.parametrize("arguments", rows(INJECTIONS))
+def test_sendmail_arguments_inject_no_header_field(arguments, standin):
+    status, err, messages = standin(arguments, b"Subject: Hi\n\nx\n")
+    assert (status, messages, "Traceback" in err) in [(64, [], False), (0, messages, False)]
+    assert not any(b"\nX-Evil:" in message.octets for message in messages)
+
+
+def test_sendmail_tells_of_an_argument_that_is_no_address(standin):
+    status, err, messages = standin(["b@x.example", "not an address"], WHOLE + b"\nx\n")
+    assert status in (64, 67)
+    assert "'not an address'" in err
+
+
+# failures of the recipient's inbox, exit status by sysexits.h, text, how many messages came
+REFUSED = {
+    "EX_NOUSER: the recipient is refused for good": (
+        ["rcpt:550"], 67, "<inbox>: 550 5.0.0 Scripted: fail=rcpt:550", 0),
+    "EX_TEMPFAIL: the recipient is refused for now": (
+        ["rcpt:451"], 75, "<inbox>: 451 4.0.0 Scripted: fail=rcpt:451", 0),
+    "EX_UNAVAILABLE: the mail data are refused for good": (
+        ["data:554"], 69, "<smtp> answered 554 5.0.0 Scripted: fail=data:554", 0),
+    "EX_TEMPFAIL: the mail data are refused for now": (
+        ["data:452"], 75, "<smtp> answered 452 4.0.0 Scripted: fail=data:452", 0),
+    "EX_TEMPFAIL: the connection is lost": (
+        ["data:drop"], 75, "<smtp> does not take mail: Connection unexpectedly closed; is "
+                           "mailtest running there?", 0),
+}
+
+
+@pytest.mark.parametrize("failures, expected, text, count", rows(REFUSED))
+def test_sendmail_exit_status_when_refused(failures, expected, text, count, standin, running):
+    address = running.acquire(*failures).address
+    status, err, messages = standin([address], WHOLE + b"\nx\n")
+    text = text.replace("<inbox>", address).replace("<smtp>", running.smtp)
+    assert (status, err, len(messages)) == (expected, f"sendmail: {text}\n", count)
+
+
+def test_sendmail_exit_status_when_the_sender_is_refused(standin, running):
+    address = running.acquire("mail:550").address
+    assert standin(["-f", address, "b@x.example"], WHOLE + b"\nx\n") == (
+        69, f"sendmail: {running.smtp} answered 550 5.0.0 Scripted: fail=mail:550\n", [])
+
+
+@pytest.mark.parametrize("code, expected", [("550", 67), ("451", 75)])
+def test_sendmail_exit_status_when_one_of_two_is_refused(code, expected, standin, running):
+    address = running.acquire(f"rcpt:{code}").address
+    status, err, messages = standin([address, "b@x.example"], WHOLE + b"\nx\n")
+    assert (status, err, len(messages)) == (
+        expected, f"sendmail: {address}: {code} {code[0]}.0.0 Scripted: fail=rcpt:{code}\n", 1)
+    assert messages[0].envelope.forward_paths == ("b@x.example",)
+
+
+def test_sendmail_exit_status_when_nobody_listens(standin):
+    where = _unreachable()[len("http://"):-1]
+    status, err, messages = standin(["-S", where, "b@x.example"], WHOLE + b"\nx\n")
+    assert (status, messages) == (75, [])
+    assert re.fullmatch(rf"sendmail: {where} does not take mail: .+; is mailtest running "
+                        r"there\?\n", err)
+
+
+def test_sendmail_option_comes_before_the_environment(standin, running, monkeypatch):
+    monkeypatch.setenv("MAILTEST_SMTP", _unreachable()[len("http://"):-1])
+    assert standin(["-S", running.smtp, "b@x.example"], WHOLE + b"\nx\n")[0] == 0
+
+
+# ---- Source ----------------------------------------------------------------
+
+SOURCE = pathlib.Path(mailtest.__file__).read_text(encoding="utf-8")
+README = pathlib.Path(mailtest.__file__).with_name("README.md")
+
+
+@functools.lru_cache(maxsize=None)
+def sections():
+    """(name, number of its first line) of each section in order, after what stands before."""
+    banners = re.finditer(r"^# ---- (.+?) -+$", SOURCE, re.M)
+    return [("", 1)] + [(match.group(1), SOURCE.count("\n", 0, match.start()) + 1)
+                        for match in banners]
+
+
+def section_of(line):
+    """The number of the section that a line is in."""
+    return max(number for number, (_, first) in enumerate(sections()) if first <= line)
+
+
+@functools.lru_cache(maxsize=None)
+def tree():
+    return ast.parse(SOURCE)
+
+
+def module_names():
+    """{name: number of the section that binds it}."""
+    names = {}
+    for node in tree().body:
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+            names[node.name] = section_of(node.lineno)
+        elif isinstance(node, (ast.Assign, ast.AnnAssign)):
+            for target in ast.walk(node):
+                if isinstance(target, ast.Name) and isinstance(target.ctx, ast.Store):
+                    names.setdefault(target.id, section_of(node.lineno))
+    return names
+
+
+def global_uses(table, line=1):
+    """(name, line of the scope) of each module-level name that a scope in the table uses."""
+    if table.get_type() != "module":
+        line = table.get_lineno() or line
+        for symbol in table.get_symbols():
+            if symbol.is_global() and symbol.is_referenced():
+                yield symbol.get_name(), line
+    for child in table.get_children():
+        yield from global_uses(child, line)
+
+
+@functools.lru_cache(maxsize=None)
+def all_uses():
+    return list(global_uses(symtable.symtable(SOURCE, "mailtest.py", "exec")))
+
+
+def annotated_names():
+    """(name, line) of each name in an annotation that is a string."""
+    for node in ast.walk(tree()):
+        for annotation in (getattr(node, "annotation", None), getattr(node, "returns", None)):
+            if isinstance(annotation, ast.Constant) and isinstance(annotation.value, str):
+                for name in ast.walk(ast.parse(annotation.value, mode="eval")):
+                    if isinstance(name, ast.Name):
+                        yield name.id, node.lineno
+
+
+def test_sections_are_those_that_the_docstring_announces():
+    announced = re.findall(r"^    ([A-Z][\w ]*?)  +\S", mailtest.__doc__.partition(
+        "The sections, ")[2], re.M)
+    assert [name for name, _ in sections()[1:]] == announced
+
+
+def test_banners_have_one_width():
+    banners = re.findall(r"^# ---- .+$", SOURCE, re.M)
+    assert {len(banner) for banner in banners} == {78}
+
+
+def test_sections_only_look_up():
+    names = module_names()
+    assert len(all_uses()) > 500         # the walk has seen something
+    assert [(sections()[section_of(line)][0], name)
+            for name, line in all_uses() + list(annotated_names())
+            if names.get(name, 0) > section_of(line)] == []
+
+
+def test_smtp_and_http_do_not_know_each_other():
+    names = module_names()
+    kinds = {number: name.split()[0] for number, (name, _) in enumerate(sections()) if name}
+    foreign = {("SMTP", "HTTP"), ("HTTP", "SMTP")}
+    assert [(sections()[section_of(line)][0], name)
+            for name, line in all_uses()
+            if (kinds.get(section_of(line)), kinds.get(names.get(name))) in foreign] == []
+
+
+def imported_modules():
+    """The modules that are imported anywhere in the file."""
+    for node in ast.walk(tree()):
+        if isinstance(node, ast.Import):
+            yield from (name.name for name in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert not node.level
+            yield node.module
+
+
+def _is_standard(module):
+    if hasattr(sys, "stdlib_module_names"):          # Python 3.10
+        return module in sys.stdlib_module_names
+    if module in sys.builtin_module_names:
+        return True
+    origin = os.path.realpath(importlib.util.find_spec(module).origin)
+    return origin.startswith(os.path.realpath(sys.base_prefix)) and "site-packages" not in origin
+
+
+def test_only_the_standard_library_is_imported():
+    modules = {name.partition(".")[0] for name in imported_modules()}
+    assert len(modules) > 20
+    assert [name for name in sorted(modules) if not _is_standard(name)] == []
+
+
+def test_nothing_private_of_the_standard_library_is_used():
+    modules = {name.partition(".")[0] for name in imported_modules()}
+    private = re.compile(r"_(?!_\w+__$)")
+    assert [f"{node.value.id}.{node.attr}" for node in ast.walk(tree())
+            if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name)
+            and node.value.id in modules and private.match(node.attr)] == []
+    assert [name for name in imported_modules() if re.search(r"(^|\.)_", name)] == []
+
+
+def takes_the_lock(node):
+    return isinstance(node, ast.With) and [
+        getattr(item.context_expr, "attr", "") for item in node.items] == ["_changed"]
+
+
+def outside_the_lock(node):
+    """The nodes below that no `with self._changed:` encloses."""
+    if not takes_the_lock(node):
+        yield node
+        for child in ast.iter_child_nodes(node):
+            yield from outside_the_lock(child)
+
+
+def test_store_methods_take_the_lock_before_they_touch_state():
+    """Only what is no state may stand before `with self._changed:`, since parsing belongs there.
+    A property that returns one attribute needs no lock."""
+    store, = (node for node in tree().body
+              if isinstance(node, ast.ClassDef) and node.name == "Store")
+    own = {node.name for node in store.body if isinstance(node, ast.FunctionDef)}
+    seen, unlocked = 0, []
+    for method in store.body:
+        if not isinstance(method, ast.FunctionDef) or method.name.startswith("_"):
+            continue
+        seen += 1
+        touched = [node.attr for node in outside_the_lock(method)
+                   if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name)
+                   and node.value.id == "self" and node.attr.startswith("_")
+                   and node.attr not in own]
+        if any(getattr(each, "id", "") == "property" for each in method.decorator_list):
+            unlocked.extend((method.name, touched) for _ in touched[1:])
+        elif touched or not any(map(takes_the_lock, ast.walk(method))):
+            unlocked.append((method.name, touched))
+    assert seen > 25
+    assert unlocked == []
+
+
+def test_no_line_is_over_99_columns():
+    assert [(number, len(line)) for number, line in enumerate(SOURCE.splitlines(), 1)
+            if len(line) > 99] == []
+
+
+
+def test_only_the_command_line_prints():
+    uses = [token.start[0] for token in tokenize.generate_tokens(io.StringIO(SOURCE).readline)
+            if token.type == tokenize.NAME and token.string == "print"]
+    assert uses
+    assert {sections()[section_of(line)][0] for line in uses} == {"Command line"}
+
+
+def test_only_the_command_line_reads_arguments_and_environment():
+    uses = [(node.lineno, node.attr) for node in ast.walk(tree())
+            if isinstance(node, ast.Attribute) and node.attr in ("argv", "environ", "getenv")]
+    assert {attribute for _, attribute in uses} == {"argv", "environ"}
+    assert {sections()[section_of(line)][0] for line, _ in uses} == {"Command line"}
+
+
+
+def test_all_names_what_there_is():
+    assert [name for name in mailtest.__all__ if not hasattr(mailtest, name)] == []
+
+
+
+def test_readme_lists_the_routes():
+    listed = re.findall(r"^\| `([A-Z]+)` \| `(/[^`]*)` \|", README.read_text(encoding="utf-8"),
+                        re.M)
+    assert listed == [(route.method, route.path) for route in mailtest.ROUTES]
+
+
+def test_readme_lists_the_options(program):
+    readme = README.read_text(encoding="utf-8")
+    block = re.search(r"^## Options$.*?^```text\n(.*?)^```$", readme, re.M | re.S)
+    groups = help_text(program).partition("\nwhere to listen:\n")
+    assert block.group(1) == (groups[1].lstrip() + groups[2]).rpartition("\n\n")[0] + "\n"
+
+
+def test_readme_begins_its_changes_with_this_version():
+    changes = README.read_text(encoding="utf-8").partition("\n## Changes\n")[2].lstrip("\n")
+    assert changes.partition("\n")[0] == f"### {mailtest.__version__}"
+
+
+# ---- Speed -----------------------------------------------------------------
+# Not a test: `python test_mailtest.py` prints a table in less than a minute.
+
+LINE = b"The quick brown fox jumps over the lazy dog, https://bench.example/a\r\n"
+
+
+def send_for(port, seconds, size, connections, kept, sent):
+    """Sends mail of about `size` octets for some seconds; puts the number sent."""
+    head = b"From: a@bench.example\r\nTo: b@bench.example\r\nSubject: bench\r\n\r\n"
+    data = head + LINE * max(1, (size - len(head)) // len(LINE)) + b".\r\n"
+    steps = (b"MAIL FROM:<a@bench.example>\r\n", b"RCPT TO:<b@bench.example>\r\n", b"DATA\r\n",
+             data)
+    until, count, clients = time.perf_counter() + seconds, 0, []
+    while time.perf_counter() < until:
+        if not clients:
+            clients = [socket.create_connection(("127.0.0.1", port)) for _ in range(connections)]
+            for client in clients:
+                client.recv(999)
+                client.sendall(b"EHLO bench\r\n")
+                client.recv(999)
+        for step in steps:
+            for client in clients:
+                client.sendall(step)
+            for client in clients:
+                assert client.recv(999)[:1] in b"23"
+        count += connections
+        if not kept:
+            for client in clients:
+                client.sendall(b"QUIT\r\n")
+                client.recv(999)
+                client.close()
+            clients = []
+    sent.put(count)
+
+
+def mails_a_second(port, size, connections, kept, seconds=1.5):
+    """How many mails a second a process of its own can hand over."""
+    sent = multiprocessing.Queue()
+    sender = multiprocessing.Process(target=send_for,
+                                     args=(port, seconds, size, connections, kept, sent))
+    sender.start()
+    count = sent.get()
+    sender.join()
+    return count / seconds
+
+
+def requests_a_second(port, method, target, body=b"", seconds=1.5):
+    """How many requests a second one kept connection answers."""
+    client = socket.create_connection(("127.0.0.1", port))
+    client.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    request = (f"{method} {target} HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(body)}"
+               "\r\n\r\n").encode() + body
+    count, until = 0, time.perf_counter() + seconds
+    while time.perf_counter() < until:
+        client.sendall(request)
+        answer = client.recv(1 << 20)
+        head, _, rest = answer.partition(b"\r\n\r\n")
+        left = int(re.search(rb"Content-Length: (\d+)", head).group(1)) - len(rest)
+        while left > 0:
+            left -= len(client.recv(1 << 20))
+        assert head.startswith(b"HTTP/1.1 200"), head
+        count += 1
+    client.close()
+    return count / seconds
+
+
+def wait_latencies(http_port, smtp_port, times=50):
+    """Milliseconds from the 250 to the answer of a long poll."""
+    found = []
+    with smtplib.SMTP("127.0.0.1", smtp_port, "localhost") as client:
+        for number in range(times):
+            address, told = f"wait{number}@bench.example", []
+
+            def poll(address=address, told=told):
+                url = f"http://127.0.0.1:{http_port}/v1/get/{address}?timeout=10"
+                with urllib.request.urlopen(url) as answer:
+                    answer.read()
+                told.append(time.perf_counter())
+            waiter = threading.Thread(target=poll)
+            waiter.start()
+            while not health(http_port)["waiters"]:
+                pass
+            client.sendmail("a@bench.example", [address], "Subject: x\r\n\r\nx\r\n")
+            sent = time.perf_counter()
+            waiter.join()
+            found.append((told[0] - sent) * 1e3)
+    return found
+
+
+def health(http_port):
+    """What /healthz says."""
+    with urllib.request.urlopen(f"http://127.0.0.1:{http_port}/healthz") as answer:
+        return json.load(answer)
+
+
+def started():
+    """(process, SMTP port, HTTP port, milliseconds until both answered)."""
+    began = time.perf_counter()
+    process = subprocess.Popen(
+        [sys.executable, mailtest.__file__, "--smtp", "0", "--http", "0", "--max-memory", "2G"],
+        stdout=subprocess.PIPE)
+    ready = json.loads(process.stdout.readline())
+    took = (time.perf_counter() - began) * 1e3
+    return (process, int(ready["smtp"].rpartition(":")[2]),
+            int(ready["http"].rpartition(":")[2]), took)
+
+
+def benchmark():
+    """Prints the table."""
+    starts = []
+    for _ in range(5):
+        process, smtp_port, http_port, took = started()
+        starts.append(took)
+        process.terminate()
+        process.wait()
+    print(f"mailtest {mailtest.__version__}, Python {sys.version.split()[0]}, "
+          f"{os.cpu_count()} processors\n")
+    print(f"| {'what':44} | {'figure':>18} |\n|{'-' * 46}|{'-' * 20}|")
+
+    def row(what, figure):
+        print(f"| {what:44} | {figure:>18} |", flush=True)
+    row("start until both ports answer, median", f"{statistics.median(starts):.0f} ms")
+    for size, connections, kept in ((1_000, 1, True), (1_000, 10, True), (1_000, 1, False),
+                                    (1_000, 10, False), (100_000, 1, True), (1_000_000, 10, True)):
+        process, smtp_port, http_port, _ = started()
+        rate = mails_a_second(smtp_port, size, connections, kept)
+        what = f"mails of {size // 1000} kB, {connections} connection{'s' * (connections > 1)}"
+        row(f"{what}, {'kept' if kept else 'one a mail'}", f"{rate:,.0f} /s")
+        process.terminate()
+        process.wait()
+    process, smtp_port, http_port, _ = started()
+    mails_a_second(smtp_port, 1_000, 10, True, 1.0)
+    id = json.load(urllib.request.urlopen(
+        f"http://127.0.0.1:{http_port}/api/messages?itemsPerPage=1"))["items"][0]["id"]
+    stored = health(http_port)["messages"]
+    row("stored for what follows", f"{stored:,}")
+    row("list of 50 summaries", f"{requests_a_second(http_port, 'GET', '/api/messages'):,.0f} /s")
+    one = requests_a_second(http_port, "GET", f"/api/messages/{id}")
+    row("one message", f"{one:,.0f} /s")
+    search = b'{"subject": "no such subject", "sentTo": "nobody@bench.example"}'
+    requests_a_second(http_port, "POST", "/api/messages/search?timeout=0", search, 0.1)
+    waits = wait_latencies(http_port, smtp_port)
+    row("250 until a long poll's answer, median", f"{statistics.median(waits):.2f} ms")
+    row("the same, the worst of 50", f"{max(waits):.2f} ms")
+    process.terminate()
+    process.wait()
+
+
+if __name__ == "__main__":
+    benchmark()
