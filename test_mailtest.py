@@ -9160,6 +9160,53 @@ def test_readme_lists_the_options(program):
     assert block.group(1) == (groups[1].lstrip() + groups[2]).rpartition("\n\n")[0] + "\n"
 
 
+def recipe(heading, language):
+    """The first code block of a language under a heading of the README."""
+    section = README.read_text(encoding="utf-8").partition(f"\n{heading}\n")[2]
+    return re.search(rf"^```{language}\n(.*?)^```$", section, re.M | re.S).group(1)
+
+
+def test_readme_recipe_for_pytest(tmp_path):
+    output = run_project(tmp_path, 'pytest_plugins = ["mailtest"]\n',
+                         {"test_welcome": recipe("### pytest", "python")})
+    assert re.search(r"^=+ 1 passed in ", output, re.M), output
+
+
+def test_readme_recipe_for_plain_python(capsys):
+    exec(recipe("### Plain Python", "python"), {})
+    assert capsys.readouterr().out.count("refused: ") == 2
+
+
+def run_recipe(command, script, server, **environment):
+    """What a script of the README prints, played on a server."""
+    script = script.replace("http://127.0.0.1:8080", server.url).replace(
+        "python mailtest.py", f'"{sys.executable}" "{mailtest.__file__}"')
+    run = subprocess.run(command + [script], stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                         env=dict(os.environ, MAILTEST_SMTP=server.smtp, **environment),
+                         timeout=30, check=False)
+    return run.stdout.decode()
+
+
+@pytest.mark.skipif(not shutil.which("curl") or not shutil.which("sh"), reason="no curl, no sh")
+def test_readme_recipe_for_the_shell(running):
+    output = run_recipe(["sh", "-c"], recipe("## A shell script", "sh"), running)
+    assert json.loads(output)["messages"][0]["subject"] == "testmail"
+
+
+def has_nodemailer():
+    """Whether Node finds nodemailer, from here or by NODE_PATH."""
+    return shutil.which("node") and not subprocess.run(
+        ["node", "-e", "require('nodemailer')"], stderr=subprocess.DEVNULL, check=False).returncode
+
+
+def test_readme_recipe_for_node(running):
+    if not has_nodemailer():
+        pytest.skip("no Node with nodemailer")
+    output = run_recipe(["node", "-e"], recipe("### Node, or anything that speaks HTTP", "js"),
+                        running)
+    assert output == "[ { value: '482913' } ]\n"
+
+
 def test_readme_begins_its_changes_with_this_version():
     changes = README.read_text(encoding="utf-8").partition("\n## Changes\n")[2].lstrip("\n")
     assert changes.partition("\n")[0] == f"### {mailtest.__version__}"
