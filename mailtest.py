@@ -2289,7 +2289,8 @@ class Store:
             if known in self._ended:
                 when, how, acquired = self._ended[known]
                 return (Ended if acquired else Unknown)(
-                    f"the inbox {known!r} {how} at {iso_time(when)}; acquire a new one")
+                    f"the inbox {known!r} {'was ' * (how == 'deleted')}{how} at {iso_time(when)}; "
+                    "acquire a new one")
         return None
 
     def _view(self, inbox: _Inbox) -> InboxView:

@@ -906,7 +906,7 @@ UNKNOWN = {
     "an inbox that never was": (
         _unknown_inbox, "no inbox 'nobody@x.example'; acquire one, or send mail to it first"),
     "an inbox that was deleted": (
-        _deleted_inbox, "the inbox 'a@x.example' deleted at 1970-01-01T00:16:40.000000+00:00; "
+        _deleted_inbox, "the inbox 'a@x.example' was deleted at 1970-01-01T00:16:40.000000+00:00; "
                         "acquire a new one"),
     "deleting an inbox that never was": (
         _dropping_an_unknown_inbox,
@@ -5428,7 +5428,7 @@ def test_deleted_inbox_is_gone_with_its_mail():
     delivered(api.store, address)
     response = ask(api, "DELETE", f"/v1/get/{address}")
     assert (response.status, response.body) == (204, b"")
-    gone = 404, {"error": "not_found", "detail": f"the inbox '{address.lower()}' deleted at "
+    gone = 404, {"error": "not_found", "detail": f"the inbox '{address.lower()}' was deleted at "
                  "2026-11-21T01:33:37.000000+00:00; acquire a new one"}
     assert said(ask(api, "GET", f"/v1/load/{address}")) == gone
     assert said(ask(api, "DELETE", f"/v1/get/{address}")) == gone
