@@ -949,7 +949,7 @@ def test_latest_ends_of_inboxes_are_the_ones_remembered():
     for name in "abac":
         delivered(store, f"{name}@x.example")
         store.drop_inbox(f"{name}@x.example")
-    with pytest.raises(mailtest.Unknown, match="the inbox 'a@x.example' deleted"):
+    with pytest.raises(mailtest.Unknown, match="the inbox 'a@x.example' was deleted"):
         store.inbox("a@x.example")
 
 
