@@ -2491,6 +2491,7 @@ _RCPT = re.compile("TO: *" + _PATH, re.I)
 _LABEL = re.compile(r"(?!-)[^\x00-,./:-@\[-^`{-\x7f]{1,63}")     # letters, digits, - and _
 _FORBIDDEN = re.compile(rb"[\x00-\x1f\x7f]")
 _HTTP = re.compile(rb"[A-Z]{3,20} (?:/|https?:)|Host:", re.I)
+_NO_CONTROL = "Expected no control character, NUL, bare CR or bare LF in a command"
 _END = b"\r\n.\r\n"
 _NEEDS = {
     "greeted": "Send EHLO first",
@@ -2696,6 +2697,7 @@ class Session:
         self._buffer = b""
         self._replies: List[bytes] = []
         self._overlong = False           # the rest of a line that was too long is skipped
+        self._told = False               # the line that is arriving was refused already
         self._exchange: Any = None       # of AUTH: a generator that takes responses
         self._tail = b""                 # the end of the mail data so far, for _take_data()
         self._chunk_left = 0             # octets of a BDAT chunk still to come
@@ -2811,8 +2813,16 @@ class Session:
                 self._refuse_http(self._buffer)
                 self._overlong = True
                 self._buffer = b"\r" if self._buffer.endswith(b"\r") else b""
+            elif self._buffer.endswith(b"\n") and not self._told and self._exchange is None:
+                self._told = True        # nc and telnet wait for it; the line goes on to its CRLF
+                self._refuse_http(self._buffer)
+                raise self._bad_command(500, "5.5.2", _NO_CONTROL)
             return None
         line, self._buffer = self._buffer[:end], self._buffer[end + 2:]
+        if self._told:
+            self._told = False
+            self._note(b"C: %b\r\n" % _without_secret(line[:20]))
+            return self._take_line() if self._buffer else None
         if self._overlong or end + 2 > most:
             self._refuse_http(line)
             status = "5.5.6" if self._exchange is not None else "5.5.2"      # RFC 4954 4, 6
@@ -2910,8 +2920,7 @@ class Session:
         if found is None:
             self._refuse_http(line)
         if _FORBIDDEN.search(line):
-            raise self._bad_command(500, "5.5.2", "Expected no control character, NUL, bare CR "
-                                                  "or bare LF in a command")
+            raise self._bad_command(500, "5.5.2", _NO_CONTROL)
         if found is None:
             raise self._unknown(verb if not secret else b"********")
         if found.needs and not getattr(self, found.needs):
@@ -4160,9 +4169,10 @@ def _inbox(api: Api, request: Request, address: str, least: int) -> Response:
     query, place = Query(request.query), Place(address)
     timeout = query.number("timeout", 0.0, 0, api.store.limits.poll, whole=False)
     silence = query.text("expect")
-    count = 1 if silence else int(query.number("count", 1, 1, 10_000))
+    count = int(query.number("count", 1, 1, 10_000))
     if silence not in ("", "0"):
         raise _bad("expect", "0, which proves that no mail comes", silence)
+    count = 1 if silence else count
     wanted = criteria(query.text("from"), "", query.text("subject"), query.text("body"))
     after = api.store.message(query.text("after")).number if query.text("after") else 0
     _check_inbox(api, address, timeout)
@@ -4454,7 +4464,9 @@ def _as_download(name: str) -> Tuple[Tuple[str, str], ...]:
 
 def get_attachment(api: Api, request: Request, id: str) -> Response:
     """An attachment's octets"""
-    message_id, _, number = id.rpartition("-")
+    message_id, dash, number = id.rpartition("-")
+    if not dash:
+        raise Unknown(f"no attachment has the id {id[:80]!r}")
     message = api.store.message(message_id)
     attachments = message.content().attachments
     if not number.isdecimal() or not number.isascii() or int(number[:9]) >= len(attachments):
@@ -4474,6 +4486,9 @@ def get_email(api: Api, request: Request, id: str) -> Response:
 
 # -- Mailosaur: creating mail
 
+_BREAKS = r"[\n-\r\x1c-\x1e\x85\u2028\u2029]"       # what ends a line for str.splitlines()
+
+
 def _composed(most: int, values: Dict[str, Any], given: Dict[str, str],
               quoted: Optional[Content] = None,
               parts: Iterable[Tuple[str, str, Optional[str], bytes]] = ()) -> bytes:
@@ -4483,7 +4498,8 @@ def _composed(most: int, values: Dict[str, Any], given: Dict[str, str],
     mail = email.message.EmailMessage(policy=email.policy.SMTP)
     try:
         for name, value in given.items():
-            if len(value) > 2_000:       # the package takes seconds to fold a long one
+            # the package takes seconds to fold a long one, and overlooks a break at the end
+            if len(value) > 2_000 or re.search(_BREAKS, value):
                 raise ValueError
             if value:
                 mail[name] = value
@@ -4577,7 +4593,7 @@ def create_message(api: Api, request: Request) -> Response:
                        "server")
     to, cc = _mailboxes(values, "to"), _mailboxes(values, "cc")
     send = values.get("send")
-    if send not in (None, True, False):
+    if send is not None and not isinstance(send, bool):
         raise _bad("send", "true or false", send)
     if send and not to:
         raise _bad("to", "an address to send to", "")
@@ -4586,7 +4602,8 @@ def create_message(api: Api, request: Request) -> Response:
     sender = _string(values, "from") or f"{_random_name(8)}@{api.store.domain}"
     if not _mailboxes({"from": sender}, "from"):
         raise _bad("from", "an address", sender)
-    receiver = _string(values, "to") or f"sample@{server}.mailosaur.net"
+    label = re.sub(r"[^!-~]|[][]", "-", server[:63])     # a mailbox needs it plain
+    receiver = _string(values, "to") or f"sample@{label}.mailosaur.net"
     octets = _composed(api.store.limits.max_size, values, {
         "From": sender, "To": receiver, "Cc": _string(values, "cc"),
         "Subject": _string(values, "subject")})
@@ -4649,7 +4666,7 @@ def _answer(api: Api, request: Request, original: Message, content: Content,
         subject = prefix + subject
     octets = _composed(api.store.limits.max_size, values, {
         "From": sender, "To": to, "Cc": _string(values, "cc"),
-        "Subject": re.sub(r"[\r\n]+", " ", subject),
+        "Subject": re.sub(_BREAKS + "+", " ", subject),
         "In-Reply-To": re.sub(r"[^!-~]", "", content.message_id)}, content, parts)
     sent = _store_sent(api, octets, sender, recipients + cc, _server(original))
     return Response(body=rendered(api, sent, request.base))
@@ -4669,10 +4686,10 @@ def _known_server(api: Api, server: str) -> str:
     return name
 
 
-def _server_name(request: Request) -> str:
-    name = _string(_object(request), "name").strip()
+def _name(values: Dict[str, Any], whose: str) -> str:
+    name = _string(values, "name").strip()
     if not name:
-        raise ApiError(400, "bad_request", "Servers need a name", "name")
+        raise ApiError(400, "bad_request", f"{whose} need a name", "name")
     return name[:200]
 
 
@@ -4684,7 +4701,7 @@ def list_servers(api: Api, request: Request) -> Response:
 
 def create_server(api: Api, request: Request) -> Response:
     """Create a server with a new id"""
-    name = _server_name(request)
+    name = _name(_object(request), "Servers")
     server = _random_name(8).lower()     # 8 characters: what the clients demand
     api.store.name_server(server, name)
     return Response(body=_json(_server_json(api, server, name)))
@@ -4698,7 +4715,7 @@ def get_server(api: Api, request: Request, id: str) -> Response:
 def update_server(api: Api, request: Request, id: str) -> Response:
     """Give a server another name"""
     _known_server(api, id)
-    name = _server_name(request)
+    name = _name(_object(request), "Servers")
     api.store.name_server(id.lower(), name)
     return Response(body=_json(_server_json(api, id.lower(), name)))
 
@@ -4719,9 +4736,9 @@ def get_password(api: Api, request: Request, id: str) -> Response:
 
 def totp(secret: str, now: float) -> Tuple[str, float]:
     """The one-time password of a base32 secret, and until when it holds (RFC 6238, RFC 4226)."""
-    text = re.sub(r"[\s=-]", "", secret).upper()
+    text = re.sub(r"[\s=-]", "", secret)
     try:
-        key = base64.b32decode(text + "=" * (-len(text) % 8))
+        key = base64.b32decode(text + "=" * (-len(text) % 8), casefold=True)
     except ValueError:
         key = b""
     if not key:
@@ -4748,11 +4765,9 @@ def list_devices(api: Api, request: Request) -> Response:
 def create_device(api: Api, request: Request) -> Response:
     """Create a device that makes one-time passwords"""
     values = _object(request)
-    name, secret = _string(values, "name"), _string(values, "sharedSecret")
-    if not name:
-        raise ApiError(400, "bad_request", "Devices need a name", "name")
+    name, secret = _name(values, "Devices"), _string(values, "sharedSecret")
     totp(secret, 0.0)                    # refuses what is no secret
-    device = api.store.add_device(name[:200], secret)
+    device = api.store.add_device(name, secret)
     return Response(body=_json({"id": device["id"], "name": device["name"]}))
 
 
@@ -4870,7 +4885,7 @@ def receive_sms(api: Api, request: Request, sid: str) -> Response:
                            "From, To and Body", name, code=21604, message=f"'{name}' is required")
         if name != "Body" and not re.fullmatch(r"[^\x00-\x20\x7f]{1,100}( [^\x00-\x20\x7f]+)*",
                                                value):
-            raise _bad(name, "a telephone number or sender id", value)
+            raise _bad(name, "a telephone number or sender id (a + is sent as %2B)", value)
     message = Message(new_id(), text.encode("utf-8", "replace"),
                       Envelope(sender, (to,), None, request.client), kind="SMS")
     api.store.deliver(message)
@@ -4895,8 +4910,8 @@ class Route(NamedTuple):
     path: str
     run: Callable[..., Response]
     access: str = "api"
-    query: str = ""                      # parameters, see _PARAMETERS
-    body: str = ""                       # members of the JSON body
+    query: str = ""                      # parameters, see _PARAMETERS; "!": required
+    body: str = ""                       # members of the JSON body, see _MEMBERS; "!": required
     type: str = "application/json"       # of a success
 
 
@@ -4904,8 +4919,10 @@ _WAIT = "timeout count subject from body after expect"
 _LIST = "server page itemsPerPage receivedAfter dir"
 _LIST_Q, _SEARCH = _LIST + " q", _LIST + " milliseconds"
 _CRITERIA = "sentFrom sentTo subject body match"
-_DEVICE, _SECRET = "name sharedSecret", "sharedSecret"
-_MAIL_TO = "to cc from send subject text html attachments"
+_DEVICE, _SECRET = "name! sharedSecret!", "sharedSecret!"
+_MAIL_TO = "to cc from send subject-line text html attachments"
+_SMS = "To! From MessagingServiceSid Body!"
+_FORWARD, _REPLY = "to! cc text html attachments", "cc text html attachments"
 _HTML, _CSS, _JS, _SVG = "text/html", "text/css", "text/javascript", "image/svg+xml"
 _EML, _ANY, _TEXT, _EVENTS = "message/rfc822", "*/*", "text/plain", "text/event-stream"
 
@@ -4936,13 +4953,13 @@ ROUTES = tuple(Route(*row) for row in (
     ("GET",    "/v1/sessions",                 list_sessions),
     ("GET",    "/v1/events",                   follow_events,      "api", "after", "", _EVENTS),
     ("GET",    "/api/messages",                list_messages,      "api", _LIST_Q),
-    ("POST",   "/api/messages",                create_message,     "api", "server", _MAIL_TO),
-    ("DELETE", "/api/messages",                delete_messages,    "api", "server"),
+    ("POST",   "/api/messages",                create_message,     "api", "server!", _MAIL_TO),
+    ("DELETE", "/api/messages",                delete_messages,    "api", "server!"),
     ("POST",   "/api/messages/search",         search_messages,    "api", _SEARCH, _CRITERIA),
     ("GET",    "/api/messages/{id}",           get_message),
     ("DELETE", "/api/messages/{id}",           delete_message),
-    ("POST",   "/api/messages/{id}/forward",   forward_message,    "api", "", _MAIL_TO),
-    ("POST",   "/api/messages/{id}/reply",     reply_to_message,   "api", "", _MAIL_TO),
+    ("POST",   "/api/messages/{id}/forward",   forward_message,    "api", "", _FORWARD),
+    ("POST",   "/api/messages/{id}/reply",     reply_to_message,   "api", "", _REPLY),
     ("POST",   "/api/messages/{id}/screenshots", make_previews,      "api", "", "emailClients"),
     ("GET",    "/api/files/attachments/{id}",  get_attachment,     "api", "", "", _ANY),
     ("GET",    "/api/files/email/{id}",        get_email,          "api", "", "", _EML),
@@ -4951,9 +4968,9 @@ ROUTES = tuple(Route(*row) for row in (
     ("GET",    "/api/analysis/spam/{id}",      spam),
     ("GET",    "/api/analysis/deliverability/{id}", deliverability),
     ("GET",    "/api/servers",                 list_servers),
-    ("POST",   "/api/servers",                 create_server,      "api", "", "name"),
+    ("POST",   "/api/servers",                 create_server,      "api", "", "name!"),
     ("GET",    "/api/servers/{id}",            get_server),
-    ("PUT",    "/api/servers/{id}",            update_server,      "api", "", "name"),
+    ("PUT",    "/api/servers/{id}",            update_server,      "api", "", "name!"),
     ("DELETE", "/api/servers/{id}",            delete_server),
     ("GET",    "/api/servers/{id}/password",   get_password),
     ("GET",    "/api/devices",                 list_devices),
@@ -4963,7 +4980,7 @@ ROUTES = tuple(Route(*row) for row in (
     ("POST",   "/api/devices/otp",             make_otp,           "api", "", _SECRET),
     ("GET",    "/api/usage/limits",            usage_limits),
     ("GET",    "/api/usage/transactions",      usage_transactions),
-    ("POST",   "/2010-04-01/Accounts/{sid}/Messages.json", receive_sms),
+    ("POST",   "/2010-04-01/Accounts/{sid}/Messages.json", receive_sms, "api", "", _SMS),
     ("GET",    "/{address}",                   load_inbox,         "inbox", _WAIT),
 ))
 
@@ -4973,7 +4990,7 @@ _PARAMETERS: Dict[str, Tuple[str, Dict[str, Any], str]] = {
     "page": ("page", {"type": "integer", "minimum": 0, "maximum": 10_000_000}, "from 0"),
     "itemsPerPage": ("itemsPerPage", {"type": "integer", "minimum": 1, "maximum": 1000}, "50"),
     "receivedAfter": ("receivedAfter", {"type": "string", "format": "date-time"}, "only later"),
-    "dir": ("dir", {"type": "string", "enum": ["Received", "Sent"]}, "Received"),
+    "dir": ("dir", {"type": "string", "enum": ["Received", "Sent", ""]}, "Received"),
     "q": ("q", {"type": "string"}, "from: to: subject: body: has: words -not"),
     "milliseconds": ("timeout", {"type": "integer", "minimum": 0, "maximum": 60_000},
                      "milliseconds to wait for a match"),
@@ -4983,10 +5000,65 @@ _PARAMETERS: Dict[str, Tuple[str, Dict[str, Any], str]] = {
     "from": ("from", {"type": "string"}, "the full address of the sender"),
     "body": ("body", {"type": "string"}, "part of the text or HTML"),
     "after": ("after", {"type": "string"}, "only what came after that one"),
-    "expect": ("expect", {"type": "string", "enum": ["0"]}, "0: that nothing comes"),
-    "fail": ("fail", {"type": "string"}, "STAGE:ACTION[*TIMES], may be repeated"),
+    "expect": ("expect", {"type": "string", "enum": ["0", ""]}, "0: that nothing comes"),
+    "fail": ("fail", {"type": "array", "maxItems": 100, "items": {
+        "type": "string", "pattern": r"^(mail|rcpt|data):([45][0-9]{2}|drop|"
+                                     r"delay=(60|[1-5]?[0-9](\.[0-9]+)?))(\*[1-9][0-9]{0,5})?$"}},
+             "STAGE:ACTION[*TIMES], may be repeated"),
     "remote": ("remote", {"type": "string", "enum": ["0", "1"]}, "1: remote content too"),
 }
+
+_STRING: Dict[str, Any] = {"type": "string", "nullable": True}
+_FULL = {"type": "string", "minLength": 1}
+_MAILBOX = r"""((\w[\w '-]*|"\w[\w .,'-]*" ?)?<SPEC>|SPEC)""".replace(
+    "SPEC", r"[0-9A-Za-z]+([._+-][0-9A-Za-z]+)*@[0-9A-Za-z]+([.-][0-9A-Za-z]+)*")
+_TO = {"type": "string", "maxLength": 2000, "pattern": f"^{_MAILBOX}(, ?{_MAILBOX})*$"}
+_CC = {**_STRING, "maxLength": 2000, "pattern": f"^({_MAILBOX}(, ?{_MAILBOX})*)?$"}
+_NUMBER = r"[^\x00-\x20\x7f]{1,100}( [^\x00-\x20\x7f]+)*"
+_MEMBERS: Dict[str, Dict[str, Any]] = {
+    # word in ROUTES, whose first letters are the name in the body: schema
+    **dict.fromkeys(("sentFrom", "sentTo", "subject", "body", "text", "html"), _STRING),
+    "match": {"enum": ["ALL", "ANY", "", 0, 1, None]},
+    "to": _CC, "to!": _TO, "cc": _CC, "from": _CC,
+    "subject-line": {**_STRING, "maxLength": 2000, "pattern": f"^[^{_BREAKS[1:-1]}]*$"},
+    "send": {"type": "boolean", "nullable": True},
+    "attachments": {"type": "array", "nullable": True, "items": {"type": "object", "properties": {
+        "fileName": _STRING, "contentId": _STRING, "content": {**_STRING, "format": "byte"},
+        "contentType": {**_STRING, "pattern": "^((application|audio|font|image|model|text|video)"
+                                              "/[0-9A-Za-z!#$&^_.+-]{1,127})?$"}}}},
+    "emailClients": {"type": "array", "items": {"type": "string"}},
+    "name!": {"type": "string", "pattern": r"[^\s\x1c-\x1f]"},
+    "sharedSecret!": {"type": "string", "pattern": (
+        "^(L{8})*(L{2}|L{4}|L{5}|L{7,8})[ =-]*$".replace("L", "([ =-]*[A-Za-z2-7])"))},
+    "To!": {"type": "string", "pattern": f"^{_NUMBER}$"}, "Body!": _FULL,
+    "From": {"type": "string", "pattern": f"^({_NUMBER})?$"},
+    "MessagingServiceSid": {"type": "string"},
+}
+
+
+def _given(name: str, schema: Dict[str, Any]) -> Dict[str, Any]:
+    return {"required": [name], "properties": {name: schema}}
+
+
+_ANY_OF: Dict[Callable[..., Response], List[Dict[str, Any]]] = {
+    # of which schemas a body must fulfil one, too
+    search_messages: [_given(name, _FULL) for name in ("sentFrom", "sentTo", "subject", "body")],
+    create_message: [{"properties": {"send": {"enum": [False, None]}}}, _given("to", _TO)],
+    receive_sms: [_given(name, _MEMBERS["To!"]) for name in ("From", "MessagingServiceSid")],
+}
+
+
+def _body(route: Route) -> Dict[str, Any]:
+    """The OpenAPI description of a route's body."""
+    names = {re.findall(r"\w+", word)[0]: word for word in route.body.split()}
+    required = [name for name, word in names.items() if word[-1] == "!"]
+    schema = {"type": "object",
+              "properties": {name: _MEMBERS[word] for name, word in names.items()},
+              **({"required": required} if required else {}),
+              **({"anyOf": _ANY_OF[route.run]} if route.run in _ANY_OF else {})}
+    kind = "x-www-form-urlencoded" if route.run is receive_sms else "json"
+    return {"required": bool(required) or route.run is search_messages,
+            "content": {f"application/{kind}": {"schema": schema}}}
 
 
 def openapi(base: str) -> Dict[str, Any]:
@@ -4998,8 +5070,11 @@ def openapi(base: str) -> Dict[str, Any]:
         success = {"DELETE": "204"}.get(route.method, "201" if route.run is receive_sms else "200")
         parameters = [{"name": name, "in": "path", "required": True, "schema": {"type": "string"}}
                       for name in re.findall(r"\{(\w+)\}", route.path)]
-        for name, schema, text in (_PARAMETERS[word] for word in route.query.split()):
+        for word in route.query.split():
+            name, schema, text = _PARAMETERS[word.rstrip("!")]
             parameters.append({"name": name, "in": "query", "schema": schema, "description": text})
+            if word[-1] == "!":
+                parameters[-1].update(required=True, schema={**schema, "minLength": 1})
         operation: Dict[str, Any] = {
             "summary": (route.run.__doc__ or "").strip(), "parameters": parameters,
             "operationId": route.run.__name__ + re.sub(r"\W", "_", route.path),
@@ -5008,9 +5083,10 @@ def openapi(base: str) -> Dict[str, Any]:
                               "application/json": {"schema": {"type": "object"}}}}}}
         if success != "204":
             operation["responses"][success]["content"] = {route.type: {}}
+        if route.path.startswith("/api/files/"):
+            operation["responses"]["404"] = {"description": "None such, without a body"}
         if route.body:
-            operation["requestBody"] = {"content": {"application/json": {"schema": {
-                "type": "object", "properties": {name: {} for name in route.body.split()}}}}}
+            operation["requestBody"] = _body(route)
         paths.setdefault(route.path, {})[route.method.lower()] = operation
     return {"openapi": "3.0.3", "info": {"title": "mailtest", "version": __version__},
             "servers": [{"url": base}], "paths": paths}
@@ -5041,7 +5117,10 @@ def find_route(method: str, path: str) -> Tuple[Route, List[str]]:
             return route, [_segment_text(given) for known, given in zip(pattern, segments)
                            if known[:1] == "{"]
         allowed.append(route.method)
-    if not allowed:
+    if allowed:                          # /api/messages/search is itself, and no {id}
+        allowed = [route.method for pattern, route in _BY_LENGTH[len(segments)]
+                   if pattern == segments] or allowed
+    else:
         raise ApiError(404, "not_found", f"No endpoint {path[:80]!r}: see GET /openapi.json")
     if "GET" in allowed:
         allowed.append("HEAD")
@@ -7654,6 +7733,15 @@ class Mailtest:
         """All mail, newest first."""
         return [Mail(message) for message in self.store.newest(DEFAULT_SERVER)]
 
+    def let_quit(self, seconds: float) -> None:
+        """Waits a little for SMTP clients to end by themselves: some take a 421 in place of
+        QUIT's 221 for a mail that was not taken."""
+        until = time.monotonic() + seconds
+        while time.monotonic() < until and any(
+                server.connection_count() for server in self._servers
+                if isinstance(server, SmtpServer)):
+            time.sleep(0.01)
+
     def json(self, message: Message) -> str:
         """A message as the HTTP API gives it."""
         return rendered(self._api, message, self.url).decode("utf-8")
@@ -7788,6 +7876,14 @@ def address(text: str) -> str:
     return text
 
 
+def host_name(text: str) -> str:
+    """A name in Host header fields, without a port."""
+    if not _is_domain(text):
+        raise argparse.ArgumentTypeError(f"expected a name such as mail.example, without scheme "
+                                         f"and port, got {text!r}")
+    return text.lower()
+
+
 def domain_name(text: str) -> str:
     """A domain for acquired addresses."""
     if not _is_domain(text) or text.startswith("["):
@@ -7835,7 +7931,7 @@ def _options() -> argparse.ArgumentParser:
         help="requests a minute and client to the Mailtest service")
     add("--trust-proxy", action="store_true",
         help="take the client's address from X-Forwarded-For")
-    add("--allow-host", action="append", default=[], metavar="NAME",
+    add("--allow-host", type=host_name, action="append", default=[], metavar="NAME",
         help="a Host header to answer to, beside addresses and local names; repeatable")
     add = parser.add_argument_group("in scripts").add_argument
     add("--save", metavar="DIR", default="", help="also write each message to DIR/<time>-<id>.eml")
@@ -7918,6 +8014,10 @@ def main(arguments: Optional[List[str]] = None) -> int:
     logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="mailtest: %(message)s")
     parser = _options()
     options = parser.parse_args(arguments)
+    limits = _limits(options)
+    if limits.max_size + limits.message_cost + limits.inbox_cost > limits.max_memory:
+        parser.error(f"expected --max-memory to hold a mail of --max-size, got "
+                     f"{limits.max_memory} and {limits.max_size} octets")
     if options.timeout and not options.exit_after:
         parser.error("--timeout needs --exit-after")
     server = None
@@ -8008,6 +8108,7 @@ def _run(server: Mailtest, options: argparse.Namespace) -> int:
         number = found[-1].number if found else 0
         found += server.wait_for(options.exit_after - len(found), left, number)[::-1]
         if len(found) >= options.exit_after:
+            server.let_quit(0.5)
             print("[" + ",\n".join(map(server.json, found)) + "]", flush=True)
             return 0
         if time.monotonic() >= until:
@@ -8151,10 +8252,12 @@ def _hand_over(flags: Dict[str, str], recipients: List[str], octets: bytes) -> i
     sender = _qualified(flags["f"].strip("<>"))
     wide = not all(address.isascii() for address in [sender] + recipients)
     try:
-        with smtplib.SMTP(host.strip("[]"), int(number), local_hostname="localhost",
-                          timeout=60) as client:
-            refused = client.sendmail(sender, recipients, octets,
-                                      ["BODY=8BITMIME"] + ["SMTPUTF8"] * wide)
+        client = smtplib.SMTP(host.strip("[]"), int(number), local_hostname="localhost",
+                              timeout=60)
+        refused = client.sendmail(sender, recipients, octets,
+                                  ["BODY=8BITMIME"] + ["SMTPUTF8"] * wide)
+        with contextlib.suppress(OSError, smtplib.SMTPException):    # the mail is taken already
+            client.quit()
     except smtplib.SMTPRecipientsRefused as error:
         refused = error.recipients
     except smtplib.SMTPResponseException as error:

@@ -3251,6 +3251,17 @@ def test_help_knows_every_command():
         b"EHLO HELO MAIL RCPT DATA BDAT RSET NOOP VRFY HELP QUIT STARTTLS AUTH".split())
 
 
+def test_line_with_a_bare_lf_is_refused_before_its_end_comes():
+    _, store = store_on_clock()
+    session = mailtest.Session(store)
+    session.greet()
+    refusal = f"{NOT_CONTROL}\r\n".encode()
+    assert session.receive(b"EHLO x\n") == refusal
+    assert session.receive(b"MAIL FROM:<a@b.example>\nRSET") == b""
+    assert session.receive(b"\r\n") == b""           # one line, one reply
+    assert session.receive(b"NOOP\r\n") == b"250 2.0.0 Ok\r\n"
+
+
 # ---- Network ---------------------------------------------------------------
 
 CERTIFICATE = """\
@@ -5320,7 +5331,7 @@ def test_sms_to_what_is_no_number_is_refused(to):
     _, api = api_on_clock()
     status, value = said(ask(api, "POST", TWILIO, f"To={to}&From=a&Body=b".encode()))
     assert (status, value["error"]) == (400, "bad_request")
-    assert value["detail"].startswith("Expected To to be a telephone number or sender id, got ")
+    assert value["detail"].startswith("Expected To to be a telephone number or sender id (a + is sent as %2B), got ")
 
 
 # -- the Mailtest service
@@ -5901,11 +5912,11 @@ ALLOWED = {
     "/v1/load/a@x.example": "GET, HEAD, OPTIONS", "/a@x.example": "GET, HEAD, OPTIONS",
     "/api/messages": "GET, POST, DELETE, HEAD, OPTIONS",
     "/api/messages/": "GET, POST, DELETE, HEAD, OPTIONS",
-    "/api/messages/search": "POST, GET, DELETE, HEAD, OPTIONS",
+    "/api/messages/search": "POST, OPTIONS",
     "/api/messages/5d0f": "GET, DELETE, HEAD, OPTIONS",
     "/api/messages/5d0f/reply": "POST, OPTIONS", "/api/servers": "GET, POST, HEAD, OPTIONS",
     "/api/servers/x": "GET, PUT, DELETE, HEAD, OPTIONS", "/api/devices/5d0f": "DELETE, OPTIONS",
-    "/api/devices/otp": "DELETE, POST, OPTIONS",
+    "/api/devices/otp": "POST, OPTIONS",
     "/2010-04-01/Accounts/AC1/Messages.json": "POST, OPTIONS",
 }
 
@@ -8333,6 +8344,13 @@ BAD_OPTIONS = {
     "a domain with an empty label": (
         ["--domain", "a..b"],
         "argument --domain: expected a domain such as a.example, got 'a..b'"),
+    "a host to allow with its port": (
+        ["--allow-host", "mail.example:8080"],
+        "argument --allow-host: expected a name such as mail.example, without scheme and port, "
+        "got 'mail.example:8080'"),
+    "room for no mail": (
+        ["--max-memory", "1k"],
+        "expected --max-memory to hold a mail of --max-size, got 1000 and 25000000 octets"),
     "an address literal as domain": (
         ["--domain", "[127.0.0.1]"],
         "argument --domain: expected a domain such as a.example, got '[127.0.0.1]'"),
@@ -8958,6 +8976,14 @@ def test_sendmail_exit_status_when_nobody_listens(standin):
 def test_sendmail_option_comes_before_the_environment(standin, running, monkeypatch):
     monkeypatch.setenv("MAILTEST_SMTP", _unreachable()[len("http://"):-1])
     assert standin(["-S", running.smtp, "b@x.example"], WHOLE + b"\nx\n")[0] == 0
+
+
+def test_sendmail_counts_a_mail_as_taken_whatever_quit_says(monkeypatch, standin):
+    def broken(session, argument):
+        raise mailtest.Refuse(421, "4.3.2", "Shutting down")
+    monkeypatch.setitem(mailtest.COMMANDS, b"QUIT", mailtest.Command("QUIT", "", broken))
+    status, err, messages = standin(["b@x.example"], WHOLE + b"\nx\n")
+    assert (status, err, len(messages)) == (0, "", 1)
 
 
 # ---- Source ----------------------------------------------------------------
