@@ -5331,7 +5331,8 @@ def test_sms_to_what_is_no_number_is_refused(to):
     _, api = api_on_clock()
     status, value = said(ask(api, "POST", TWILIO, f"To={to}&From=a&Body=b".encode()))
     assert (status, value["error"]) == (400, "bad_request")
-    assert value["detail"].startswith("Expected To to be a telephone number or sender id (a + is sent as %2B), got ")
+    assert value["detail"].startswith("Expected To to be a telephone number or sender id "
+        "(a + is sent as %2B), got ")
 
 
 # -- the Mailtest service
