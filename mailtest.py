@@ -121,6 +121,8 @@ class Limits(NamedTuple):
     repoll: float = 0.25              # seconds after which the same search is a new one
     polls: int = 1_000                # searches remembered to tell polling clients
     waiters: int = 500                # requests that wait at once; more get 503
+    followers: int = 50               # event streams at once; each mail wakes them all
+    sending: int = 250_000_000        # octets of large answers that are under way at once
     events: int = 2_000               # events kept for those who resume
     kept: int = 6_000_000             # octets of JSON kept ready
     rate: int = 0                     # requests a minute and client to the Mailtest service
@@ -940,6 +942,9 @@ def _text(octets: bytes, part: _Part, warnings: _Warnings) -> str:
     for wrong in filter(None, (problem, damage and "is " + damage)):
         warnings.add("%s part %s" % (part.content_type, wrong))
     text = text[1:] if text.startswith("\ufeff") else text
+    if "\0" in text:                     # JSON has six octets for each
+        text = text.replace("\0", "\ufffd")
+        warnings.add("%s part has NUL octets" % part.content_type)
     if "\r" in text:     # CR CR LF: quoted-printable made of CRLF twice, as Ruby's mail does
         text = text.replace("\r\r\n", "\n").replace("\r\n", "\n").replace("\r", "\n")
     return text
@@ -1877,6 +1882,7 @@ class Store:
         self._kept_octets = 0
         self._polls: "collections.OrderedDict[Any, float]" = collections.OrderedDict()
         self._rates = RateWindow(limits.rate, limits.rate_clients)
+        self.following = 0                                     # event streams that wait
         self.scripts = 0                                       # inboxes that have one, open now
         self.keepers: List[Callable[[Message], None]] = []     # called after storing, unlocked
 
@@ -2064,7 +2070,11 @@ class Store:
         that came after it are no longer kept."""
         with self._changed:
             if self._number <= after and not self._closed:
-                self._changed.wait(timeout)
+                self.following += 1
+                try:
+                    self._changed.wait(timeout)
+                finally:
+                    self.following -= 1
             found = list(itertools.takewhile(lambda event: event.number > after,
                                              reversed(self._events)))
             lost = bool(self._events) and after < self._events[0].number - 1
@@ -3963,7 +3973,8 @@ def summary(api: "Api", message: Message, server: str = "") -> bytes:
     in the list of a server that is not its first, it names that server."""
     octets, inboxes = message.summary, message.inboxes
     if octets is None:
-        content = message.content()
+        with api.reading(message):
+            content = message.content()
         codes = content.text.codes + content.html.codes
         value = _head(message, content)
         value.update(summary=content.preview or content.subject or "(empty)",
@@ -3980,18 +3991,22 @@ def summary(api: "Api", message: Message, server: str = "") -> bytes:
     return octets[:-len(_json(own)) - 1] + _json(server) + b"}"
 
 
+_URL_MARK = b'"url":"\\u0000'           # no text can hold it: there quotes are escaped
+
+
 def rendered(api: "Api", message: Message, base: str) -> bytes:
-    """The JSON of a whole message.  Kept, unless attachments carry the client's own base URL."""
-    if message.rendered is not None:
-        return message.rendered
-    content = message.content()
-    octets = _json(_whole(message, content, base))
-    if not content.attachments:
+    """The JSON of a whole message.  What is kept has a mark where the client's base URL goes."""
+    octets = message.rendered
+    if octets is None:
+        with api.reading(message):
+            content = message.content()
+            files = "/v1/attachments/" if api.policy.hosted else "/api/files/attachments/"
+            octets = _json(_whole(message, content, "\0" + files))
         api.store.keep(message, "rendered", octets)
-    return octets
+    return octets.replace(_URL_MARK, b'"url":"' + _json(base)[1:-1])
 
 
-def _whole(message: Message, content: Content, base: str) -> Dict[str, Any]:
+def _whole(message: Message, content: Content, files: str) -> Dict[str, Any]:
     """Mailosaur's message object (see the README for what is beside it).  Lists are never null,
     html, text and metadata never absent: several of the clients die of that."""
     envelope, sms = message.envelope, message.kind == "SMS"
@@ -4001,7 +4016,7 @@ def _whole(message: Message, content: Content, base: str) -> Dict[str, Any]:
     value["attachments"] = [
         {"id": f"{message.id}-{number}", "contentType": part.content_type,
          "fileName": part.file_name, "contentId": part.content_id, "length": part.length,
-         "url": f"{base}/api/files/attachments/{message.id}-{number}"}
+         "url": f"{files}{message.id}-{number}"}
         for number, part in enumerate(content.attachments)]
     value["metadata"] = {
         "headers": [{"field": name, "value": text} for name, text in content.headers],
@@ -4137,6 +4152,12 @@ class Api:
     def __init__(self, store: Store, policy: ApiPolicy = ApiPolicy()):
         self.store = store
         self.policy = policy
+        self._large = threading.Lock()    # see reading()
+
+    def reading(self, message: Message) -> Any:
+        """A context in which a message is read: one large one at a time, or forty who ask for
+        20 MB at once would stop everyone else."""
+        return self._large if len(message.octets) > 1_000_000 else contextlib.nullcontext()
 
 
 # -- the Mailtest service
@@ -4243,6 +4264,8 @@ def list_sessions(api: Api, request: Request) -> Response:
 
 def follow_events(api: Api, request: Request) -> Response:
     """Server-Sent Events: what arrives, ends, is refused; resumes by Last-Event-ID"""
+    if api.store.following >= api.store.limits.followers:
+        raise Full(f"{api.store.limits.followers} others follow the events")
     last = request.headers.get("last-event-id", "") or Query(request.query).text("after")
     if last and not re.fullmatch(r"[0-9]{1,15}", last):
         raise _bad("Last-Event-ID", "the number of an event", last)
@@ -4257,7 +4280,7 @@ def _event_stream(api: Api, request: Request, after: int) -> Iterator[bytes]:
         after = api.store.number
     yield b"retry: 1000\n: %d\n\n" % after
     while not api.store.closed:
-        events, lost = api.store.events(after, 15.0)
+        events, lost = api.store.events(after, 15.0)     # it counts those who wait there
         if lost:
             yield b"event: reset\ndata: {}\n\n"
         lines = []
@@ -4468,12 +4491,15 @@ def get_attachment(api: Api, request: Request, id: str) -> Response:
     if not dash:
         raise Unknown(f"no attachment has the id {id[:80]!r}")
     message = api.store.message(message_id)
-    attachments = message.content().attachments
+    with api.reading(message):
+        attachments = message.content().attachments
     if not number.isdecimal() or not number.isascii() or int(number[:9]) >= len(attachments):
         raise Unknown(f"no attachment has the id {id[:80]!r}")
     part = attachments[int(number)]
+    with api.reading(message):
+        octets = attachment_octets(message.octets, part)
     kind = part.content_type if _MEDIA_TYPE.fullmatch(part.content_type) else ""
-    return Response(body=attachment_octets(message.octets, part),
+    return Response(body=octets,
                     type=kind or "application/octet-stream", headers=_as_download(part.file_name))
 
 
@@ -4989,7 +5015,9 @@ _PARAMETERS: Dict[str, Tuple[str, Dict[str, Any], str]] = {
     "server": ("server", {"type": "string"}, "whose messages; without: all"),
     "page": ("page", {"type": "integer", "minimum": 0, "maximum": 10_000_000}, "from 0"),
     "itemsPerPage": ("itemsPerPage", {"type": "integer", "minimum": 1, "maximum": 1000}, "50"),
-    "receivedAfter": ("receivedAfter", {"type": "string", "format": "date-time"}, "only later"),
+    "receivedAfter": ("receivedAfter", {"anyOf": [
+        {"type": "string", "format": "date-time"}, {"type": "string", "enum": [""]}]},
+                      "only later"),
     "dir": ("dir", {"type": "string", "enum": ["Received", "Sent", ""]}, "Received"),
     "q": ("q", {"type": "string"}, "from: to: subject: body: has: words -not"),
     "milliseconds": ("timeout", {"type": "integer", "minimum": 0, "maximum": 60_000},
@@ -5529,8 +5557,22 @@ class HttpHandler(http.server.BaseHTTPRequestHandler):
             body = b""
         if len(body) < 65_536:
             self.request.send(head + b"\r\n" + body)
-        else:                            # copying would cost more than a second write
-            self.request.send(head + b"\r\n", body)
+        else:
+            self._send_large(head + b"\r\n", body)
+
+    def _send_large(self, head: bytes, body: bytes) -> None:
+        """Two writes, since a copy would cost more.  Those who ask for much at once and do not
+        read it may hold only so many octets."""
+        if not self.server.may_send(len(body)):
+            self.close_connection = True
+            self._send(_error(Request(self.command, "/"), ApiError(
+                503, "busy", "Too many large answers are being sent; try again",
+                headers=(("Retry-After", "1"),))))
+            return
+        try:
+            self.request.send(head, body)
+        finally:
+            self.server.may_send(-len(body))
 
     def _send_stream(self, head: bytes, stream: Iterator[bytes]) -> None:
         """Chunks as they come; an HTTP/1.0 client reads to the end of the connection."""
@@ -5565,12 +5607,22 @@ class HttpServer(Listener):
         self.tls = tls
         self.https = https
         self._date = (0, b"")
+        self._sending = 0                # octets of large answers
 
     def opened(self, connection: Connection) -> bool:
         """Serves the connection to its end."""
         self.step_down(connection)
         HttpHandler(connection, connection.client, self)
         return False
+
+    def may_send(self, octets: int) -> bool:
+        """Counts octets of a large answer, a negative number once they are sent; False if too
+        many are being sent already."""
+        with self._guard:
+            if octets > 0 and self._sending and self._sending + octets > self.limits.sending:
+                return False
+            self._sending += octets
+            return True
 
     def date(self) -> bytes:
         """The Date field's value, made once a second."""
@@ -7605,6 +7657,8 @@ class Webhook:
             if not self._error:
                 self._sent += 1
                 return
+            if left == self._limits.webhook_tries - 1:
+                log_error("--webhook: %s; trying again", self._error)
             if not left or self._stop.wait(pause):
                 break
             pause = min(30.0, pause * 2)
@@ -8046,7 +8100,7 @@ def _interrupt(*_: Any) -> None:
 @contextlib.contextmanager
 def _signals(handler: Any) -> Iterator[None]:
     """Handles what ends the program, and puts back what handled it before."""
-    known = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGBREAK")
+    known = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGBREAK")
              if hasattr(signal, name)]               # the last on Windows
     before = [signal.signal(each, handler) for each in known]
     try:

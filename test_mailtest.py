@@ -728,6 +728,12 @@ def test_a_date_is_aware_and_a_message_id_is_as_written():
     assert content.message_id == "<1@b>"
 
 
+def test_nul_octets_of_a_text_are_told_and_shown():
+    content = mailtest.read_message(crlf("Content-Type: text/plain", "", "a\0b"))
+    assert content.text.body == "a\ufffdb\n"
+    assert "text/plain part has NUL octets" in content.warnings
+
+
 # ---- Search ----------------------------------------------------------------
 
 SEARCHED = (b"From: Ann Sender <Ann@Sender.example>\r\nTo: Bob <bob@mailtest.example>\r\n"
@@ -6214,6 +6220,32 @@ def test_preview_is_not_much_larger_than_a_mail_may_be():
     assert [response.body.count(b"src=data:"), response.body.count(b"src=cid:")] == [3, 997]
 
 
+def with_file(name="a.txt"):
+    """A mail with one attachment."""
+    return (b"Subject: x\r\nContent-Type: multipart/mixed; boundary=b\r\n\r\n--b\r\n\r\n"
+            b'"url":"\\u0000\r\n--b\r\nContent-Type: text/x\r\nContent-Disposition: attachment; '
+            b"filename=" + name.encode() + b"\r\n\r\nx\r\n--b--\r\n")
+
+
+@pytest.mark.parametrize("hosted, folder", [(False, "/api/files/attachments/"),
+                                            (True, "/v1/attachments/")])
+def test_kept_json_names_files_by_the_url_that_each_client_used(hosted, folder):
+    _, api = api_on_clock(hosted=hosted)
+    message = delivered(api.store, "a@b.example", octets=with_file())
+    for host in ("127.0.0.1:8080", "localhost:9"):
+        value = got(api, "/v1/get/a@b.example", host=host)["messages"][0]
+        assert value["attachments"][0]["url"] == f"http://{host}{folder}{message.id}-0"
+        assert value["text"]["body"] == '"url":"\\u0000'
+    assert message.rendered is not None
+
+
+def test_event_streams_are_bounded():
+    _, api = api_on_clock(limits={"followers": 1})
+    assert ask(api, "GET", "/v1/events").status == 200
+    api.store.following = 1
+    assert ask(api, "GET", "/v1/events").status == 503
+
+
 # ---- HTTP server -----------------------------------------------------------
 
 @pytest.fixture(scope="module")
@@ -6884,6 +6916,18 @@ def test_client_that_fails_the_handshake_is_left(tls):
         sock.recv(65_536)
         sock.sendall(b"GET / HTTP/1.1\r\n\r\n")
         assert server.ended.get(timeout=10).startswith("failed the TLS handshake: ")
+
+
+def test_large_answers_under_way_are_bounded():
+    api = api_on_clock(limits={"sending": 1_000})[1]
+    server = mailtest.HttpServer("127.0.0.1", 0, api)
+    try:
+        assert server.may_send(5_000)    # a single one always
+        assert not server.may_send(1)
+        server.may_send(-5_000)
+        assert server.may_send(600) and server.may_send(400) and not server.may_send(1)
+    finally:
+        server.stop()
 
 
 # ---- Web page --------------------------------------------------------------
@@ -7910,6 +7954,7 @@ def test_webhook_gives_one_message_up_and_goes_on(caplog):
         hook.stop()
         assert hook.state() == {"sent": 1, "waiting": 0, "dropped": 1, "error": None}
     assert [re.sub(r"[0-9a-f-]{36}", "<id>", text) for _, _, text in caplog.record_tuples] == [
+        "--webhook: answered 500; trying again",
         "--webhook: message <id> was not sent: answered 503"]
 
 
