@@ -250,10 +250,10 @@ class Attachment(NamedTuple):
 class Body(NamedTuple):
     """One of a mail's two bodies; `body` is None where the mail has none of that kind."""
 
-    body: Optional[str]
-    links: Tuple[Link, ...]
-    codes: Tuple[str, ...]
-    images: Tuple[Image, ...]
+    body: Optional[str] = None
+    links: Tuple[Link, ...] = ()
+    codes: Tuple[str, ...] = ()
+    images: Tuple[Image, ...] = ()
 
 
 class Headers(NamedTuple):
@@ -378,9 +378,6 @@ def decode_charset(octets: bytes, label: str) -> Tuple[str, str]:
 
 # Header fields
 
-# One field: a name of anything but colons, a colon, and a value with its continuation lines.
-# `email.parser` is not used: it ends the header block at the first junk line (`Name :` is one,
-# and so are 8-bit names) and costs ten times as much.
 _BLANK_BEFORE_COLON = _Pattern(r"^([!-9;-~]+)[ \t]+:", re.MULTILINE)
 _NO_FIELD = _Pattern(r"^(?![!-9;-~]+:|[ \t]).*\n?(?:^[ \t].*\n?)*", re.MULTILINE)
 _BLANK_LINE = _Pattern(rb"^\r{0,3}\n|(?<=\r)\r(?!\r{0,3}\n)", re.MULTILINE)
@@ -393,11 +390,19 @@ _ENCODED_WORD = _Pattern(
     r"(?:[bB]\?([^?]*)|[qQ]\?([^?=]*(?:(?:=(?!\?[^=])|\?(?!=))[^?=]*)*))\?=")
 
 
+def _unfolded(name: str, value: str, warnings: _Warnings) -> str:
+    if len(value) > MESSAGE_LIMITS.field_octets:
+        value = value[:MESSAGE_LIMITS.field_octets]
+        warnings.add("header field %s over %d octets: the rest of it was not read"
+                     % (name[:60], MESSAGE_LIMITS.field_octets))
+    return (_FOLD.sub(" ", value) if "\n" in value else value).strip()
+
+
 def _fields(octets: bytes, warnings: _Warnings) -> List[Tuple[str, str]]:
     """(name, unfolded but undecoded value) of every field of a header block, in order.
 
-    The parser of `email` ends a block at the first line that is no field, and makes objects of
-    values that are not ASCII: what leads to that is mended before.
+    The parser of `email` ends a block at the first line that is no field (`Name :` is one, and so
+    are 8-bit names): what leads to that is mended before.
     """
     if len(octets) > MESSAGE_LIMITS.header_octets:
         octets = octets[:MESSAGE_LIMITS.header_octets]
@@ -416,14 +421,6 @@ def _fields(octets: bytes, warnings: _Warnings) -> List[Tuple[str, str]]:
         warnings.add("more than %d header fields: the rest of them was not read"
                      % MESSAGE_LIMITS.header_fields)
     return [(name, _unfolded(name, value, warnings)) for name, value in found]
-
-
-def _unfolded(name: str, value: str, warnings: _Warnings) -> str:
-    if len(value) > MESSAGE_LIMITS.field_octets:
-        value = value[:MESSAGE_LIMITS.field_octets]
-        warnings.add("header field %s over %d octets: the rest of it was not read"
-                     % (name[:60], MESSAGE_LIMITS.field_octets))
-    return (_FOLD.sub(" ", value) if "\n" in value else value).strip()
 
 
 def _word_octets(match) -> bytes:
@@ -461,8 +458,7 @@ def decode_words(value: str) -> str:
 
 def _readable(value: str) -> str:
     """A field's value as a reader sees it: words decoded, one line."""
-    if "=?" in value:
-        value = decode_words(value)
+    value = decode_words(value)
     return _CONTROL.sub(" ", value).strip() if not value.isprintable() else value
 
 
@@ -580,6 +576,22 @@ _SECTION = _Pattern(r"([^*]+)(?:\*([0-9]{1,4}))?(\*)?$")
 _COMMENT = _Pattern(r"\([^()]*\)")
 
 
+def _join_sections(numbered: Dict[int, Tuple[bool, str]]) -> str:
+    """The value of a parameter that came as `name*=` (-1) or as `name*0*=`, `name*1=` ..."""
+    if -1 in numbered:
+        numbered = {0: numbered[-1]}
+    charset, pieces, encoded_any = "", [], False
+    for index in sorted(numbered):
+        encoded, text = numbered[index]
+        if encoded and not encoded_any and text.count("'") >= 2:
+            charset, _, text = text.split("'", 2)
+        encoded_any = encoded_any or encoded
+        raw = text.encode("utf-8")
+        pieces.append(urllib.parse.unquote_to_bytes(raw) if encoded else raw)
+    joined = b"".join(pieces)
+    return decode_charset(joined, charset)[0] if encoded_any else joined.decode("utf-8")
+
+
 def _parameters(value: str, warnings: _Warnings) -> Tuple[str, Dict[str, str]]:
     """(main value, parameters) of a Content-Type or Content-Disposition, RFC 2231 undone.
 
@@ -613,22 +625,6 @@ def _parameters(value: str, warnings: _Warnings) -> Tuple[str, Dict[str, str]]:
     return main.strip(), plain
 
 
-def _join_sections(numbered: Dict[int, Tuple[bool, str]]) -> str:
-    """The value of a parameter that came as `name*=` (-1) or as `name*0*=`, `name*1=` ..."""
-    if -1 in numbered:
-        numbered = {0: numbered[-1]}
-    charset, pieces, encoded_any = "", [], False
-    for index in sorted(numbered):
-        encoded, text = numbered[index]
-        if encoded and not encoded_any and text.count("'") >= 2:
-            charset, _, text = text.split("'", 2)
-        encoded_any = encoded_any or encoded
-        raw = text.encode("utf-8")
-        pieces.append(urllib.parse.unquote_to_bytes(raw) if encoded else raw)
-    joined = b"".join(pieces)
-    return decode_charset(joined, charset)[0] if encoded_any else joined.decode("utf-8")
-
-
 # Transfer encodings
 
 _BASE64 = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/="
@@ -640,6 +636,12 @@ def _chunks(octets: bytes, start: int, end: int) -> Iterator[bytes]:
     view = memoryview(octets)
     for at in range(start, end, _CHUNK):
         yield bytes(view[at:min(end, at + _CHUNK)])
+
+
+def _base64_run(run: bytes) -> bytes:
+    if len(run) % 4 == 1:       # six bits of nothing
+        run = run[:-1]
+    return binascii.a2b_base64(run + b"=" * (-len(run) % 4))
 
 
 def _base64_pieces(octets: bytes, start: int, end: int) -> Iterator[bytes]:
@@ -661,12 +663,6 @@ def _base64_pieces(octets: bytes, start: int, end: int) -> Iterator[bytes]:
         rest = chunk[whole:]
         yield binascii.a2b_base64(chunk[:whole])
     yield _base64_run(rest)
-
-
-def _base64_run(run: bytes) -> bytes:
-    if len(run) % 4 == 1:       # six bits of nothing
-        run = run[:-1]
-    return binascii.a2b_base64(run + b"=" * (-len(run) % 4))
 
 
 def decode_base64(octets: bytes) -> bytes:
@@ -707,9 +703,8 @@ _DECODERS = {
 _ENCODING_NAMES = {
     "base64": "base64", "quoted-printable": "quoted-printable", "quotedprintable":
     "quoted-printable", "uuencode": "uuencode", "x-uuencode": "uuencode", "x-uue": "uuencode",
-    "uue": "uuencode",
+    "uue": "uuencode", "7bit": "", "8bit": "", "binary": "", "": "",
 }
-_IDENTITIES = frozenset(("", "7bit", "8bit", "binary"))
 _BAD_QUOTED = _Pattern(rb"=(?![0-9A-Fa-f]{2}|[ \t]*\r?\n|[ \t]*\Z)")
 
 
@@ -745,14 +740,27 @@ class _Part(NamedTuple):
     start: int = 0           # octets[start:end] is the encoded body
     end: int = 0
 
-    @property
-    def is_multipart(self):
-        return self.content_type.startswith("multipart/")
-
 
 _TYPE = _Pattern(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+(?:/[!#$%&'*+.^_`|~0-9A-Za-z-]+)?")
 _DASHES = _Pattern(rb"--(?<=[\r\n]--)([^\r\n]{0,1024})[^\r\n]*(?:\r\n|\n|\r|\Z)")
 _PART_HEADER = 65_536        # octets of a part's header block; a mail's has a bound of its own
+
+
+def _content_type(value: str, warnings: _Warnings) -> Tuple[str, Dict[str, str]]:
+    """("type/subtype", parameters); none, or "text" alone, is text/plain (RFC 2045 5.2)."""
+    main, parameters = _parameters(value, warnings)
+    match = _TYPE.match(main)
+    content_type = match.group().lower() if match else ""
+    if "/" not in content_type:
+        warnings.add("Content-Type %r is no type/subtype" % main[:60])
+    return ("text/plain" if content_type in ("", "text") else content_type), parameters
+
+
+def _encoding(value: str, warnings: _Warnings) -> str:
+    name = _COMMENT.sub("", value).partition(";")[0].strip(" \t\"'").lower()
+    if name not in _ENCODING_NAMES:
+        warnings.add("unknown Content-Transfer-Encoding %r: taken as it is" % name[:60])
+    return _ENCODING_NAMES.get(name, "")
 
 
 def _part(fields: List[Tuple[str, str]], default: str, warnings: _Warnings) -> _Part:
@@ -773,23 +781,6 @@ def _part(fields: List[Tuple[str, str]], default: str, warnings: _Warnings) -> _
                  parameters.get("boundary", "").rstrip().encode("utf-8", "replace"),
                  disposition.lower(), name[:MESSAGE_LIMITS.file_name], content_id or None,
                  _encoding(first.get("content-transfer-encoding", ""), warnings))
-
-
-def _content_type(value: str, warnings: _Warnings) -> Tuple[str, Dict[str, str]]:
-    """("type/subtype", parameters); none, or "text" alone, is text/plain (RFC 2045 5.2)."""
-    main, parameters = _parameters(value, warnings)
-    match = _TYPE.match(main)
-    content_type = match.group().lower() if match else ""
-    if "/" not in content_type:
-        warnings.add("Content-Type %r is no type/subtype" % main[:60])
-    return ("text/plain" if content_type in ("", "text") else content_type), parameters
-
-
-def _encoding(value: str, warnings: _Warnings) -> str:
-    name = _COMMENT.sub("", value).partition(";")[0].strip(" \t\"'").lower()
-    if name not in _ENCODING_NAMES and name not in _IDENTITIES:
-        warnings.add("unknown Content-Transfer-Encoding %r: taken as it is" % name[:60])
-    return _ENCODING_NAMES.get(name, "")
 
 
 def _delimiter(line: bytes, active: Dict[bytes, int]) -> Optional[Tuple[int, bool]]:
@@ -823,6 +814,23 @@ def _before_line_end(octets: bytes, start: int, end: int) -> int:
     if octets[end - 1:end] == b"\r":
         end -= 1
     return max(start, end)
+
+
+def _open(part: _Part, stack: List[_Part], active: Dict[bytes, int],
+          warnings: _Warnings) -> Optional[_Part]:
+    """Puts a multipart on the stack; returns what is a leaf, or must be taken for one."""
+    if not part.content_type.startswith("multipart/"):
+        return part
+    if not part.boundary:
+        warnings.add("%s without a boundary: its parts were not read" % part.content_type[:60])
+        return None
+    if len(stack) >= MESSAGE_LIMITS.nesting:
+        warnings.add("multiparts nested over %d deep: deeper ones were not read"
+                     % MESSAGE_LIMITS.nesting)
+        return part
+    stack.append(part)
+    active[part.boundary] = len(stack) - 1
+    return None
 
 
 def _split(octets: bytes, part: _Part, warnings: _Warnings) -> List[_Part]:
@@ -875,23 +883,6 @@ def _split(octets: bytes, part: _Part, warnings: _Warnings) -> List[_Part]:
     if stack:
         warnings.add("multipart without its final boundary")
     return leaves
-
-
-def _open(part: _Part, stack: List[_Part], active: Dict[bytes, int],
-          warnings: _Warnings) -> Optional[_Part]:
-    """Puts a multipart on the stack; returns what is a leaf, or must be taken for one."""
-    if not part.is_multipart:
-        return part
-    if not part.boundary:
-        warnings.add("%s without a boundary: its parts were not read" % part.content_type[:60])
-        return None
-    if len(stack) >= MESSAGE_LIMITS.nesting:
-        warnings.add("multiparts nested over %d deep: deeper ones were not read"
-                     % MESSAGE_LIMITS.nesting)
-        return part
-    stack.append(part)
-    active[part.boundary] = len(stack) - 1
-    return None
 
 
 # Bodies and attachments
@@ -961,8 +952,7 @@ _RAW_TEXT = {name: _Pattern("</%s(?=[\\s/>])" % name, re.I) for name in (
 _BLOCKS = frozenset(
     "address article aside blockquote body br center dd div dl dt fieldset figure footer form"
     " h1 h2 h3 h4 h5 h6 head header hr html li main nav ol option p pre section table tbody tfoot"
-    " thead"
-    " tr ul".split())
+    " thead tr ul".split())
 _CELLS = frozenset(("td", "th"))
 _VOID = frozenset("area base br col embed hr img input link meta param source track wbr".split())
 _HIDDEN_STYLE = _Pattern(
@@ -980,6 +970,15 @@ def _unescape(text: str) -> str:
     if "&#" in text:
         text = _LONG_ENTITY.sub("\ufffd", text)
     return html.unescape(text)
+
+
+_ATTRIBUTES = frozenset(("href", "src", "alt", "style", "hidden"))
+_URL_JUNK = _Pattern(r"[\t\r\n]+")
+
+
+def _url(value: str) -> str:
+    """An attribute's URL as a browser takes it: trimmed, without the line ends inside."""
+    return _URL_JUNK.sub("", value.strip(" \t\r\n\x0c\x00"))
 
 
 class _HtmlReader:
@@ -1095,15 +1094,6 @@ class _HtmlReader:
             self.anchor = None
 
 
-_ATTRIBUTES = frozenset(("href", "src", "alt", "style", "hidden"))
-_URL_JUNK = _Pattern(r"[\t\r\n]+")
-
-
-def _url(value: str) -> str:
-    """An attribute's URL as a browser takes it: trimmed, without the line ends inside."""
-    return _URL_JUNK.sub("", value.strip(" \t\r\n\x0c\x00"))
-
-
 def _resolve(base: str, url: str) -> str:
     try:
         return urllib.parse.urljoin(base, url)
@@ -1114,7 +1104,7 @@ def _resolve(base: str, url: str) -> str:
 def _html_body(texts: List[str], subject: str, warnings: _Warnings) -> Tuple[Body, str]:
     """(body, visible text) of the HTML parts of a mail."""
     if not texts:
-        return Body(None, (), (), ()), ""
+        return Body(), ""
     text, most = "\n".join(texts), MESSAGE_LIMITS.links
     if len(text) > MESSAGE_LIMITS.html_characters:
         warnings.add("HTML over %d characters: links and images after that are not listed"
@@ -1134,7 +1124,8 @@ def _html_body(texts: List[str], subject: str, warnings: _Warnings) -> Tuple[Bod
 
 _TEXT_LINK = _Pattern(
     r"(?<![A-Za-z0-9])(?:https?://|www\.(?=[A-Za-z0-9])|mailto:)"
-    r"[^\s<>\"\u00ab\u00bb\u201c-\u201f\u3000-\u303f\uff00-\uff0f\x00-\x1f]{1,8192}", re.I)
+    r"[^\s<>\"\u00ab\u00bb\u201c-\u201f\u3000-\u303f\uff00-\uff0f\x00-\x1f]{1,%d}"
+    % MESSAGE_LIMITS.url_characters, re.I)
 _BRACKETS = {")": "(", "]": "[", "}": "{"}
 
 
@@ -1217,6 +1208,9 @@ _HYPHENS = {0x2010: "-", 0x2011: "-", 0xA0: " ", 0x2007: " ", 0x2009: " ", 0x202
             0x200B: None, 0xAD: None, 0x2060: None, 0xFEFF: None}
 
 
+_DIGIT = _Pattern("[0-9]")
+
+
 def find_codes(text: str, subject: str) -> Tuple[str, ...]:
     """The codes that a reader is meant to type in somewhere, in order, as they are typed:
     "482 913" and "123-456" are 482913 and 123456, "K7Q-T2M" stays.
@@ -1266,9 +1260,6 @@ def find_codes(text: str, subject: str) -> Tuple[str, ...]:
     return tuple(codes)
 
 
-_DIGIT = _Pattern("[0-9]")
-
-
 def _cue(text: str, start: int, end: int) -> int:
     """How the words around a candidate speak for a code: -1 against it, 0 not at all, 1 for it,
     2: for it, and right before it."""
@@ -1308,6 +1299,11 @@ def _alone(text: str, start: int, end: int) -> bool:
             and not text[end:end + 200].partition("\n")[0].strip(" \t*_|."))
 
 
+def _changes(code: str) -> int:
+    """How often a token changes from letters to digits or back."""
+    return sum(a.isdigit() != b.isdigit() for a, b in zip(code, code[1:]))
+
+
 def _is_code(code: str, cue: int) -> bool:
     if code.isdigit():
         if cue < 2 and (_YEAR.fullmatch(code) or _DAY.fullmatch(code) or code.endswith("000")):
@@ -1322,16 +1318,11 @@ def _is_code(code: str, cue: int) -> bool:
     return bool(cue) or _changes(code) > 1
 
 
-def _changes(code: str) -> int:
-    """How often a token changes from letters to digits or back."""
-    return sum(a.isdigit() != b.isdigit() for a, b in zip(code, code[1:]))
-
-
 def _text_body(texts: List[str], subject: str) -> Body:
     if not texts:
-        return Body(None, (), (), ())
+        return Body()
     text = "\n".join(texts)
-    return Body(text, find_text_links(text), find_codes(text, subject), ())
+    return Body(text, find_text_links(text), find_codes(text, subject))
 
 
 _READABLE = _Pattern("[^\\s\u00ad\u034f\u200b-\u200f\u2060\ufeff]")
@@ -1462,7 +1453,8 @@ def read_message(octets: bytes, eight_bit: bool = True) -> Content:
     headers = _headers(fields, warnings)
     dates = [read_date(value) for name, value in headers.headers if name.lower() == "date"]
     date = next(filter(None, dates), None)
-    message_ids = [value for name, value in headers.headers if name.lower() == "message-id"]
+    message_id = next((value for name, value in headers.headers
+                       if name.lower() == "message-id"), "")
     _check_headers(octets[start:end], headers, date, warnings)
     _check_octets(octets, eight_bit, warnings)
     root = _part(fields, "text/plain", warnings)._replace(start=body, end=len(octets))
@@ -1478,7 +1470,7 @@ def read_message(octets: bytes, eight_bit: bool = True) -> Content:
     if htmls and not texts:
         warnings.add("HTML without a text alternative")
     preview = _preview(text_body.body or "", visible, headers.subject)
-    return Content(*headers, date, next(iter(message_ids), ""), html_body, text_body,
+    return Content(*headers, date, message_id, html_body, text_body,
                    tuple(attachments), preview, tuple(warnings))
 
 
@@ -1497,7 +1489,7 @@ def read_sms(octets: bytes, sender: Optional[str], recipients: Iterable[str]) ->
     text = octets.decode("utf-8", "replace")
     to = tuple(Address("", number) for number in recipients)
     return Content((), "", (Address("", sender or ""),), to, (), (), (), None, "",
-                   Body(None, (), (), ()), _text_body([text], ""), (), _preview(text), ())
+                   Body(), _text_body([text], ""), (), _preview(text), ())
 
 
 @functools.lru_cache(maxsize=4096)
@@ -1603,6 +1595,30 @@ class Term(NamedTuple):
     wanted: bool = True
 
 
+def _has(message: Message, what: str) -> bool:
+    content = message.content()
+    return bool({"attachment": content.attachments, "attachments": content.attachments,
+                 "code": content.text.codes or content.html.codes,
+                 "link": content.text.links or content.html.links,
+                 "html": content.html.body, "text": content.text.body,
+                 "warning": content.warnings}.get(what))
+
+
+_TESTS: Dict[str, Callable[[Message, str], bool]] = {
+    "sent-from": lambda message, value: value in message.keys().senders,
+    "sent-to": lambda message, value: value in message.keys().recipients,
+    "subject": lambda message, value: value in message.keys().subject,
+    "body": lambda message, value: value in message.folded_body(),
+    "from": lambda message, value: any(value in sender for sender in message.keys().senders),
+    "to": lambda message, value: any(value in path for path in message.keys().recipients),
+    "has": _has,
+    "free": lambda message, value: (value in message.keys().subject
+                                    or value in message.keys().names
+                                    or any(value in path for path in message.keys().recipients)
+                                    or value in message.folded_body()),
+}
+
+
 class Criteria(NamedTuple):
     """Terms that must hold, all of them or any one.  Without terms every message matches."""
 
@@ -1635,30 +1651,6 @@ def words(query: str) -> Criteria:
             terms.append(Term((field or "free").lower(), value, not minus))
     terms.sort(key=lambda term: term.field in ("body", "free", "has"))
     return Criteria(tuple(terms))
-
-
-def _has(message: Message, what: str) -> bool:
-    content = message.content()
-    return bool({"attachment": content.attachments, "attachments": content.attachments,
-                 "code": content.text.codes or content.html.codes,
-                 "link": content.text.links or content.html.links,
-                 "html": content.html.body, "text": content.text.body,
-                 "warning": content.warnings}.get(what))
-
-
-_TESTS: Dict[str, Callable[[Message, str], bool]] = {
-    "sent-from": lambda message, value: value in message.keys().senders,
-    "sent-to": lambda message, value: value in message.keys().recipients,
-    "subject": lambda message, value: value in message.keys().subject,
-    "body": lambda message, value: value in message.folded_body(),
-    "from": lambda message, value: any(value in sender for sender in message.keys().senders),
-    "to": lambda message, value: any(value in path for path in message.keys().recipients),
-    "has": _has,
-    "free": lambda message, value: (value in message.keys().subject
-                                    or value in message.keys().names
-                                    or any(value in path for path in message.keys().recipients)
-                                    or value in message.folded_body()),
-}
 
 
 # ---- Store -----------------------------------------------------------------
@@ -1919,8 +1911,7 @@ class Store:
         """Ends an inbox and its mail."""
         with self._changed:
             self._expire()
-            inbox = self._find(address)
-            self._close_inbox(inbox_key(inbox.address), "deleted")
+            self._close_inbox(self._find(address).key, "deleted")
 
     def refusal(self, address: str) -> str:
         """Why mail to the address is not taken, "" if it is.  Counts the attempt."""
@@ -1995,21 +1986,14 @@ class Store:
         """The message of that id."""
         with self._changed:
             self._expire()
-            message = self._messages.get(id.lower())
-        if message is None:
-            raise Unknown(f"no message has the id {id[:80]!r}; it may be deleted or expired")
-        return message
+            return self._message(id)
 
     def delete(self, id: str) -> None:
         """Ends one message, whoever holds it."""
         with self._changed:
             self._expire()
-            message = self._messages.get(id.lower())
-            if message is None:
-                raise Unknown(f"no message has the id {id[:80]!r}; it may be deleted or expired")
-            for place in message.inboxes:
-                self._inboxes[place].messages.pop(message.id, None)
-            self._drop(message)
+            message = self._message(id)
+            self._remove(message)
             self._happened("deleted", {"id": message.id})
 
     def empty(self, server: str) -> None:
@@ -2017,9 +2001,7 @@ class Store:
         with self._changed:
             self._expire()
             for message in list(self._folder(server).values()):
-                for place in message.inboxes:
-                    self._inboxes[place].messages.pop(message.id, None)
-                self._drop(message)
+                self._remove(message)
             self._happened("emptied", {"server": server})
 
     def newest(self, server: str, direction: str = "Received", after: Optional[float] = None,
@@ -2140,11 +2122,12 @@ class Store:
 
     # -- sessions, polling, rates
 
-    def add_session(self, make: Callable[[int], SessionRecord]) -> None:
-        """Remembers a finished session; one that was refused something is an event too."""
+    def add_session(self, record: SessionRecord) -> None:
+        """Numbers and remembers a finished session; one that was refused something is an event
+        too."""
         with self._changed:
             self._session_count += 1
-            record = make(self._session_count)
+            record = record._replace(number=self._session_count)
             self._sessions.append(record)
             if record.refused or (record.ending != "quit" and not record.accepted):
                 self._happened("session", {"number": record.number, "client": record.client,
@@ -2367,6 +2350,17 @@ class Store:
         self._happened("expired" if how == "expired" else "deleted", {"address": inbox.address})
         self._wake((key,), ())
 
+    def _message(self, id: str) -> Message:
+        message = self._messages.get(id.lower())
+        if message is None:
+            raise Unknown(f"no message has the id {id[:80]!r}; it may be deleted or expired")
+        return message
+
+    def _remove(self, message: Message) -> None:
+        for place in message.inboxes:
+            self._inboxes[place].messages.pop(message.id, None)
+        self._drop(message)
+
     def _drop(self, message: Message) -> None:
         """Forgets a message that no inbox holds any longer."""
         del self._messages[message.id]
@@ -2448,8 +2442,6 @@ class Reply(NamedTuple):
     def octets(self) -> bytes:
         """As it is sent.  Text is ASCII: nobody announced SMTPUTF8 for replies."""
         status = self.status + " " if self.status else ""
-        if not self.more:
-            return f"{self.code} {status}{self.text}\r\n".encode("ascii", "backslashreplace")
         lines = (self.text,) + self.more
         last = len(lines) - 1
         return "".join(f"{self.code}{' ' if i == last else '-'}{status}{line}\r\n"
@@ -2504,7 +2496,6 @@ _HTTP = re.compile(rb"[A-Z]{3,20} (?:/|https?:)|Host:", re.I)
 _NO_CONTROL = "Expected no control character, NUL, bare CR or bare LF in a command"
 _END = b"\r\n.\r\n"
 _NEEDS = {
-    "greeted": "Send EHLO first",
     "idle": "A mail transaction is open: send RSET, or end it",
     "has_transaction": "Send MAIL first",
     "has_recipients": "Send RCPT first: no recipient was accepted",
@@ -2561,11 +2552,6 @@ def _without_secret(line: bytes) -> bytes:
                                                                                "CRAM-MD5")
     shown = words[:2] if known else words[:1]
     return b" ".join(shown + [b"********"] * (len(words) > len(shown)))
-
-
-def _expect_none(verb: str, argument: str) -> None:
-    if argument.strip():
-        raise Refuse(501, "5.5.4", f"Expected {verb} alone, got {_seen(argument)} after it")
 
 
 def _check_ascii(path: str, utf8: bool) -> None:
@@ -2725,11 +2711,6 @@ class Session:
     # -- facts
 
     @property
-    def greeted(self) -> bool:
-        """EHLO or HELO was said."""
-        return bool(self.helo)
-
-    @property
     def idle(self) -> bool:
         """EHLO or HELO was said, and no transaction is open."""
         return bool(self.helo) and self.transaction is None
@@ -2793,8 +2774,8 @@ class Session:
         self._buffer = b""
         self._end_part()
         transcript = self._opening + b"".join(self._past)
-        self.store.add_session(lambda number: SessionRecord(
-            number, self.client, self.helo, self.user, self.tls, self._started,
+        self.store.add_session(SessionRecord(
+            0, self.client, self.helo, self.user, self.tls, self._started,
             self.store.wall(), self._accepted, self._refused, how, transcript))
 
     def tls_started(self) -> None:
@@ -2939,6 +2920,9 @@ class Session:
             argument = rest.decode("utf-8")
         except UnicodeDecodeError:       # RFC 6531 3.1: what is not ASCII is UTF-8
             raise Refuse(501, "5.5.2", "Expected ASCII or UTF-8") from None
+        if argument.strip() and " " not in found.syntax:
+            raise Refuse(501, "5.5.4", f"Expected {found.syntax} alone, got {_seen(argument)} "
+                                       "after it")
         return found.run(self, argument)
 
     def _refuse_http(self, line: bytes) -> None:
@@ -3071,7 +3055,6 @@ class Session:
 
     @command("DATA", needs="has_recipients")
     def _data(self, argument: str) -> Reply:
-        _expect_none("DATA", argument)
         if self.transaction.data is not None:
             raise Refuse(503, "5.5.1", "Expected BDAT: this transaction began with it")
         self.transaction.data = MailData(self.store)
@@ -3094,7 +3077,6 @@ class Session:
 
     @command("RSET")
     def _rset(self, argument: str) -> Reply:
-        _expect_none("RSET", argument)
         self._reset()
         return _OK
 
@@ -3117,7 +3099,6 @@ class Session:
 
     @command("QUIT")
     def _quit(self, argument: str) -> Optional[Reply]:
-        _expect_none("QUIT", argument)
         self._say(Reply(221, "2.0.0", "Bye"))
         self.end("quit")
         return None
@@ -3128,7 +3109,6 @@ class Session:
             raise Refuse(502, "5.5.1", "TLS is not offered: start with --tls or --tls-cert")
         if self.tls:
             raise Refuse(503, "5.5.1", "TLS has begun already")
-        _expect_none("STARTTLS", argument)
         self.wants_tls = True
         return Reply(220, "2.0.0", "Go ahead")
 
@@ -3227,6 +3207,50 @@ class Silence(Hangup):
     """The peer said nothing, or read nothing, for too long."""
 
 
+class Poller:
+    """Which of many sockets have octets, by the fastest means of the system.
+
+    The selectors module asks the same of the same means, and costs three times as much a turn.
+    """
+
+    def __init__(self) -> None:
+        self._known: Dict[int, Any] = {}
+        self._poll: Any = None           # Windows: select(), which needs no registering
+        self._unit = 1000                # poll() counts in milliseconds
+        if hasattr(select, "epoll"):
+            self._poll, self._unit = select.epoll(), 1
+        elif hasattr(select, "poll"):
+            self._poll = select.poll()
+
+    def add(self, sock: socket.socket, what: Any) -> None:
+        """Asks for a socket from now on; `what` stands for it in the answer."""
+        self._known[sock.fileno()] = what
+        if self._poll is not None:
+            self._poll.register(sock.fileno(), 1)    # POLLIN and EPOLLIN
+
+    def remove(self, sock: socket.socket) -> None:
+        """Does not ask for it any longer; the socket is still open."""
+        del self._known[sock.fileno()]
+        if self._poll is not None:
+            self._poll.unregister(sock.fileno())
+
+    def all(self) -> List[Any]:
+        """What stands for all sockets."""
+        return list(self._known.values())
+
+    def ready(self, seconds: float) -> List[Any]:
+        """What stands for the sockets that have octets or have ended; waits for one."""
+        known = self._known
+        if self._poll is None:
+            return [known[fd] for fd in select.select(list(known), [], [], seconds)[0]]
+        return [known[fd] for fd, _ in self._poll.poll(seconds * self._unit)]
+
+    def close(self) -> None:
+        """Gives back what the system lent."""
+        if hasattr(self._poll, "close"):
+            self._poll.close()
+
+
 class Connection:
     """One accepted connection: receive, send, time-outs, TLS.
 
@@ -3252,10 +3276,11 @@ class Connection:
         """
         if _DARWIN_OR_LINUX and not isinstance(self.socket, ssl.SSLSocket):
             value = struct.pack("ll", int(seconds), int(seconds % 1 * 1_000_000))
-            self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, value)
-            self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, value)
-        else:
-            self.socket.settimeout(seconds)
+            with contextlib.suppress(OSError):       # macOS: reset meanwhile; 64-bit time: size
+                self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, value)
+                self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, value)
+                return
+        self.socket.settimeout(seconds)
 
     def park(self) -> None:
         """From now on receive() and try_send() never block."""
@@ -3360,48 +3385,26 @@ class Connection:
 _SPIN = 0.0001 if (os.cpu_count() or 1) > 1 else 0.0         # seconds, see Listener._next()
 
 
-class Poller:
-    """Which of many sockets have octets, by the fastest means of the system.
-
-    The selectors module asks the same of the same means, and costs three times as much a turn.
-    """
-
-    def __init__(self) -> None:
-        self._known: Dict[int, Any] = {}
-        self._poll: Any = None           # Windows: select(), which needs no registering
-        self._unit = 1000                # poll() counts in milliseconds
-        if hasattr(select, "epoll"):
-            self._poll, self._unit = select.epoll(), 1
-        elif hasattr(select, "poll"):
-            self._poll = select.poll()
-
-    def add(self, sock: socket.socket, what: Any) -> None:
-        """Asks for a socket from now on; `what` stands for it in the answer."""
-        self._known[sock.fileno()] = what
-        if self._poll is not None:
-            self._poll.register(sock.fileno(), 1)    # POLLIN and EPOLLIN
-
-    def remove(self, sock: socket.socket) -> None:
-        """Does not ask for it any longer; the socket is still open."""
-        del self._known[sock.fileno()]
-        if self._poll is not None:
-            self._poll.unregister(sock.fileno())
-
-    def all(self) -> List[Any]:
-        """What stands for all sockets."""
-        return list(self._known.values())
-
-    def ready(self, seconds: float) -> List[Any]:
-        """What stands for the sockets that have octets or have ended; waits for one."""
-        known = self._known
-        if self._poll is None:
-            return [known[fd] for fd in select.select(list(known), [], [], seconds)[0]]
-        return [known[fd] for fd, _ in self._poll.poll(seconds * self._unit)]
-
-    def close(self) -> None:
-        """Gives back what the system lent."""
-        if hasattr(self._poll, "close"):
-            self._poll.close()
+def _bind(host: str, port: int, backlog: int) -> socket.socket:
+    """A listening socket.  OSError says which address could not be had."""
+    found = socket.getaddrinfo(host or None, port, type=socket.SOCK_STREAM,
+                               flags=socket.AI_PASSIVE)
+    family, kind, protocol, _, address = min(found, key=lambda each: each[0] != socket.AF_INET6
+                                             if host in ("", "::") else 0)
+    sock = socket.socket(family, kind, protocol)
+    try:
+        if os.name == "nt":              # there SO_REUSEADDR would share the port
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_EXCLUSIVEADDRUSE, 1)
+        else:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if family == socket.AF_INET6 and host in ("", "::"):
+            sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
+        sock.bind(address)
+        sock.listen(backlog)
+    except OSError:
+        sock.close()
+        raise
+    return sock
 
 
 class Listener:
@@ -3430,6 +3433,8 @@ class Listener:
         self._threads: "set[threading.Thread]" = set()
         self._clients: Dict[str, int] = {}           # connections of each client address
         self._connections: "set[Connection]" = set()
+        self._most = limits.connections if hasattr(select, "poll") else (
+            min(limits.connections, 500))            # Windows: select() takes 512 sockets
         self._socket = _bind(host, port, limits.backlog)
         self._socket.setblocking(False)
         self.host, self.port = self._socket.getsockname()[:2]
@@ -3479,7 +3484,9 @@ class Listener:
         """Gives up the lead before blocking; from now on this thread serves that connection."""
         if self._leader != threading.get_ident():
             return
-        self._unpark(connection)
+        if connection.parked:
+            self._poller.remove(connection.socket)
+            connection.unpark()
         if not self._followers:
             self._add_worker()
         if not self._followers and not self.stopping.is_set():
@@ -3505,8 +3512,8 @@ class Listener:
             open_now, threads = list(self._connections), list(self._threads)
         for connection in open_now:
             connection.shut()
-        for thread in threads:
-            thread.join(1.0)
+        for thread in threads:           # one second for all
+            thread.join(max(0.0, until + 1.0 - time.monotonic()))
         self._socket.close()
         self._waker.close()
         self._woken.close()
@@ -3559,7 +3566,7 @@ class Listener:
             for found in self._next(spin):
                 spin = _SPIN
                 if found.__class__ is Connection:
-                    self._turn(found)
+                    self._turn(found, self.ready)
                 elif found == self._accept:
                     self._accept()
                 if self._leader != me:
@@ -3578,24 +3585,21 @@ class Listener:
                     return found
         return self._poller.ready(1.0)
 
-    def _turn(self, connection: Connection) -> None:
+    def _turn(self, connection: Connection, take: Callable[[Connection], bool]) -> None:
         """Lets the protocol serve a connection; closes it if that was the last turn."""
         why = ""
         try:
             connection.active = time.monotonic()
-            if self.ready(connection):
+            if take(connection):
                 return
         except Hangup as hangup:
             why = str(hangup)
         except Exception:                # the edge of a thread: the next client is served
             log_error("%s: a connection from %s failed", self.name, connection.client, trace=True)
-            why = self._broken(connection)
+            why = "met a defect of mailtest"
+            with contextlib.suppress(Exception):     # it may be broken in any way
+                self.failed(connection)
         self._close(connection, why)
-
-    def _broken(self, connection: Connection) -> str:
-        with contextlib.suppress(Exception):         # it may be broken in any way
-            self.failed(connection)
-        return "met a defect of mailtest"
 
     def _accept(self) -> None:
         """Takes the connections that wait, and serves those that may not be parked."""
@@ -3612,31 +3616,24 @@ class Listener:
             except IndexError:           # macOS: dead on arrival, it has no address
                 sock.close()
                 continue
-            if not self._admit(connection):
-                continue
-            if not self._open(connection):
-                return
+            if self._admit(connection):
+                self._turn(connection, self._begin)
+                if self._leader != threading.get_ident():
+                    return
 
-    def _open(self, connection: Connection) -> bool:
-        """Begins a connection; whether this thread still leads."""
-        why = ""
-        try:
-            if self.opened(connection):
-                self._park(connection)
-                return True
-        except Hangup as hangup:
-            why = str(hangup)
-        except Exception:                # as in _turn()
-            log_error("%s: a connection from %s failed", self.name, connection.client, trace=True)
-            why = self._broken(connection)
-        self._close(connection, why)
-        return self._leader == threading.get_ident()
+    def _begin(self, connection: Connection) -> bool:
+        """Greets, and parks the connection unless it has ended; whether it has not."""
+        if not self.opened(connection):
+            return False
+        connection.park()
+        self._poller.add(connection.socket, connection)
+        return True
 
     def _admit(self, connection: Connection) -> bool:
         """Counts a connection, or refuses it."""
         with self._guard:
             here = self._clients.get(connection.client, 0)
-            if (len(self._connections) < self.limits.connections
+            if (len(self._connections) < self._most
                     and here < self.limits.connections_per_client):
                 self._connections.add(connection)
                 self._clients[connection.client] = here + 1
@@ -3645,15 +3642,6 @@ class Listener:
             connection.try_send(self.refusal)
         connection.close()
         return False
-
-    def _park(self, connection: Connection) -> None:
-        connection.park()
-        self._poller.add(connection.socket, connection)
-
-    def _unpark(self, connection: Connection) -> None:
-        if connection.parked:
-            self._poller.remove(connection.socket)
-            connection.unpark()
 
     def _close(self, connection: Connection, why: str) -> None:
         if connection.parked:
@@ -3699,31 +3687,9 @@ class Listener:
             if not self._parked():
                 return
             for connection in self._poller.ready(0.05):
-                self._turn(connection)
+                self._turn(connection, self.ready)
                 if self._leader != threading.get_ident():
                     return
-
-
-def _bind(host: str, port: int, backlog: int) -> socket.socket:
-    """A listening socket.  OSError says which address could not be had."""
-    found = socket.getaddrinfo(host or None, port, type=socket.SOCK_STREAM,
-                               flags=socket.AI_PASSIVE)
-    family, kind, protocol, _, address = min(found, key=lambda each: each[0] != socket.AF_INET6
-                                             if host in ("", "::") else 0)
-    sock = socket.socket(family, kind, protocol)
-    try:
-        if os.name == "nt":              # there SO_REUSEADDR would share the port
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_EXCLUSIVEADDRUSE, 1)
-        else:
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        if family == socket.AF_INET6 and host in ("", "::"):
-            sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
-        sock.bind(address)
-        sock.listen(backlog)
-    except OSError:
-        sock.close()
-        raise
-    return sock
 
 
 def tls_context(certificate: str, key: str = "") -> ssl.SSLContext:
@@ -3748,7 +3714,7 @@ def make_certificate(folder: str, names: Iterable[str]) -> Tuple[str, str]:
                       "the PATH; install it, or give --tls-cert and --tls-key")
     certificate = os.path.join(folder, "mailtest-cert.pem")
     key = os.path.join(folder, "mailtest-key.pem")
-    sans = ",".join(("IP:" if re.fullmatch(r"[0-9.]+|[0-9a-f:]+", name) else "DNS:") + name
+    sans = ",".join(("IP:" if re.fullmatch(r"[0-9.]+|[0-9a-fA-F]*:.*", name) else "DNS:") + name
                     for name in dict.fromkeys(names))
     settings = os.path.join(folder, "openssl.cnf")
     with open(settings, "w", encoding="ascii") as file:      # -addext needs openssl 1.1.1
@@ -3802,16 +3768,12 @@ class SmtpServer(Listener):
         if not octets:
             raise Hangup("left without QUIT")
         replies = session.receive(octets)
-        if session.pause or session.wants_tls:
+        if replies and not session.pause:
+            replies = connection.try_send(replies)
+        if replies or session.pause or session.wants_tls:        # replies: it does not read
             self.step_down(connection)
             self._converse(connection, session, replies)
             return False
-        if replies:
-            replies = connection.try_send(replies)
-            if replies:                  # the client does not read
-                self.step_down(connection)
-                self._converse(connection, session, replies)
-                return False
         if session.ended and session.cut_off:
             self.step_down(connection)
             connection.linger()
@@ -3862,9 +3824,8 @@ class SmtpServer(Listener):
 
     def _hear(self, connection: Connection, session: Session) -> bytes:
         """Waits for the client's next words; returns the replies to them."""
-        stopping = self.stopping.is_set()
         try:
-            octets = b"" if stopping and not session.in_data else connection.receive()
+            octets = connection.receive()
         except Silence:
             return session.refuse(Reply(421, "4.4.2", "Silent for too long"))
         if octets:
@@ -3968,6 +3929,10 @@ def _head(message: Message, content: Content) -> Dict[str, Any]:
             "cc": _addresses(content.cc), "bcc": _addresses(message.bcc(content))}
 
 
+def _server(message: Message) -> str:
+    return message.servers[0] if message.servers else DEFAULT_SERVER
+
+
 def summary(api: "Api", message: Message, server: str = "") -> bytes:
     """The JSON of a message in a list.  It is kept until one of the inboxes that hold it ends;
     in the list of a server that is not its first, it names that server."""
@@ -3994,16 +3959,14 @@ def summary(api: "Api", message: Message, server: str = "") -> bytes:
 _URL_MARK = b'"url":"\\u0000'           # no text can hold it: there quotes are escaped
 
 
-def rendered(api: "Api", message: Message, base: str) -> bytes:
-    """The JSON of a whole message.  What is kept has a mark where the client's base URL goes."""
-    octets = message.rendered
-    if octets is None:
-        with api.reading(message):
-            content = message.content()
-            files = "/v1/attachments/" if api.policy.hosted else "/api/files/attachments/"
-            octets = _json(_whole(message, content, "\0" + files))
-        api.store.keep(message, "rendered", octets)
-    return octets.replace(_URL_MARK, b'"url":"' + _json(base)[1:-1])
+def _found(body: Body) -> Dict[str, Any]:
+    return {"links": [{"href": link.href, "text": link.text} for link in body.links],
+            "codes": [{"value": code} for code in body.codes],
+            "images": [{"src": image.src, "alt": image.alt} for image in body.images]}
+
+
+def _lines(octets: bytes) -> List[str]:
+    return octets.decode("utf-8", "replace").replace("\0", "\ufffd").splitlines()
 
 
 def _whole(message: Message, content: Content, files: str) -> Dict[str, Any]:
@@ -4032,18 +3995,16 @@ def _whole(message: Message, content: Content, files: str) -> Dict[str, Any]:
     return value
 
 
-def _found(body: Body) -> Dict[str, Any]:
-    return {"links": [{"href": link.href, "text": link.text} for link in body.links],
-            "codes": [{"value": code} for code in body.codes],
-            "images": [{"src": image.src, "alt": image.alt} for image in body.images]}
-
-
-def _server(message: Message) -> str:
-    return message.servers[0] if message.servers else DEFAULT_SERVER
-
-
-def _lines(octets: bytes) -> List[str]:
-    return octets.decode("utf-8", "replace").replace("\0", "\ufffd").splitlines()
+def rendered(api: "Api", message: Message, base: str) -> bytes:
+    """The JSON of a whole message.  What is kept has a mark where the client's base URL goes."""
+    octets = message.rendered
+    if octets is None:
+        with api.reading(message):
+            content = message.content()
+            files = "/v1/attachments/" if api.policy.hosted else "/api/files/attachments/"
+            octets = _json(_whole(message, content, "\0" + files))
+        api.store.keep(message, "rendered", octets)
+    return octets.replace(_URL_MARK, b'"url":"' + _json(base)[1:-1])
 
 
 def _items(api: "Api", messages: Iterable[Message], server: str) -> bytes:
@@ -4052,8 +4013,28 @@ def _items(api: "Api", messages: Iterable[Message], server: str) -> bytes:
 
 # -- requests
 
-def _range(least: float, most: float, whole: bool) -> str:
-    return f"a {'whole ' * whole}number from {least:.0f} to {most:.0f}"
+_ISO = re.compile(r"(\d{4})-(\d\d)-(\d\d)(?:[T ](\d\d):(\d\d)(?::(\d\d)(?:\.(\d{1,9}))?)?"
+                  r"(?:(Z)|([+\- ])(\d\d):?(\d\d))?)?", re.I)
+
+
+def _parse_time(name: str, text: str) -> float:
+    """Seconds since 1970.  Without an offset it is UTC; a "+" may have decoded to a blank."""
+    if re.fullmatch(r"[0-9]{10,15}", text):          # ten or eleven digits: seconds
+        return int(text) / (1 if len(text) < 12 else 1000)
+    match = _ISO.fullmatch(text.strip())
+    try:
+        year, month, day = map(int, match.group(1, 2, 3))
+        hour, minute, second = (int(part or 0) for part in match.group(4, 5, 6))
+        micro = int((match.group(7) or "0")[:6].ljust(6, "0"))
+        hours, minutes = (int(part or 0) for part in match.group(10, 11))
+        if hours > 23 or minutes > 59:
+            raise ValueError
+        offset = 3600 * hours + 60 * minutes
+        when = datetime.datetime(year, month, day, hour, minute, second, micro)
+        seconds = (when - datetime.datetime(1970, 1, 1)).total_seconds()
+        return seconds + (offset if match.group(9) == "-" else -offset)
+    except (AttributeError, ValueError):             # no match, or no such date
+        raise _bad(name, "a time such as 2026-01-31T12:00:00Z", text) from None
 
 
 class Query:
@@ -4084,42 +4065,17 @@ class Query:
         text = self.text(name)
         if text == "":                   # some clients send what they were not given so
             return default
-        if not re.fullmatch(r"[0-9]{1,9}" if whole else
-                            r"[0-9]{1,6}(\.[0-9]{0,40})?(e[+-]?[0-9]{1,3})?", text, re.I):
-            raise _bad(name, _range(least, most, whole), text)
-        value = int(text) if whole else float(text)
-        if not least <= value <= most:
-            raise _bad(name, _range(least, most, whole), text)
-        return value
+        form = r"[0-9]{1,9}" if whole else r"[0-9]{1,6}(\.[0-9]{0,40})?(e[+-]?[0-9]{1,3})?"
+        if re.fullmatch(form, text, re.I):
+            value = int(text) if whole else float(text)
+            if least <= value <= most:
+                return value
+        raise _bad(name, f"a {'whole ' * whole}number from {least:.0f} to {most:.0f}", text)
 
     def time(self, name: str) -> Optional[float]:
         """A time as seconds since 1970: ISO 8601 or, as Java's client has it, milliseconds."""
         text = self.text(name)
         return _parse_time(name, text) if text else None
-
-
-_ISO = re.compile(r"(\d{4})-(\d\d)-(\d\d)(?:[T ](\d\d):(\d\d)(?::(\d\d)(?:\.(\d{1,9}))?)?"
-                  r"(?:(Z)|([+\- ])(\d\d):?(\d\d))?)?", re.I)
-
-
-def _parse_time(name: str, text: str) -> float:
-    """Seconds since 1970.  Without an offset it is UTC; a "+" may have decoded to a blank."""
-    if re.fullmatch(r"[0-9]{10,15}", text):          # ten or eleven digits: seconds
-        return int(text) / (1 if len(text) < 12 else 1000)
-    match = _ISO.fullmatch(text.strip())
-    try:
-        year, month, day = map(int, match.group(1, 2, 3))
-        hour, minute, second = (int(part or 0) for part in match.group(4, 5, 6))
-        micro = int((match.group(7) or "0")[:6].ljust(6, "0"))
-        hours, minutes = (int(part or 0) for part in match.group(10, 11))
-        if hours > 23 or minutes > 59:
-            raise ValueError
-        offset = 3600 * hours + 60 * minutes
-        when = datetime.datetime(year, month, day, hour, minute, second, micro)
-        seconds = (when - datetime.datetime(1970, 1, 1)).total_seconds()
-        return seconds + (offset if match.group(9) == "-" else -offset)
-    except (AttributeError, ValueError):             # no match, or no such date
-        raise _bad(name, "a time such as 2026-01-31T12:00:00Z", text) from None
 
 
 def _object(request: Request) -> Dict[str, Any]:
@@ -4176,14 +4132,22 @@ def acquire(api: Api, request: Request) -> Response:
     return Response(body=view.address.encode("utf-8") + b"\n", type="text/plain; charset=utf-8")
 
 
-def get_inbox(api: Api, request: Request, address: str) -> Response:
-    """The mail of an inbox, waited for if asked; 404 while there is none"""
-    return _inbox(api, request, address, least=1)
+def _inbox_json(view: InboxView) -> Dict[str, Any]:
+    return {"address": view.address, "expires": iso_time(view.expires),
+            "acquired": view.acquired, "message_count": view.count, "attempts": view.attempts,
+            "failures": [{"fail": text, "answered": answered, "left": left}
+                         for text, answered, left in view.failures]}
 
 
-def load_inbox(api: Api, request: Request, address: str) -> Response:
-    """The mail of an inbox, waited for if asked; also while there is none"""
-    return _inbox(api, request, address, least=0)
+def _check_inbox(api: Api, address: str, timeout: float) -> None:
+    """Raises Unknown for an inbox to which nothing will come, or that nobody will wait for."""
+    try:
+        api.store.inbox(address)
+    except Ended:
+        raise
+    except Unknown:
+        if not timeout or api.store.strict:
+            raise
 
 
 def _inbox(api: Api, request: Request, address: str, least: int) -> Response:
@@ -4202,7 +4166,8 @@ def _inbox(api: Api, request: Request, address: str, least: int) -> Response:
     waited = round(time.monotonic() - began, 3)
     if silence and found:
         raise ApiError(409, "unexpected", f"Expected no such mail for {address}, got {len(found)}",
-                       messages=_loaded(api, request, found), waited=waited)
+                       waited=waited, messages=[json.loads(rendered(api, each, request.base))
+                                                for each in found[:50]])
     if not silence and (timeout and len(found) < count or len(found) < least * count):
         there = api.store.arrivals(place)[1]
         raise ApiError(404, "timeout" if timeout else "empty",
@@ -4219,26 +4184,14 @@ def _inbox(api: Api, request: Request, address: str, least: int) -> Response:
     return Response(body=_json(head)[:-1] + b',"messages":[' + body + b"]}")
 
 
-def _check_inbox(api: Api, address: str, timeout: float) -> None:
-    """Raises Unknown for an inbox to which nothing will come, or that nobody will wait for."""
-    try:
-        api.store.inbox(address)
-    except Ended:
-        raise
-    except Unknown:
-        if not timeout or api.store.strict:
-            raise
+def get_inbox(api: Api, request: Request, address: str) -> Response:
+    """The mail of an inbox, waited for if asked; 404 while there is none"""
+    return _inbox(api, request, address, least=1)
 
 
-def _loaded(api: Api, request: Request, found: List[Message]) -> List[Any]:
-    return [json.loads(rendered(api, message, request.base)) for message in found[:50]]
-
-
-def _inbox_json(view: InboxView) -> Dict[str, Any]:
-    return {"address": view.address, "expires": iso_time(view.expires),
-            "acquired": view.acquired, "message_count": view.count, "attempts": view.attempts,
-            "failures": [{"fail": text, "answered": answered, "left": left}
-                         for text, answered, left in view.failures]}
+def load_inbox(api: Api, request: Request, address: str) -> Response:
+    """The mail of an inbox, waited for if asked; also while there is none"""
+    return _inbox(api, request, address, least=0)
 
 
 def delete_inbox(api: Api, request: Request, address: str) -> Response:
@@ -4262,16 +4215,15 @@ def list_sessions(api: Api, request: Request) -> Response:
          "transcript": _lines(record.transcript)} for record in api.store.sessions()]}))
 
 
-def follow_events(api: Api, request: Request) -> Response:
-    """Server-Sent Events: what arrives, ends, is refused; resumes by Last-Event-ID"""
-    if api.store.following >= api.store.limits.followers:
-        raise Full(f"{api.store.limits.followers} others follow the events")
-    last = request.headers.get("last-event-id", "") or Query(request.query).text("after")
-    if last and not re.fullmatch(r"[0-9]{1,15}", last):
-        raise _bad("Last-Event-ID", "the number of an event", last)
-    after = int(last) if last else api.store.number
-    return Response(type="text/event-stream; charset=utf-8",
-                    stream=_event_stream(api, request, after))
+def _event_data(api: Api, event: Event) -> Optional[bytes]:
+    """What an event says; of a message its summary and inboxes, None if it has ended since."""
+    if event.kind != "message":
+        return _json(event.data)
+    try:
+        message = api.store.message(event.data["id"])
+    except Unknown:
+        return None
+    return summary(api, message)[:-1] + b',"direction":' + _json(message.direction) + b"}"
 
 
 def _event_stream(api: Api, request: Request, after: int) -> Iterator[bytes]:
@@ -4295,15 +4247,16 @@ def _event_stream(api: Api, request: Request, after: int) -> Iterator[bytes]:
             return
 
 
-def _event_data(api: Api, event: Event) -> Optional[bytes]:
-    """What an event says; of a message its summary and inboxes, None if it has ended since."""
-    if event.kind != "message":
-        return _json(event.data)
-    try:
-        message = api.store.message(event.data["id"])
-    except Unknown:
-        return None
-    return summary(api, message)[:-1] + b',"direction":' + _json(message.direction) + b"}"
+def follow_events(api: Api, request: Request) -> Response:
+    """Server-Sent Events: what arrives, ends, is refused; resumes by Last-Event-ID"""
+    if api.store.following >= api.store.limits.followers:
+        raise Full(f"{api.store.limits.followers} others follow the events")
+    last = request.headers.get("last-event-id", "") or Query(request.query).text("after")
+    if last and not re.fullmatch(r"[0-9]{1,15}", last):
+        raise _bad("Last-Event-ID", "the number of an event", last)
+    after = int(last) if last else api.store.number
+    return Response(type="text/event-stream; charset=utf-8",
+                    stream=_event_stream(api, request, after))
 
 
 def _with_images(api: Api, message: Message, content: Content) -> str:
@@ -4404,6 +4357,21 @@ def list_messages(api: Api, request: Request) -> Response:
     return Response(body=_items(api, found, server))
 
 
+def _criteria(values: Dict[str, Any]) -> Criteria:
+    """Of a search's body; .NET sends match as 0 (ALL) or 1 (ANY)."""
+    match = values.get("match")
+    kind = {None: "ALL", 0: "ALL", 1: "ANY"}.get(match, match) if not isinstance(
+        match, (dict, list, bool)) else match
+    if not isinstance(kind, str) or kind.upper() not in ("ALL", "ANY", ""):
+        raise _bad("match", "ALL or ANY", match)
+    wanted = criteria(_string(values, "sentFrom"), _string(values, "sentTo"),
+                      _string(values, "subject"), _string(values, "body"), kind.upper() == "ANY")
+    if not wanted.terms:
+        raise ApiError(400, "bad_request", "Expected at least one of sentFrom, sentTo, subject "
+                                           "and body", "sentTo")
+    return wanted
+
+
 def search_messages(api: Api, request: Request) -> Response:
     """Summaries that match criteria; a client that polls is held until one arrives"""
     query, values = Query(request.query), _object(request)
@@ -4436,21 +4404,6 @@ def search_messages(api: Api, request: Request) -> Response:
     return Response(body=_items(api, items, server))
 
 
-def _criteria(values: Dict[str, Any]) -> Criteria:
-    """Of a search's body; .NET sends match as 0 (ALL) or 1 (ANY)."""
-    match = values.get("match")
-    kind = {None: "ALL", 0: "ALL", 1: "ANY"}.get(match, match) if not isinstance(
-        match, (dict, list, bool)) else match
-    if not isinstance(kind, str) or kind.upper() not in ("ALL", "ANY", ""):
-        raise _bad("match", "ALL or ANY", match)
-    wanted = criteria(_string(values, "sentFrom"), _string(values, "sentTo"),
-                      _string(values, "subject"), _string(values, "body"), kind.upper() == "ANY")
-    if not wanted.terms:
-        raise ApiError(400, "bad_request", "Expected at least one of sentFrom, sentTo, subject "
-                                           "and body", "sentTo")
-    return wanted
-
-
 def get_message(api: Api, request: Request, id: str) -> Response:
     """The whole message"""
     return Response(body=rendered(api, api.store.message(id), request.base))
@@ -4473,7 +4426,6 @@ def delete_messages(api: Api, request: Request) -> Response:
 
 
 _MEDIA_TYPE = re.compile(r"[a-z0-9!#$&^_.+-]{1,127}/[a-z0-9!#$&^_.+-]{1,127}", re.I)
-_SAFE = (("Content-Security-Policy", "sandbox; default-src 'none'"),)
 
 
 def _as_download(name: str) -> Tuple[Tuple[str, str], ...]:
@@ -4482,7 +4434,7 @@ def _as_download(name: str) -> Tuple[Tuple[str, str], ...]:
     plain = re.sub(r"[^\x20-\x7e]|[\"\\/;%]", "_", name)
     full = urllib.parse.quote(name.encode("utf-8", "replace"), safe="")
     return (("Content-Disposition", f"attachment; filename=\"{plain}\"; filename*=UTF-8''{full}"),
-            ) + _SAFE
+            ("Content-Security-Policy", "sandbox; default-src 'none'"))
 
 
 def get_attachment(api: Api, request: Request, id: str) -> Response:
@@ -4513,6 +4465,38 @@ def get_email(api: Api, request: Request, id: str) -> Response:
 # -- Mailosaur: creating mail
 
 _BREAKS = r"[\n-\r\x1c-\x1e\x85\u2028\u2029]"       # what ends a line for str.splitlines()
+
+
+def _quoted(text: str, source: str, quoted: Content) -> Tuple[str, str]:
+    """A reply's or forward's bodies with the original below."""
+    sender = quoted.from_[0].email if quoted.from_ else "someone"
+    if text or not source:
+        text += f"\n\n{sender} wrote:\n" + "".join(
+            f"> {line}\n" for line in (quoted.text.body or quoted.preview).splitlines())
+    if source:
+        original = quoted.html.body or html.escape(quoted.text.body or "")
+        source += f"<p>{html.escape(sender)} wrote:</p><blockquote>{original}</blockquote>"
+    return text, source
+
+
+def _attachments(values: Dict[str, Any]) -> Iterator[Tuple[str, str, Optional[str], bytes]]:
+    given = values.get("attachments")
+    if given is None:
+        return
+    if not isinstance(given, list) or not all(isinstance(each, dict) for each in given):
+        raise _bad("attachments", "a list of objects", given)
+    for each in given:
+        members = {str(name).lower(): value for name, value in each.items()}
+        kind = _string(members, "contentType") or "application/octet-stream"
+        name = re.sub(r"[\x00-\x1f\x7f]", "", _string(members, "fileName")) or "attachment"
+        content_id = re.sub(r"[^!-~]|[<>]", "", _string(members, "contentId"))
+        if not _MEDIA_TYPE.fullmatch(kind) or kind.lower().startswith(("multipart/", "message/")):
+            raise _bad("contentType", "a media type such as image/png", kind)
+        try:
+            octets = base64.b64decode("".join(_string(members, "content").split()), validate=True)
+        except ValueError:               # Ruby's has line breaks, nothing else may be there
+            raise _bad("content", "base64", _string(members, "content")) from None
+        yield name.encode("utf-8", "replace").decode(), kind, content_id or None, octets
 
 
 def _composed(most: int, values: Dict[str, Any], given: Dict[str, str],
@@ -4556,38 +4540,6 @@ def _composed(most: int, values: Dict[str, Any], given: Dict[str, str],
     return octets
 
 
-def _quoted(text: str, source: str, quoted: Content) -> Tuple[str, str]:
-    """A reply's or forward's bodies with the original below."""
-    sender = quoted.from_[0].email if quoted.from_ else "someone"
-    if text or not source:
-        text += f"\n\n{sender} wrote:\n" + "".join(
-            f"> {line}\n" for line in (quoted.text.body or quoted.preview).splitlines())
-    if source:
-        original = quoted.html.body or html.escape(quoted.text.body or "")
-        source += f"<p>{html.escape(sender)} wrote:</p><blockquote>{original}</blockquote>"
-    return text, source
-
-
-def _attachments(values: Dict[str, Any]) -> Iterator[Tuple[str, str, Optional[str], bytes]]:
-    given = values.get("attachments")
-    if given is None:
-        return
-    if not isinstance(given, list) or not all(isinstance(each, dict) for each in given):
-        raise _bad("attachments", "a list of objects", given)
-    for each in given:
-        members = {str(name).lower(): value for name, value in each.items()}
-        kind = _string(members, "contentType") or "application/octet-stream"
-        name = re.sub(r"[\x00-\x1f\x7f]", "", _string(members, "fileName")) or "attachment"
-        content_id = re.sub(r"[^!-~]|[<>]", "", _string(members, "contentId"))
-        if not _MEDIA_TYPE.fullmatch(kind) or kind.lower().startswith(("multipart/", "message/")):
-            raise _bad("contentType", "a media type such as image/png", kind)
-        try:
-            octets = base64.b64decode("".join(_string(members, "content").split()), validate=True)
-        except ValueError:               # Ruby's has line breaks, nothing else may be there
-            raise _bad("content", "base64", _string(members, "content")) from None
-        yield name.encode("utf-8", "replace").decode(), kind, content_id or None, octets
-
-
 def _mailboxes(values: Dict[str, Any], name: str) -> List[str]:
     """The addresses of a to or cc."""
     text = _string(values, name)
@@ -4608,6 +4560,14 @@ def _store_sent(api: Api, octets: bytes, sender: str, recipients: List[str],
     if ours:
         api.store.deliver(Message(new_id(), octets, Envelope(sender, ours, "localhost")))
     return sent
+
+
+_SAMPLE = {
+    "subject": "Example message from mailtest",
+    "text": "This is a sample email. Your code is 482913.\n\nhttps://example.com/confirm\n",
+    "html": "<h1>Hello</h1><p>This is a sample email. Your code is <b>482913</b>.</p>"
+            '<p><a href="https://example.com/confirm">Confirm your address</a></p>',
+}
 
 
 def create_message(api: Api, request: Request) -> Response:
@@ -4641,17 +4601,26 @@ def create_message(api: Api, request: Request) -> Response:
     return Response(body=rendered(api, message, request.base))
 
 
-_SAMPLE = {
-    "subject": "Example message from mailtest",
-    "text": "This is a sample email. Your code is 482913.\n\nhttps://example.com/confirm\n",
-    "html": "<h1>Hello</h1><p>This is a sample email. Your code is <b>482913</b>.</p>"
-            '<p><a href="https://example.com/confirm">Confirm your address</a></p>',
-}
-
-
 def _check_mail(message: Message) -> None:
     if message.kind != "Email":
         raise ApiError(400, "bad_request", f"Expected a mail, got an {message.kind}", "id")
+
+
+def _answer(api: Api, request: Request, original: Message, content: Content,
+            values: Dict[str, Any], prefix: str, to: str, recipients: List[str],
+            parts: Iterable[Tuple[str, str, Optional[str], bytes]]) -> Response:
+    """Composes and keeps a reply or a forward."""
+    cc = _mailboxes(values, "cc")
+    sender = next(iter(original.envelope.forward_paths), f"sample@{api.store.domain}")
+    subject = content.subject
+    if not subject.lower().startswith(prefix.lower()):
+        subject = prefix + subject
+    octets = _composed(api.store.limits.max_size, values, {
+        "From": sender, "To": to, "Cc": _string(values, "cc"),
+        "Subject": re.sub(_BREAKS + "+", " ", subject),
+        "In-Reply-To": re.sub(r"[^!-~]", "", content.message_id)}, content, parts)
+    sent = _store_sent(api, octets, sender, recipients + cc, _server(original))
+    return Response(body=rendered(api, sent, request.base))
 
 
 def forward_message(api: Api, request: Request, id: str) -> Response:
@@ -4679,23 +4648,6 @@ def reply_to_message(api: Api, request: Request, id: str) -> Response:
     if not to:
         raise ApiError(400, "bad_request", "Expected a message with From or Reply-To", "id")
     return _answer(api, request, original, content, values, "Re: ", ", ".join(to), to, ())
-
-
-def _answer(api: Api, request: Request, original: Message, content: Content,
-            values: Dict[str, Any], prefix: str, to: str, recipients: List[str],
-            parts: Iterable[Tuple[str, str, Optional[str], bytes]]) -> Response:
-    """Composes and keeps a reply or a forward."""
-    cc = _mailboxes(values, "cc")
-    sender = next(iter(original.envelope.forward_paths), f"sample@{api.store.domain}")
-    subject = content.subject
-    if not subject.lower().startswith(prefix.lower()):
-        subject = prefix + subject
-    octets = _composed(api.store.limits.max_size, values, {
-        "From": sender, "To": to, "Cc": _string(values, "cc"),
-        "Subject": re.sub(_BREAKS + "+", " ", subject),
-        "In-Reply-To": re.sub(r"[^!-~]", "", content.message_id)}, content, parts)
-    sent = _store_sent(api, octets, sender, recipients + cc, _server(original))
-    return Response(body=rendered(api, sent, request.base))
 
 
 # -- Mailosaur: servers, devices, usage
@@ -4838,6 +4790,7 @@ def usage_transactions(api: Api, request: Request) -> Response:
 
 _SHORTENERS = re.compile(r"https?://(?:bit\.ly|t\.co|goo\.gl|tinyurl\.com|ow\.ly|is\.gd|buff\.ly|"
                          r"rebrand\.ly|cutt\.ly|shorturl\.at)/", re.I)
+_ELEMENTS = ("embed", "iframe", "object", "script", "form")
 _OFFLINE = "Not checked: this catcher works offline, and asks no other machine"
 
 
@@ -4845,9 +4798,7 @@ def _findings(message: Message, content: Content) -> Dict[str, Any]:
     """What can be said of a mail's content by looking at it."""
     source = (content.html.body or "").lower()
     names = {name.lower() for name, _ in content.headers}
-    return {"embed": "<embed" in source, "iframe": "<iframe" in source,
-            "object": "<object" in source, "script": "<script" in source,
-            "form": "<form" in source,
+    return {**{name: f"<{name}" in source for name in _ELEMENTS},
             "shortUrls": any(_SHORTENERS.match(link.href)
                              for link in content.html.links + content.text.links),
             "textSize": len((content.text.body or "").encode("utf-8", "replace")),
@@ -4863,7 +4814,7 @@ def spam(api: Api, request: Request, id: str) -> Response:
     rules = [("NOT_SCORED", "No spam filter was asked: the score 0 is no verdict")]
     rules += [(f"CONTENT_{name.upper()}", f"The HTML has a {name} element")
               for name, found in _findings(message, content).items()
-              if found is True and name in ("embed", "iframe", "object", "script", "form")]
+              if found and name in _ELEMENTS]
     rules += [("WARNING", warning) for warning in content.warnings]
     return Response(body=_json({"spamFilterResults": {"spamAssassin": [
         {"score": 0, "rule": rule, "description": text} for rule, text in rules]}, "score": 0}))
@@ -4915,14 +4866,14 @@ def receive_sms(api: Api, request: Request, sid: str) -> Response:
     message = Message(new_id(), text.encode("utf-8", "replace"),
                       Envelope(sender, (to,), None, request.client), kind="SMS")
     api.store.deliver(message)
-    now = email.utils.formatdate(message.received, usegmt=False)
+    now = email.utils.formatdate(message.received)
     return Response(201, _json({
         "sid": "SM" + message.id.replace("-", ""), "account_sid": sid, "from": sender, "to": to,
         "body": text, "status": "queued", "direction": "outbound-api", "num_segments": "1",
         "num_media": "0", "api_version": "2010-04-01", "date_created": now, "date_updated": now,
         "date_sent": None, "error_code": None, "error_message": None, "price": None,
         "price_unit": "USD", "messaging_service_sid": None,
-        "uri": f"{request.path}".replace(".json", f"/SM{message.id.replace('-', '')}.json"),
+        "uri": request.path.replace(".json", f"/SM{message.id.replace('-', '')}.json"),
         "subresource_uris": {}}))
 
 
@@ -5132,6 +5083,18 @@ for _route in ROUTES:
     _BY_LENGTH.setdefault(len(_segments(_route.path)), []).append((_segments(_route.path), _route))
 
 
+def _segment_text(segment: str) -> str:
+    if "%" not in segment:
+        return segment
+    try:
+        if re.search(r"%(?![0-9A-Fa-f]{2})", segment):
+            raise ValueError
+        return urllib.parse.unquote(segment, errors="strict")
+    except ValueError:                   # UnicodeDecodeError is one
+        raise ApiError(400, "bad_request", "Expected percent-encoded UTF-8 in the path, got "
+                                           f"{segment[:80]!r}", "path") from None
+
+
 def find_route(method: str, path: str) -> Tuple[Route, List[str]]:
     """The route of a request and the values of its path; ApiError 404 or 405."""
     segments = _segments(path)
@@ -5156,22 +5119,23 @@ def find_route(method: str, path: str) -> Tuple[Route, List[str]]:
                    headers=(("Allow", ", ".join(dict.fromkeys(allowed + ["OPTIONS"]))),))
 
 
-def _segment_text(segment: str) -> str:
-    if "%" not in segment:
-        return segment
-    try:
-        if re.search(r"%(?![0-9A-Fa-f]{2})", segment):
-            raise ValueError
-        return urllib.parse.unquote(segment, errors="strict")
-    except ValueError:                   # UnicodeDecodeError is one
-        raise ApiError(400, "bad_request", "Expected percent-encoded UTF-8 in the path, got "
-                                           f"{segment[:80]!r}", "path") from None
-
-
 def body_limit(limits: Limits, method: str, path: str) -> int:
     """How many octets the body of a request may have."""
     mail = method == "POST" and path.startswith("/api/messages") and "search" not in path
     return limits.max_size * 3 // 2 + limits.http_body if mail else limits.http_body
+
+
+def _error(request: Request, error: ApiError) -> Response:
+    """The one place where a refusal becomes octets; Mailosaur's endpoints have their own form."""
+    if request.path.startswith("/api/files/") and error.status == 404:
+        return Response(404, headers=error.headers)  # Node's client hands a body on as the file
+    value: Dict[str, Any] = {"error": error.error, "detail": error.detail}
+    if request.path.startswith("/api/"):
+        kind = {400: "ValidationError", 401: "AuthenticationError", 404: "NotFound"}
+        value = {"type": kind.get(error.status, "Error"), "message": error.detail, "errors": [
+            {"field": error.field, "detail": [{"description": error.detail}]}]}
+    value.update(error.more)
+    return Response(error.status, _json(value), headers=error.headers)
 
 
 def answer(api: Api, request: Request) -> Response:
@@ -5197,19 +5161,6 @@ def answer(api: Api, request: Request) -> Response:
         log_error("%s %s failed", request.method, request.path, trace=True)
         return _error(request, ApiError(500, "internal", "This is a defect of mailtest; its log "
                                                          "on standard error says more"))
-
-
-def _error(request: Request, error: ApiError) -> Response:
-    """The one place where a refusal becomes octets; Mailosaur's endpoints have their own form."""
-    if request.path.startswith("/api/files/") and error.status == 404:
-        return Response(404, headers=error.headers)  # Node's client hands a body on as the file
-    value: Dict[str, Any] = {"error": error.error, "detail": error.detail}
-    if request.path.startswith("/api/"):
-        kind = {400: "ValidationError", 401: "AuthenticationError", 404: "NotFound"}
-        value = {"type": kind.get(error.status, "Error"), "message": error.detail, "errors": [
-            {"field": error.field, "detail": [{"description": error.detail}]}]}
-    value.update(error.more)
-    return Response(error.status, _json(value), headers=error.headers)
 
 
 _LITERAL_OR_LOCAL = re.compile(r"(?:[0-9]{1,3}(?:\.[0-9]{1,3}){3}|\[[0-9a-f:.]+\]|[a-z0-9_-]+|"
@@ -5239,24 +5190,6 @@ def _check_origin(request: Request, route: Route) -> None:
                        f"page, got Origin {str(origin)[:80]!r}, Sec-Fetch-Site {site[:20]!r}")
 
 
-def _check_access(api: Api, request: Request, route: Route) -> None:
-    policy = api.policy
-    if route.access == "inbox":
-        wait = api.store.rate(_network(request.client))
-        if wait:
-            raise ApiError(429, "rate_limited", f"Expected at most {api.store.limits.rate} "
-                           f"requests a minute; try again in {wait:.0f} s",
-                           headers=(("Retry-After", str(int(wait) + 1)),))
-    elif route.access == "api" and (policy.api_key or policy.hosted):
-        if not policy.api_key:
-            raise ApiError(403, "forbidden", "This hosted service was started without --api-key, "
-                                             "so nobody may list, search or follow it")
-        if not _has_key(policy.api_key, request.headers.get("authorization", "")):
-            raise ApiError(401, "unauthorized", "Expected HTTP Basic authentication with the API "
-                           "key as user or password",
-                           headers=(("WWW-Authenticate", 'Basic realm="mailtest"'),))
-
-
 def _network(client: str) -> str:
     """Whose requests are counted together: an IPv4 address, an IPv6 /64."""
     if client.lower().startswith("::ffff:"):
@@ -5276,6 +5209,24 @@ def _has_key(key: str, authorization: str) -> bool:
         return False
     right = [same(part, key.encode("utf-8")) for part in (user, password)]
     return scheme.lower() == "basic" and any(right)
+
+
+def _check_access(api: Api, request: Request, route: Route) -> None:
+    policy = api.policy
+    if route.access == "inbox":
+        wait = api.store.rate(_network(request.client))
+        if wait:
+            raise ApiError(429, "rate_limited", f"Expected at most {api.store.limits.rate} "
+                           f"requests a minute; try again in {wait:.0f} s",
+                           headers=(("Retry-After", str(int(wait) + 1)),))
+    elif route.access == "api" and (policy.api_key or policy.hosted):
+        if not policy.api_key:
+            raise ApiError(403, "forbidden", "This hosted service was started without --api-key, "
+                                             "so nobody may list, search or follow it")
+        if not _has_key(policy.api_key, request.headers.get("authorization", "")):
+            raise ApiError(401, "unauthorized", "Expected HTTP Basic authentication with the API "
+                           "key as user or password",
+                           headers=(("WWW-Authenticate", 'Basic realm="mailtest"'),))
 
 
 # ---- HTTP server -----------------------------------------------------------
@@ -5462,23 +5413,24 @@ class HttpHandler(http.server.BaseHTTPRequestHandler):
         """Exactly that many octets."""
         parts, left = [self._buffer], count - len(self._buffer)
         while left > 0:
-            octets = self.request.receive()
-            if not octets or time.monotonic() > until:
-                raise Hangup("hung up within a request body")
+            octets = self._more(until)
             parts.append(octets)
             left -= len(octets)
         octets = b"".join(parts)
         self._buffer = octets[count:]
         return octets[:count]
 
+    def _more(self, until: float) -> bytes:
+        octets = self.request.receive()
+        if not octets or time.monotonic() > until:
+            raise Hangup("hung up within a request body")
+        return octets
+
     def _take_line(self, until: float) -> bytes:
         while b"\r\n" not in self._buffer:
             if len(self._buffer) > 4_096:
                 raise ApiError(400, "bad_request", "Expected a chunk size in a short line")
-            octets = self.request.receive()
-            if not octets or time.monotonic() > until:
-                raise Hangup("hung up within a request body")
-            self._buffer += octets
+            self._buffer += self._more(until)
         line, _, self._buffer = self._buffer.partition(b"\r\n")
         return line
 
@@ -7587,7 +7539,8 @@ class Webhook:
     def __init__(self, url: str, api: Api, base: str):
         try:
             parts = urllib.parse.urlsplit(url)
-            known = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
+            known = (parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
+                     and url.isascii())
         except ValueError:               # no port, or brackets that do not match
             known = False
         if not known:
@@ -7732,25 +7685,23 @@ class Mailtest:
             api = self._api = Api(self.store, self._policy._replace(smtp=self._at(self.smtp_port)))
             self.http_port = self._open(HttpServer, self.http_port, api, self._tls, self._https)
             self._follow(api)
-        except (OSError, ValueError):
+            expiry = threading.Thread(target=self.store.keep_expiring, name="expiry", daemon=True)
+            expiry.start()
+            self._expiry = expiry
+            for server in self._servers:
+                server.start()
+        except (OSError, ValueError, RuntimeError):  # RuntimeError: no thread could be had
             self.stop()
             raise
-        self._expiry = threading.Thread(target=self.store.keep_expiring, name="expiry",
-                                        daemon=True)
-        self._expiry.start()
-        for server in self._servers:
-            server.start()
         return self
 
     def stop(self) -> None:
         """Closes everything.  Mail data that is arriving may end first; no thread is left."""
-        smtp = [server for server in self._servers if isinstance(server, SmtpServer)]
-        for server in smtp:
+        for server in self._servers:     # SMTP first: what it accepts wakes who waits
+            if isinstance(server, HttpServer):
+                self.store.close()
             server.stop()
         self.store.close()
-        for server in self._servers:
-            if server not in smtp:
-                server.stop()
         self._servers = []
         if self._webhook is not None:
             self._webhook.stop()
@@ -7816,9 +7767,10 @@ class Mailtest:
             self._saver = Saver(self._save)
             self.store.keepers.append(self._saver.save)
         if self._webhook_url:
-            self._webhook = Webhook(self._webhook_url, api, self.url)
-            self.store.keepers.append(self._webhook.add)
-            self._webhook.start()
+            webhook = Webhook(self._webhook_url, api, self.url)
+            webhook.start()
+            self._webhook = webhook
+            self.store.keepers.append(webhook.add)
 
     def _at(self, port: int) -> str:
         host = {"0.0.0.0": "127.0.0.1", "": "127.0.0.1", "::": "[::1]"}.get(self.host, self.host)
@@ -7827,14 +7779,6 @@ class Mailtest:
     def _state(self) -> Dict[str, Any]:
         followers = (("save", self._saver), ("webhook", self._webhook))
         return {name: follower.state() for name, follower in followers if follower is not None}
-
-
-def pytest_configure(config: Any) -> None:
-    """Makes `pytest_plugins = ["mailtest"]` bring the fixtures mailtest_server and inbox.
-
-    pytest is running, so it need not be imported; without pytest nobody calls this.
-    """
-    config.pluginmanager.register(_pytest_plugin(sys.modules["pytest"]), "mailtest-fixtures")
 
 
 def _pytest_plugin(pytest: Any) -> Any:
@@ -7867,6 +7811,14 @@ def _pytest_plugin(pytest: Any) -> Any:
     plugin.inbox = inbox
     plugin.pytest_runtest_makereport = pytest_runtest_makereport
     return plugin
+
+
+def pytest_configure(config: Any) -> None:
+    """Makes `pytest_plugins = ["mailtest"]` bring the fixtures mailtest_server and inbox.
+
+    pytest is running, so it need not be imported; without pytest nobody calls this.
+    """
+    config.pluginmanager.register(_pytest_plugin(sys.modules["pytest"]), "mailtest-fixtures")
 
 
 # ---- Command line ----------------------------------------------------------
@@ -8200,34 +8152,11 @@ def sendmail(arguments: List[str]) -> int:
     return _hand_over(flags, list(dict.fromkeys(map(_qualified, recipients))), octets)
 
 
-def _sendmail_flags(arguments: List[str]) -> Tuple[Dict[str, str], List[str]]:
-    """Flags by letter, and recipients; ValueError for what sendmail does not know."""
-    flags: Dict[str, str] = {}
-    recipients: List[str] = []
-    words = iter(arguments)
-    for word in words:
-        if word == "--":
-            recipients.extend(itertools.chain.from_iterable(map(_address_list, words)))
-        elif not word.startswith("-") or word == "-":
-            recipients.extend(_address_list(word))
-        else:
-            _add_flags(flags, word, words)
-    return flags, recipients
-
-
 def _line(text: str) -> str:
     """The text, if it can stand in a header field."""
     if re.search(r"[\r\n\0]", text) or re.search("[\ud800-\udfff]", text):
         raise ValueError(f"expected one line of UTF-8, got {_seen(text)}")
     return text
-
-
-def _address_list(text: str) -> List[str]:
-    """The addresses of an argument, which may be several with commas."""
-    found = [address.email for address in read_addresses(_line(text))]
-    if not found or not all(found):
-        raise ValueError(f"expected an address, got {_seen(text)}")
-    return found
 
 
 def _add_flags(flags: Dict[str, str], word: str, words: Iterator[str]) -> None:
@@ -8249,6 +8178,39 @@ def _add_flags(flags: Dict[str, str], word: str, words: Iterator[str]) -> None:
             raise ValueError(f"unknown flag -{letter} in {word!r}: expected -t, -i, -f ADDRESS, "
                              "-F NAME, -o..., -s SUBJECT, -m TEXT, -S HOST:PORT")
         flags[letter] = ""
+
+
+def _address_list(text: str) -> List[str]:
+    """The addresses of an argument, which may be several with commas."""
+    found = [address.email for address in read_addresses(_line(text))]
+    if not found or not all(found):
+        raise ValueError(f"expected an address, got {_seen(text)}")
+    return found
+
+
+def _sendmail_flags(arguments: List[str]) -> Tuple[Dict[str, str], List[str]]:
+    """Flags by letter, and recipients; ValueError for what sendmail does not know."""
+    flags: Dict[str, str] = {}
+    recipients: List[str] = []
+    words = iter(arguments)
+    for word in words:
+        if word == "--":
+            recipients.extend(itertools.chain.from_iterable(map(_address_list, words)))
+        elif not word.startswith("-") or word == "-":
+            recipients.extend(_address_list(word))
+        else:
+            _add_flags(flags, word, words)
+    return flags, recipients
+
+
+def _qualified(address: str) -> str:
+    """root -> root@localhost; the null reverse-path stays."""
+    return address if "@" in address or not address else address + "@localhost"
+
+
+def _user_address() -> str:
+    user = os.environ.get("USER") or os.environ.get("USERNAME") or "nobody"
+    return f"{re.sub(r'[^A-Za-z0-9._-]', '', user) or 'nobody'}@localhost"
 
 
 def _completed(octets: bytes, flags: Dict[str, str],
@@ -8283,16 +8245,6 @@ def _completed(octets: bytes, flags: Dict[str, str],
     if "message-id" not in names:
         head += f"Message-ID: <{new_id()}@localhost>\r\n".encode()
     return head + body, named
-
-
-def _qualified(address: str) -> str:
-    """root -> root@localhost; the null reverse-path stays."""
-    return address if "@" in address or not address else address + "@localhost"
-
-
-def _user_address() -> str:
-    user = os.environ.get("USER") or os.environ.get("USERNAME") or "nobody"
-    return f"{re.sub(r'[^A-Za-z0-9._-]', '', user) or 'nobody'}@localhost"
 
 
 def _hand_over(flags: Dict[str, str], recipients: List[str], octets: bytes) -> int:

@@ -5488,9 +5488,9 @@ def test_inboxes_are_listed():
 
 def test_sessions_are_listed_newest_first():
     _, api = api_on_clock()
-    for number in (1, 2):
-        api.store.add_session(lambda number: mailtest.SessionRecord(
-            number, "192.0.2.1", "", "", False, NOVEMBER, NOVEMBER + 1, 0, "550 5.1.1 No", "quit",
+    for _ in range(2):
+        api.store.add_session(mailtest.SessionRecord(
+            0, "192.0.2.1", "", "", False, NOVEMBER, NOVEMBER + 1, 0, "550 5.1.1 No", "quit",
             b"C: QUIT\r\nS: 221 \xff\0\r\n"))
     items = got(api, "/v1/sessions")["items"]
     assert [item["number"] for item in items] == [2, 1]
@@ -7746,8 +7746,8 @@ def test_report_lists_warnings_and_the_last_refused_session():
     _, store, inbox = inbox_on_clock()
     delivered(store, inbox.address, octets=b"From: s@x.example\r\nSubject: a\r\n\r\nx\r\n")
     for refused in ("", "550 5.1.1 Expected another", "451 4.0.0 Later", ""):
-        store.add_session(lambda number, refused=refused: mailtest.SessionRecord(
-            number, "127.0.0.1", "c", "", False, 0.0, 0.0, 0, refused, "quit",
+        store.add_session(mailtest.SessionRecord(
+            0, "127.0.0.1", "c", "", False, 0.0, 0.0, 0, refused, "quit",
             b"C: QUIT\r\nS: " + refused.encode() + b"\r\n"))
     assert inbox.report() == (
         f"{inbox.address} got 1 mail:\n"
