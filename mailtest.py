@@ -46,6 +46,7 @@ import email.utils
 import encodings.aliases
 import errno
 import functools
+import gc
 import heapq
 import html
 import http.client
@@ -2704,6 +2705,7 @@ class Session:
         self._started = store.wall()
         self._accepted = 0
         self._refused = ""
+        self._bounds = store.limits.transcript_lines, store.limits.transcript_line
         self._opening: Optional[bytes] = None        # the transcript up to the first MAIL,
         self._lines: List[bytes] = []                # since the latest MAIL, and of some
         self._past: "collections.deque[bytes]" = collections.deque(maxlen=20)    # in between
@@ -2793,37 +2795,50 @@ class Session:
         RFC 5321 2.3.8: only CRLF ends a line.  Bare CR or LF never does, so that nothing which
         another server reads as one line is two here.
         """
-        limits = self.store.limits
-        long = self._exchange is not None or self._buffer[:4].upper() == b"AUTH"
-        most = limits.auth_line if long else limits.command_line
         end = self._buffer.find(b"\r\n")
         if not self.helo and self._buffer.startswith(b"\x16\x03"):
             raise Drop("spoke TLS at once: use STARTTLS, or the port of --smtps")
         if end < 0:
-            if len(self._buffer) > most:
-                self._refuse_http(self._buffer)
-                self._overlong = True
-                self._buffer = b"\r" if self._buffer.endswith(b"\r") else b""
-            elif self._buffer.endswith(b"\n") and not self._told and self._exchange is None:
-                self._told = True        # nc and telnet wait for it; the line goes on to its CRLF
-                self._refuse_http(self._buffer)
-                raise self._bad_command(500, "5.5.2", _NO_CONTROL)
+            self._await_line()
             return None
         line, self._buffer = self._buffer[:end], self._buffer[end + 2:]
+        if end > 510 or self._overlong or self._told or self._exchange is not None:
+            return self._take_odd_line(line)
+        return self._obey(line)
+
+    def _longest(self, octets: bytes) -> int:
+        """How long a line that begins so may be, with its CRLF."""
+        secret = self._exchange is not None or octets[:4].upper() == b"AUTH"
+        return self.store.limits.auth_line if secret else self.store.limits.command_line
+
+    def _await_line(self) -> None:
+        """Looks at a line without its end yet: one that is wrong already is not gathered."""
+        if len(self._buffer) > self._longest(self._buffer):
+            self._refuse_http(self._buffer)
+            self._overlong = True
+            self._buffer = b"\r" if self._buffer.endswith(b"\r") else b""
+        elif self._buffer.endswith(b"\n") and not self._told and self._exchange is None:
+            self._told = True            # nc and telnet wait for it; the line goes on to its CRLF
+            self._refuse_http(self._buffer)
+            raise self._bad_command(500, "5.5.2", _NO_CONTROL)
+
+    def _take_odd_line(self, line: bytes) -> Optional[Reply]:
+        """Takes a line that is long, was refused already, or answers a challenge of AUTH."""
         if self._told:
             self._told = False
             self._note(b"C: %b\r\n" % _without_secret(line[:20]))
             return self._take_line() if self._buffer else None
-        if self._overlong or end + 2 > most:
+        most = self._longest(line)
+        if self._overlong or len(line) + 2 > most:
             self._refuse_http(line)
             status = "5.5.6" if self._exchange is not None else "5.5.2"      # RFC 4954 4, 6
             self._overlong, self._exchange = False, None
             self._note(b"C: (a line that is too long)\r\n")
             raise Refuse(500, status, f"Line too long: expected at most {most} octets with CRLF")
-        if self._exchange is not None:
-            self._note(b"C: ********\r\n")
-            return self._respond(line)
-        return self._obey(line)
+        if self._exchange is None:
+            return self._obey(line)
+        self._note(b"C: ********\r\n")
+        return self._respond(line)
 
     def _take_data(self) -> Optional[Reply]:
         """Takes mail data up to CRLF.CRLF, and nothing else ends it (RFC 5321 4.1.1.4)."""
@@ -3176,10 +3191,10 @@ class Session:
 
     def _note(self, line: bytes) -> None:
         """Adds a line to the transcript."""
-        limits = self.store.limits
-        room = limits.transcript_lines - len(self._lines)
-        if len(line) > limits.transcript_line:
-            line = line[:limits.transcript_line] + b"...\r\n"
+        most, longest = self._bounds
+        room = most - len(self._lines)
+        if len(line) > longest:
+            line = line[:longest] + b"...\r\n"
         if room > 0:
             self._lines.append(line if room > 1 else b"(further lines were not kept)\r\n")
 
@@ -8100,6 +8115,8 @@ def _run(server: Mailtest, options: argparse.Namespace) -> int:
     if server.smtps_port is not None:
         ready["smtps"] = f"{server.smtp.rpartition(':')[0]}:{server.smtps_port}"
     print(json.dumps(ready), flush=True)
+    gc.freeze()                          # what is here stays; and mail makes no cycles, so
+    gc.set_threshold(10_000, 20, 100)    # looking for them often finds nothing
     threading.Thread(target=_give_back_memory, args=(server.store,), daemon=True).start()
     local = options.host in ("::1", "localhost") or options.host.startswith("127.")
     if not local and not options.api_key:
