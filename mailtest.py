@@ -231,6 +231,7 @@ class Link(NamedTuple):
 
 
 class Image(NamedTuple):
+    """An image of an HTML body; `alt` is None where there is no such attribute."""
     src: str
     alt: Optional[str]
 
@@ -295,6 +296,7 @@ class _Warnings:
         self._texts: Dict[str, None] = {}
 
     def add(self, text: str):
+        """Adds a warning, once."""
         if len(self._texts) < MESSAGE_LIMITS.warnings:
             self._texts[text] = None
 
@@ -482,6 +484,7 @@ class _AddressReader:
         self.reset()
 
     def reset(self):
+        """Begins the next mailbox."""
         self.phrase = ""
         self.comment = ""
         self.angle: Optional[str] = None     # what <> holds
@@ -489,6 +492,7 @@ class _AddressReader:
         self.has_at = False                  # an "@" outside quotes and <>
 
     def read(self, value: str) -> List[Address]:
+        """The mailboxes of a field's value."""
         depth, tokens = 0, _ADDRESS_TOKEN.findall(value)
         for index, token in enumerate(tokens):
             if not depth and not self.in_angle and token[0] not in '"(),:;<>\\@':
@@ -511,6 +515,7 @@ class _AddressReader:
         return self.found
 
     def angle_token(self, token: str):
+        """Takes a token within <>."""
         if token == ">":
             self.in_angle = False
         elif token == "<":
@@ -521,6 +526,7 @@ class _AddressReader:
             self.angle += token
 
     def separator(self, token: str):
+        """Takes one of the characters that have a meaning between words."""
         if token == "<":
             self.in_angle = self.angle is None
             self.angle = self.angle or ""
@@ -554,6 +560,7 @@ class _AddressReader:
             self.add(comment, local + "@" + domain)
 
     def add(self, name: str, mailbox: str):
+        """Adds a mailbox that is complete."""
         name = _readable(name)
         if len(name) > 1 and name[0] == name[-1] and name[0] in "'\"":
             name = name[1:-1].strip()
@@ -667,6 +674,7 @@ def _base64_pieces(octets: bytes, start: int, end: int) -> Iterator[bytes]:
 
 
 def decode_base64(octets: bytes) -> bytes:
+    """What base64 stands for, junk and missing padding notwithstanding (RFC 2045 6.8)."""
     return b"".join(_base64_pieces(octets, 0, len(octets)))
 
 
@@ -676,6 +684,7 @@ _SOFT_BREAK = _Pattern(rb"=(?:[ \t]+\r?\n|[ \t]*\r(?!\n))")
 
 
 def decode_quoted_printable(octets: bytes) -> bytes:
+    """What quoted-printable stands for (RFC 2045 6.7), blanks after a soft break too."""
     return binascii.a2b_qp(_SOFT_BREAK.sub(b"=\n", octets))
 
 
@@ -999,6 +1008,7 @@ class _HtmlReader:
         self.hidden_depth = 0
 
     def read(self, text: str):
+        """Reads HTML source, tag by tag."""
         at, length = 0, len(text)
         while at < length:
             tag = text.find("<", at)
@@ -1044,6 +1054,7 @@ class _HtmlReader:
         return at
 
     def start(self, name: str, attributes: Dict[str, str]):
+        """Takes a start tag."""
         self.separate(name)
         if self.hidden:
             self.hidden_depth += name == self.hidden
@@ -1063,6 +1074,7 @@ class _HtmlReader:
             self.base = _url(attributes.get("href", ""))
 
     def end(self, name: str):
+        """Takes an end tag."""
         self.separate(name)
         if name == "a":
             self.end_anchor()
@@ -1072,6 +1084,7 @@ class _HtmlReader:
                 self.hidden = ""
 
     def separate(self, name: str):
+        """Parts the text where a block or a cell begins or ends."""
         if name in _BLOCKS or name in _CELLS:
             blank = "\n" if name in _BLOCKS else " "
             if not self.hidden:
@@ -1080,6 +1093,7 @@ class _HtmlReader:
                 self.anchor[1].append(" ")
 
     def text(self, text: str):
+        """Takes text between tags."""
         if self.hidden:
             return
         text = _BLANKS.sub(" ", _unescape(text))
@@ -1088,6 +1102,7 @@ class _HtmlReader:
             self.anchor[1].append(text)
 
     def end_anchor(self):
+        """Ends a link: what a reader saw since its start is its text."""
         if self.anchor:
             index, pieces = self.anchor
             text = " ".join("".join(pieces).split())
