@@ -7891,11 +7891,12 @@ class Receiver(http.server.ThreadingHTTPServer):
 class _ReceiverHandler(http.server.BaseHTTPRequestHandler):
     def do_POST(self):
         mail = json.loads(self.rfile.read(int(self.headers["Content-Length"])).decode("utf-8"))
+        # Before the answer: after it the next POST may come first, in another thread.
+        self.server.came.put((self.path, self.headers["Content-Type"], mail["subject"]))
         statuses = self.server.statuses
         self.send_response(statuses.pop(0) if statuses else 200)
         self.send_header("Content-Length", "0")
         self.end_headers()
-        self.server.came.put((self.path, self.headers["Content-Type"], mail["subject"]))
 
     def log_message(self, format, *arguments):
         pass
