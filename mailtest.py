@@ -7634,7 +7634,7 @@ class Webhook:
 
     def _send(self, message: Message) -> None:
         """Tries until the other side answers 2xx, with pauses that double."""
-        pause = self._limits.webhook_pause
+        pause, self._error = self._limits.webhook_pause, ""
         for left in range(self._limits.webhook_tries - 1, -1, -1):
             self._error = self._post(rendered(self._api, message, self._base))
             if not self._error:
