@@ -1839,11 +1839,20 @@ def same(one: bytes, other: bytes) -> bool:
     return hmac.compare_digest(one, other)
 
 
+_IDS: List[str] = []                     # for new_id()
+
+
 def new_id() -> str:
-    """A random UUID (RFC 4122 4.4) without importing uuid."""
-    digits = os.urandom(16).hex()
-    variant = "89ab"[int(digits[16], 16) & 3]
-    return f"{digits[:8]}-{digits[8:12]}-4{digits[13:16]}-{variant}{digits[17:20]}-{digits[20:]}"
+    """A random UUID (RFC 4122 4.4) without importing uuid.
+
+    Made a hundred at a time: asking the system costs more than making them."""
+    try:
+        return _IDS.pop()
+    except IndexError:
+        some = os.urandom(1500).hex()
+        _IDS.extend(f"{some[i:i + 8]}-{some[i + 8:i + 12]}-4{some[i + 12:i + 15]}-"
+                    f"a{some[i + 15:i + 18]}-{some[i + 18:i + 30]}" for i in range(0, 3000, 30))
+        return _IDS.pop()
 
 
 class Store:
@@ -1898,7 +1907,7 @@ class Store:
 
     def acquire(self, failures: Tuple[Failure, ...] = ()) -> InboxView:
         """A new inbox with an unguessable address that was never handed out before."""
-        with self._changed:
+        with self._lock:
             self._expire()
             self._room(self.limits.inbox_cost, inboxes=1)
             address = ""
@@ -1911,13 +1920,13 @@ class Store:
 
     def inbox(self, address: str) -> InboxView:
         """What there is to say of an inbox; Unknown says when it ended if it did."""
-        with self._changed:
+        with self._lock:
             self._expire()
             return self._view(self._find(address))
 
     def inboxes(self) -> List[InboxView]:
         """All inboxes, acquired ones first, then by name of address."""
-        with self._changed:
+        with self._lock:
             self._expire()
             views = [self._view(inbox) for key, inbox in self._inboxes.items()
                      if not key.startswith(_OUTBOX)]
@@ -1925,14 +1934,14 @@ class Store:
 
     def drop_inbox(self, address: str) -> None:
         """Ends an inbox and its mail."""
-        with self._changed:
+        with self._lock:
             self._expire()
             self._close_inbox(self._find(address).key, "deleted")
 
     def refusal(self, address: str) -> str:
         """Why mail to the address is not taken, "" if it is.  Counts the attempt."""
         key = inbox_key(address)
-        with self._changed:
+        with self._lock:
             self._expire()
             inbox = self._inboxes.get(self._target(key))
             if inbox is not None:
@@ -1944,7 +1953,7 @@ class Store:
     def scripted(self, stage: str, address: str) -> Optional[Failure]:
         """The failure that the inbox answers with at this stage, now counted; else None."""
         key = inbox_key(address)
-        with self._changed:
+        with self._lock:
             self._expire()
             inbox = self._inboxes.get(self._target(key))
             for failure in inbox.failures if inbox is not None else ():
@@ -1963,24 +1972,27 @@ class Store:
 
         Raises Full, and nothing is kept.  When this returns everyone can see the message.
         """
-        keys = [inbox_key(path) for path in message.envelope.forward_paths]
+        keys = tuple(map(inbox_key, message.envelope.forward_paths))
         if message.direction == "Sent":
-            keys = [_OUTBOX + server]
+            keys = (_OUTBOX + server,)
         message.servers = servers_of(keys[0]) if len(keys) == 1 and not server else (
             _servers_of_all(keys, server))
         cost = (len(message.octets) + sum(map(len, message.session)) + self.limits.message_cost
                 + self.limits.place_cost * len(keys))
         message.cost = cost
-        with self._changed:
+        id = message.id
+        with self._lock:
             now = self._expire()
-            places = message.inboxes = tuple(dict.fromkeys(map(self._target, keys)))
+            places = tuple(map(self._target, keys))
+            if len(places) > 1:
+                places = tuple(dict.fromkeys(places))
             new = [place for place in places if place not in self._inboxes]
             self._room(cost + len(new) * self.limits.inbox_cost, len(new))
             for place in new:
                 self._open(place, place)
+            message.inboxes = places
             self._number = message.number = self._number + 1
             message.received = self._latest_time = max(self.wall(), self._latest_time + 1e-6)
-            id = message.id
             for place in places:
                 inbox = self._inboxes[place]
                 inbox.messages[id] = message
@@ -1988,11 +2000,13 @@ class Store:
                     inbox.expires = now + self.limits.ttl
             for each in message.servers:
                 if each != DEFAULT_SERVER:           # that one lists self._messages
-                    self._servers.setdefault(each, {})[id] = message
+                    folder = self._servers.get(each)
+                    if folder is None:
+                        folder = self._servers[each] = {}
+                    folder[id] = message
             self._messages[id] = message
             self._octets += cost
-            self._accepted[message.kind] += 1
-            self._count_hour(message)
+            self._count(message)
             self._events.append(Event(message.number, "message", {"id": id}))
             self._wake(places, message.servers)
         for keeper in self.keepers:
@@ -2000,13 +2014,13 @@ class Store:
 
     def message(self, id: str) -> Message:
         """The message of that id."""
-        with self._changed:
+        with self._lock:
             self._expire()
             return self._message(id)
 
     def delete(self, id: str) -> None:
         """Ends one message, whoever holds it."""
-        with self._changed:
+        with self._lock:
             self._expire()
             message = self._message(id)
             self._remove(message)
@@ -2014,7 +2028,7 @@ class Store:
 
     def empty(self, server: str) -> None:
         """Ends all messages of a server; of the default server: all there are."""
-        with self._changed:
+        with self._lock:
             self._expire()
             for message in list(self._folder(server).values()):
                 self._remove(message)
@@ -2023,7 +2037,7 @@ class Store:
     def newest(self, server: str, direction: str = "Received", after: Optional[float] = None,
                skip: int = 0, count: Optional[int] = None) -> List[Message]:
         """The messages of a server received after that time, newest first, a slice of them."""
-        with self._changed:
+        with self._lock:
             self._expire()
             found = (message for message in reversed(self._folder(server).values())
                      if message.direction == direction)
@@ -2034,7 +2048,7 @@ class Store:
     def arrivals(self, place: Place, after: int = 0) -> Tuple[int, List[Message]]:
         """What a place got after that number, newest first, and the number to wait from: NOT_YET
         while there is no such inbox."""
-        with self._changed:
+        with self._lock:
             self._expire()
             place = self._resolved(place)
             folder = self._folder_at(place)
@@ -2045,7 +2059,7 @@ class Store:
     def wait(self, place: Place, seen: int, timeout: float) -> None:
         """Returns once the place has a message after number `seen`, once its inbox opens or
         ends, after `timeout` seconds, or when the store closes.  Raises Full."""
-        with self._changed:
+        with self._lock:
             place = self._resolved(place)
             latest = self._latest(place)
             if self._closed or latest > seen or latest == NOT_YET != seen:
@@ -2066,7 +2080,7 @@ class Store:
     def events(self, after: int, timeout: float) -> Tuple[List[Event], bool]:
         """The events after that number, waited for up to `timeout` seconds, and whether some
         that came after it are no longer kept."""
-        with self._changed:
+        with self._lock:
             if self._number <= after and not self._closed:
                 self.following += 1
                 try:
@@ -2090,7 +2104,7 @@ class Store:
 
     def close(self) -> None:
         """Wakes everyone who waits; nobody waits again."""
-        with self._changed:
+        with self._lock:
             self._closed = True
             self._changed.notify_all()
             self._closing.notify_all()
@@ -2100,7 +2114,7 @@ class Store:
     def keep_expiring(self) -> None:
         """Ends what is due, until the store is closed: the body of a thread."""
         while True:
-            with self._changed:
+            with self._lock:
                 if self._closed:
                     return
                 self._expire()
@@ -2111,14 +2125,14 @@ class Store:
 
     def reserve(self, octets: int) -> None:
         """Counts octets that are still arriving; Full if there is no room for them."""
-        with self._changed:
+        with self._lock:
             self._expire()
             self._room(octets)
             self._reserved += octets
 
     def release(self, octets: int) -> None:
         """Gives back what was reserved."""
-        with self._changed:
+        with self._lock:
             self._reserved -= octets
 
     def keep(self, message: Message, name: str, octets: bytes,
@@ -2126,7 +2140,7 @@ class Store:
         """Keeps JSON as the message's `summary` or `rendered`, unless it names inboxes that no
         longer hold it; beyond the bound forgets that of the messages for which it was kept
         first."""
-        with self._changed:
+        with self._lock:
             if (message.id not in self._messages or inboxes not in (None, message.inboxes)
                     or len(octets) > self.limits.kept // 4):
                 return
@@ -2141,7 +2155,7 @@ class Store:
     def add_session(self, record: SessionRecord) -> None:
         """Numbers and remembers a finished session; one that was refused something is an event
         too."""
-        with self._changed:
+        with self._lock:
             self._session_count += 1
             record = record._replace(number=self._session_count)
             self._sessions.append(record)
@@ -2151,32 +2165,32 @@ class Store:
 
     def sessions(self) -> List[SessionRecord]:
         """The finished sessions that are remembered, newest first."""
-        with self._changed:
+        with self._lock:
             return list(self._sessions)[::-1]
 
     def polled_again(self, key: Any) -> bool:
         """Whether the same search was answered a moment ago: its client is polling."""
-        with self._changed:
+        with self._lock:
             answered = self._polls.pop(key, None)
             return answered is not None and self._clock() - answered <= self.limits.repoll
 
     def poll_answered(self, key: Any) -> None:
         """Remembers that a search was answered with nothing."""
-        with self._changed:
+        with self._lock:
             self._polls[key] = self._clock()
             while len(self._polls) > self.limits.polls:
                 self._polls.popitem(last=False)
 
     def rate(self, client: str) -> float:
         """Counts a request of the client; the seconds until it may be made, 0.0 for now."""
-        with self._changed:
+        with self._lock:
             return self._rates.retry_after(client, self._clock()) if self._rates.per_minute else 0
 
     # -- servers and devices
 
     def servers(self) -> Dict[str, str]:
         """Names of all servers by id: the default one, the named ones, those that hold mail."""
-        with self._changed:
+        with self._lock:
             self._expire()
             found = {DEFAULT_SERVER: "Every message"}
             found.update(self._names)
@@ -2186,27 +2200,27 @@ class Store:
 
     def count(self, server: str) -> int:
         """How many messages a server holds."""
-        with self._changed:
+        with self._lock:
             self._expire()
             return len(self._folder(server))
 
     def name_server(self, server: str, name: str) -> None:
         """Makes a server, or gives it another name."""
-        with self._changed:
+        with self._lock:
             if server not in self._names and len(self._names) >= self.limits.servers:
                 raise Full(f"{self.limits.servers} servers exist")
             self._names[server] = name
 
     def drop_server(self, server: str) -> None:
         """Ends a server's name; its messages are ended by empty()."""
-        with self._changed:
+        with self._lock:
             self._names.pop(server, None)
 
     def is_ours(self, address: str, server: str = "") -> bool:
         """Whether mail to the address belongs into this catcher: an open acquired inbox, our
         domain, that server's or a named one's."""
         key = inbox_key(address)
-        with self._changed:
+        with self._lock:
             self._expire()
             inbox = self._inboxes.get(self._target(key))
             return bool(inbox is not None and inbox.acquired
@@ -2215,12 +2229,12 @@ class Store:
 
     def devices(self) -> List[Dict[str, str]]:
         """The devices: id, name, sharedSecret."""
-        with self._changed:
+        with self._lock:
             return list(self._devices.values())
 
     def add_device(self, name: str, secret: str) -> Dict[str, str]:
         """A new device; Full beyond the bound."""
-        with self._changed:
+        with self._lock:
             if len(self._devices) >= self.limits.devices:
                 raise Full(f"{self.limits.devices} devices exist")
             device = {"id": new_id(), "name": name, "sharedSecret": secret}
@@ -2229,13 +2243,13 @@ class Store:
 
     def drop_device(self, id: str) -> None:
         """Ends a device."""
-        with self._changed:
+        with self._lock:
             if self._devices.pop(id, None) is None:
                 raise Unknown(f"no device has the id {id[:80]!r}")
 
     def counters(self) -> Dict[str, Any]:
         """What the store holds and has seen."""
-        with self._changed:
+        with self._lock:
             self._expire()
             return {"messages": len(self._messages), "inboxes": len(self._inboxes),
                     "octets": self._octets + self._reserved, "max_memory": self.limits.max_memory,
@@ -2245,7 +2259,7 @@ class Store:
 
     def transactions(self) -> List[Tuple[float, int, int]]:
         """The last 24 hours, newest first: when each began, mails and SMS accepted in it."""
-        with self._changed:
+        with self._lock:
             this = int(self.wall() // 3600)
             none = {"Email": 0, "SMS": 0}
             return [(hour * 3600.0, self._hours.get(hour, none)["Email"],
@@ -2253,13 +2267,14 @@ class Store:
 
     # -- the lock is held from here on
 
-    def _count_hour(self, message: Message) -> None:
+    def _count(self, message: Message) -> None:
         hour = int(message.received // 3600)
         if hour not in self._hours:
             self._hours[hour] = {"Email": 0, "SMS": 0}
             for old in [each for each in self._hours if each <= hour - 24]:
                 del self._hours[old]
         self._hours[hour][message.kind] += 1
+        self._accepted[message.kind] += 1
 
     def _room(self, octets: int, inboxes: int = 0) -> None:
         if inboxes and len(self._inboxes) + inboxes > self.limits.inboxes:
@@ -2399,12 +2414,14 @@ class Store:
     def _happened(self, kind: str, data: Dict[str, Any]) -> None:
         self._number += 1
         self._events.append(Event(self._number, kind, data))
-        self._changed.notify_all()
+        if self.following:
+            self._changed.notify_all()
 
     def _wake(self, inboxes: Tuple[str, ...], servers: Tuple[str, ...]) -> None:
         """Wakes those who wait at these places, and nobody else: 200 waiters on 200 inboxes
         must not all run at each mail."""
-        self._changed.notify_all()
+        if self.following:
+            self._changed.notify_all()
         if self._waiting:
             for place in itertools.chain(map(Place, inboxes),
                                          (Place(server=server) for server in servers),
@@ -2447,21 +2464,24 @@ def collect(store: Store, place: Place, match: Callable[[Message], bool], count:
 # One session by RFC 5321: octets in, octets out; no socket, no thread.
 # A refusal is raised, a success is returned, and _say() turns both to octets.
 
-class Reply(NamedTuple):
-    """A reply (RFC 5321 4.2) with its enhanced status code (RFC 2034, 3463), "" for none."""
+class Reply:
+    """A reply (RFC 5321 4.2) with its enhanced status code (RFC 2034, 3463), "" for none.
 
-    code: int
-    status: str
-    text: str
-    more: Tuple[str, ...] = ()           # further lines, as EHLO and HELP have them
+    `more` are further lines, as EHLO and HELP have them.  `octets` are what is sent: ASCII, since
+    nobody announced SMTPUTF8 for replies; `noted` is what the transcript has.
+    """
 
-    def octets(self) -> bytes:
-        """As it is sent.  Text is ASCII: nobody announced SMTPUTF8 for replies."""
-        status = self.status + " " if self.status else ""
-        lines = (self.text,) + self.more
-        last = len(lines) - 1
-        return "".join(f"{self.code}{' ' if i == last else '-'}{status}{line}\r\n"
-                       for i, line in enumerate(lines)).encode("ascii", "backslashreplace")
+    __slots__ = ("code", "text", "octets", "noted")
+
+    def __init__(self, code: int, status: str, text: str, more: Tuple[str, ...] = ()):
+        self.code = code
+        self.text = text
+        status = status + " " if status else ""
+        lines = f"{code} {status}{more[-1] if more else text}\r\n"
+        if more:
+            lines = "".join(f"{code}-{status}{line}\r\n" for line in (text,) + more[:-1]) + lines
+        self.octets = lines.encode("ascii", "backslashreplace")
+        self.noted = b"S: " + (b"S: ".join(self.octets.splitlines(True)) if more else self.octets)
 
 
 class Refuse(Exception):
@@ -2488,15 +2508,34 @@ _OK = Reply(250, "2.0.0", "Ok")
 _SENDER_OK = Reply(250, "2.1.0", "Ok")
 _RECIPIENT_OK = Reply(250, "2.1.5", "Ok")
 _DATA_OK = Reply(354, "", "End data with <CR><LF>.<CR><LF>")
-_CONSTANT = {reply: reply.octets() for reply in (_OK, _SENDER_OK, _RECIPIENT_OK, _DATA_OK)}
 
 
-class Command(NamedTuple):
-    """A command: how it is written, which fact it needs, what it does."""
+class Command:
+    """A command: how it is written, in which phases it may come (None: in any), what its argument
+    means, what it does.
 
-    syntax: str
-    needs: str
-    run: Callable[["Session", str], Reply]
+    `read` looks at nothing but the argument, and raises Refuse: so a line is read but once.
+    """
+
+    __slots__ = ("syntax", "phases", "read", "run")
+
+    def __init__(self, syntax: str, phases: Optional[Tuple[str, ...]],
+                 read: Callable[[str], Any], run: Callable[["Session", Any], Optional[Reply]]):
+        self.syntax = syntax
+        self.phases = phases
+        self.read = read
+        self.run = run
+
+
+class Line:
+    """A command line that was read; `noted` is what the transcript has."""
+
+    __slots__ = ("command", "argument", "noted")
+
+    def __init__(self, command: Command, argument: Any, noted: bytes):
+        self.command = command
+        self.argument = argument
+        self.noted = noted
 
 
 COMMANDS: Dict[bytes, Command] = {}
@@ -2511,20 +2550,22 @@ _FORBIDDEN = re.compile(rb"[\x00-\x1f\x7f]")
 _HTTP = re.compile(rb"[A-Z]{3,20} (?:/|https?:)|Host:", re.I)
 _NO_CONTROL = "Expected no control character, NUL, bare CR or bare LF in a command"
 _END = b"\r\n.\r\n"
-_NEEDS = {
-    "idle": "A mail transaction is open: send RSET, or end it",
-    "has_transaction": "Send MAIL first",
-    "has_recipients": "Send RCPT first: no recipient was accepted",
-}
 _OBSOLETE = frozenset((b"EXPN", b"TURN", b"ETRN", b"ATRN", b"SEND", b"SOML", b"SAML"))
 
 
-def command(syntax: str, needs: str = "") -> Callable:
+def command(syntax: str, phases: Optional[Tuple[str, ...]] = None,
+            read: Callable[[str], Any] = str) -> Callable:
     """Makes a method the command that the syntax begins with; its HELP and its 503 follow."""
     def register(run):
-        COMMANDS[syntax.split()[0].encode()] = Command(syntax, needs, run)
+        reader = read if " " in syntax else functools.partial(_read_nothing, syntax)
+        COMMANDS[syntax.split()[0].encode()] = Command(syntax, phases, reader, run)
         return run
     return register
+
+
+def _read_nothing(syntax: str, argument: str) -> None:
+    if argument.strip():
+        raise Refuse(501, "5.5.4", f"Expected {syntax} alone, got {_seen(argument)} after it")
 
 
 @functools.lru_cache(maxsize=1024)
@@ -2550,6 +2591,70 @@ def _path_parameters(text: str) -> Dict[str, Optional[str]]:
             raise Refuse(501, "5.5.4", f"Parameter {_seen(name)} was given twice")
         found[name.upper()] = value if equals else None
     return found
+
+
+class _Path:
+    """What MAIL or RCPT says: a path, BODY=8BITMIME, SMTPUTF8, SIZE in octets."""
+
+    __slots__ = ("path", "eight_bit", "utf8", "size")
+
+    def __init__(self, path: str, eight_bit: bool = False, utf8: bool = False, size: int = 0):
+        self.path = path
+        self.eight_bit = eight_bit
+        self.utf8 = utf8
+        self.size = size
+
+
+def _read_mail(argument: str) -> _Path:
+    match = _MAIL.fullmatch(argument)
+    if not match:
+        raise Refuse(501, "5.5.4", f"Expected MAIL FROM:<address>, got 'MAIL' {_seen(argument)}")
+    path, parameters = match.group(1) or "", match.group(2)
+    said = _Path(shared(path), *_mail_parameters(parameters)) if parameters else (
+        _Path(shared(path)))
+    local, _, domain = path.rpartition("@")
+    if domain and local and not _is_domain(domain):      # an empty one is a real client's
+        raise Refuse(501, "5.1.7", "Expected a domain or address literal, got "
+                                   f"{_seen(domain)}")
+    _check_ascii(path, said.utf8)
+    return said
+
+
+def _mail_parameters(text: str) -> Tuple[bool, bool, int]:
+    """Whether MAIL announced 8BITMIME, and SMTPUTF8; its SIZE."""
+    given = _path_parameters(text)
+    utf8 = "SMTPUTF8" in given
+    if given.pop("SMTPUTF8", None) is not None:
+        raise Refuse(501, "5.5.4", "Expected SMTPUTF8 without a value")
+    if given.pop("AUTH", "<>") is None:          # RFC 4954 5: nobody here needs to know
+        raise Refuse(501, "5.5.4", "Expected AUTH=mailbox or AUTH=<>")
+    size = given.pop("SIZE", "0") or ""
+    if not re.fullmatch("[0-9]{1,20}", size):    # RFC 1870 4
+        raise Refuse(501, "5.5.4", f"Expected SIZE=octets, got {_seen(size)}")
+    body = (given.pop("BODY", "7BIT") or "").upper()
+    if body not in ("7BIT", "8BITMIME"):
+        raise Refuse(501, "5.5.4", f"Expected BODY=7BIT or BODY=8BITMIME, got {_seen(body)}")
+    if given:
+        raise Refuse(555, "5.5.4", f"Unknown parameter {_seen(next(iter(given)))}: expected "
+                                   f"SIZE, BODY, SMTPUTF8 or AUTH")
+    return body == "8BITMIME", utf8, int(size)
+
+
+def _read_rcpt(argument: str) -> _Path:
+    match = _RCPT.fullmatch(argument)
+    if not match or not match.group(1):
+        raise Refuse(501, "5.5.4", f"Expected RCPT TO:<address>, got 'RCPT' {_seen(argument)}")
+    path, parameters = match.groups()
+    given = _path_parameters(parameters) if parameters else {}
+    if given:
+        raise Refuse(555, "5.5.4", f"Unknown parameter {_seen(next(iter(given)))}: expected none")
+    local, at, domain = path.rpartition("@")
+    if at and not _is_domain(domain) or not at and path.lower() != "postmaster":
+        raise Refuse(501, "5.1.3", f"Expected local-part@domain, got {_seen(path)}")
+    return _Path(shared(path))
+
+
+_LINES: Dict[bytes, Line] = {}           # that were read, with CRLF: senders repeat themselves
 
 
 def _without_stuffing(octets: bytes) -> bytes:
@@ -2627,6 +2732,8 @@ def _too_large(limits: Limits) -> Refuse:
 class MailData:
     """The octets of one message while they arrive: bounded, and counted in the Store."""
 
+    __slots__ = ("_store", "_chunks", "_reserved", "size", "refusal")
+
     def __init__(self, store: Store):
         self._store = store
         self._chunks: List[bytes] = []
@@ -2676,11 +2783,11 @@ class MailData:
 class Transaction:
     """A mail transaction (RFC 5321 3.3): from MAIL until the message is in, RSET or EHLO."""
 
-    def __init__(self, reverse_path: str, eight_bit: bool, utf8: bool):
-        self.reverse_path = reverse_path
+    __slots__ = ("mail", "forward_paths", "data")
+
+    def __init__(self, mail: _Path):
+        self.mail = mail
         self.forward_paths: List[str] = []
-        self.eight_bit = eight_bit
-        self.utf8 = utf8
         self.data: Optional[MailData] = None         # once DATA or BDAT was said
 
 
@@ -2692,6 +2799,12 @@ class Session:
     (wait for so many seconds before you send, set it to 0, and go on with receive(b"")).
     """
 
+    __slots__ = ("store", "policy", "client", "tls", "helo", "user", "phase", "transaction",
+                 "ended", "cut_off", "wants_tls", "pause", "_take", "_buffer", "_replies",
+                 "_overlong", "_told", "_exchange", "_tail", "_chunk_left", "_chunk_last",
+                 "_chunk_refusal", "_secret_next", "_bad", "_started", "_accepted", "_refused",
+                 "_bounds", "_opening", "_lines", "_past")
+
     def __init__(self, store: Store, policy: SmtpPolicy = SmtpPolicy(), client: str = "",
                  tls: bool = False):
         self.store = store
@@ -2700,12 +2813,13 @@ class Session:
         self.tls = tls
         self.helo = ""
         self.user = ""
+        self.phase = "new"               # "idle" after EHLO, "mail" after MAIL, "rcpt" after RCPT
         self.transaction: Optional[Transaction] = None
         self.ended = False
         self.cut_off = False             # it ended while the client may still be talking
         self.wants_tls = False
         self.pause = 0.0
-        self._take = self._take_line     # what reads the octets that come next
+        self._take = Session._take_line              # what reads the octets that come next
         self._buffer = b""
         self._replies: List[bytes] = []
         self._overlong = False           # the rest of a line that was too long is skipped
@@ -2723,24 +2837,9 @@ class Session:
         self._bounds = store.limits.transcript_lines, store.limits.transcript_line
         self._opening: Optional[bytes] = None        # the transcript up to the first MAIL,
         self._lines: List[bytes] = []                # since the latest MAIL, and of some
-        self._past: "collections.deque[bytes]" = collections.deque(maxlen=20)    # in between
+        self._past: List[bytes] = []                 # in between
 
     # -- facts
-
-    @property
-    def idle(self) -> bool:
-        """EHLO or HELO was said, and no transaction is open."""
-        return bool(self.helo) and self.transaction is None
-
-    @property
-    def has_transaction(self) -> bool:
-        """MAIL was accepted, and the transaction goes on."""
-        return self.transaction is not None
-
-    @property
-    def has_recipients(self) -> bool:
-        """RCPT was accepted at least once."""
-        return self.transaction is not None and bool(self.transaction.forward_paths)
 
     @property
     def in_data(self) -> bool:
@@ -2751,9 +2850,7 @@ class Session:
 
     def greet(self) -> bytes:
         """The greeting."""
-        self._replies = []
-        self._say(Reply(220, "", f"{self.policy.hostname} ESMTP mailtest"))
-        return self._replies[0]
+        return self._said(Reply(220, "", f"{self.policy.hostname} ESMTP mailtest"))
 
     def receive(self, octets: bytes) -> bytes:
         """Takes what arrived; returns all replies that it caused, to be sent at once."""
@@ -2761,7 +2858,7 @@ class Session:
         self._buffer = self._buffer + octets if self._buffer else octets
         while self._buffer and not (self.ended or self.wants_tls or self.pause):
             try:
-                reply = self._take()
+                reply = self._take(self)
             except Refuse as refusal:
                 reply = refusal.reply
             except Drop as drop:
@@ -2770,13 +2867,19 @@ class Session:
             if reply is None:            # more octets are needed
                 break
             self._say(reply)
+        if len(self._lines) > self._bounds[0]:       # one more: so _part() knows
+            del self._lines[self._bounds[0] + 1:]
         return b"".join(self._replies)
 
     def refuse(self, reply: Reply) -> bytes:
         """Ends the session from our side; returns the last reply."""
+        octets = self._said(reply)
+        self.end(reply.text)
+        return octets
+
+    def _said(self, reply: Reply) -> bytes:
         self._replies = []
         self._say(reply)
-        self.end(reply.text)
         return self._replies[0]
 
     def end(self, how: str) -> None:
@@ -2797,9 +2900,9 @@ class Session:
 
     def tls_started(self) -> None:
         """Forgets what was said in the clear, the rest of the buffer too (RFC 3207 4.2)."""
+        self.helo = self.user = ""
         self._reset()
         self.wants_tls, self.tls = False, True
-        self.helo = self.user = ""
         self._buffer = b""
 
     # -- octets to commands
@@ -2810,16 +2913,21 @@ class Session:
         RFC 5321 2.3.8: only CRLF ends a line.  Bare CR or LF never does, so that nothing which
         another server reads as one line is two here.
         """
-        end = self._buffer.find(b"\r\n")
+        line = _LINES.get(self._buffer)  # as a rule that is one line, and not a new one
+        if line is not None:
+            self._buffer = b""
+            return self._obey(line)
+        end = self._buffer.find(b"\r\n") + 2
         if not self.helo and self._buffer.startswith(b"\x16\x03"):
             raise Drop("spoke TLS at once: use STARTTLS, or the port of --smtps")
-        if end < 0:
+        if end < 2:
             self._await_line()
             return None
-        line, self._buffer = self._buffer[:end], self._buffer[end + 2:]
-        if end > 510 or self._overlong or self._told or self._exchange is not None:
-            return self._take_odd_line(line)
-        return self._obey(line)
+        if end > 512 and end > self._longest(self._buffer):
+            self._overlong = True
+            return self._take_odd_line()
+        octets, self._buffer = self._buffer[:end], self._buffer[end:]
+        return self._obey(_LINES.get(octets) or self._read(octets))
 
     def _longest(self, octets: bytes) -> int:
         """How long a line that begins so may be, with its CRLF."""
@@ -2830,34 +2938,42 @@ class Session:
         """Looks at a line without its end yet: one that is wrong already is not gathered."""
         if len(self._buffer) > self._longest(self._buffer):
             self._refuse_http(self._buffer)
-            self._overlong = True
+            self._overlong, self._take = True, Session._take_odd_line
             self._buffer = b"\r" if self._buffer.endswith(b"\r") else b""
         elif self._buffer.endswith(b"\n") and not self._told and self._exchange is None:
-            self._told = True            # nc and telnet wait for it; the line goes on to its CRLF
-            self._refuse_http(self._buffer)
-            raise self._bad_command(500, "5.5.2", _NO_CONTROL)
+            self._told, self._take = True, Session._take_odd_line
+            self._refuse_http(self._buffer)          # nc and telnet wait for a reply to it; the
+            raise self._bad_command(500, "5.5.2", _NO_CONTROL)       # line goes on to its CRLF
 
-    def _take_odd_line(self, line: bytes) -> Optional[Reply]:
-        """Takes a line that is long, was refused already, or answers a challenge of AUTH."""
+    def _take_odd_line(self) -> Optional[Reply]:
+        """Takes a line that is too long, was refused already, or answers a challenge of AUTH."""
+        end = self._buffer.find(b"\r\n")
+        if end < 0:
+            self._await_line()
+            return None
+        line, self._buffer = self._buffer[:end], self._buffer[end + 2:]
         if self._told:
-            self._told = False
+            self._told, self._take = False, Session._take_line
             self._note(b"C: %b\r\n" % _without_secret(line[:20]))
             return self._take_line() if self._buffer else None
         most = self._longest(line)
         if self._overlong or len(line) + 2 > most:
             self._refuse_http(line)
             status = "5.5.6" if self._exchange is not None else "5.5.2"      # RFC 4954 4, 6
-            self._overlong, self._exchange = False, None
+            self._overlong = False
+            self._end_exchange()
             self._note(b"C: (a line that is too long)\r\n")
             raise Refuse(500, status, f"Line too long: expected at most {most} octets with CRLF")
-        if self._exchange is None:
-            return self._obey(line)
         self._note(b"C: ********\r\n")
         return self._respond(line)
 
     def _take_data(self) -> Optional[Reply]:
         """Takes mail data up to CRLF.CRLF, and nothing else ends it (RFC 5321 4.1.1.4)."""
         octets, tail, data = self._buffer, self._tail, self.transaction.data
+        if octets.endswith(_END) and data.size == 0 and (
+                octets.find(b"\r\n.") == len(octets) - 5 and octets[0] != 46):
+            self._buffer = b""           # as a rule: the whole mail, and no dot was doubled
+            return self._finish(octets[:-3], len(octets) - 3)
         at = (tail + octets[:4]).find(_END)
         if at >= 0:
             end = at + 5 - len(tail)
@@ -2869,10 +2985,11 @@ class Session:
             self._buffer = b""
             return None
         self._buffer = octets[end:]
-        self._take = self._take_line
+        cut = max(0, 3 - end)            # of the final ".CRLF", what came before
         if end > 3:                      # the CRLF belongs to the last line; ".CRLF" does not
             data.add(octets[:end - 3])
-        return self._finish(cut=max(0, 3 - end), dots=True)
+        size = data.size - cut
+        return self._finish(_without_stuffing(data.take(cut)), size)
 
     def _take_chunk(self) -> Optional[Reply]:
         """Takes octets of a BDAT chunk (RFC 3030 2), also of one that is refused."""
@@ -2884,56 +3001,84 @@ class Session:
             self.transaction.data.add(octets)
         if self._chunk_left:
             return None
-        self._take = self._take_line
+        self._take = Session._take_line
         if refusal is not None:
             raise refusal
         data = self.transaction.data
         if self._chunk_last:
-            return self._finish()
+            return self._finish(data.take(), data.size)
         if data.refusal is not None:
             self._reset()
             raise data.refusal
         return Reply(250, "2.0.0", f"{data.size} octets so far")
 
-    def _finish(self, cut: int = 0, dots: bool = False) -> Reply:
-        """Ends the transaction: the message is stored before its 250 is made."""
-        transaction, data = self.transaction, self.transaction.data
-        self._note(b"C: (%d octets of mail data)\r\n" % (data.size - cut))
+    def _finish(self, octets: bytes, size: int) -> Reply:
+        """Ends the transaction: the message is stored before its 250 is made.  `size`: of what
+        was sent."""
+        transaction = self.transaction
+        self._lines.append(b"C: (%d octets of mail data)\r\n" % size)
         try:
-            if data.refusal is not None:
-                raise data.refusal
-            octets = data.take(cut)
-            if dots:
-                octets = _without_stuffing(octets)
+            if transaction.data.refusal is not None:
+                raise transaction.data.refusal
             if len(octets) > self.store.limits.max_size:     # RFC 1870 3: without stuffed dots
                 raise _too_large(self.store.limits)
-            for path in transaction.forward_paths if self.store.scripts else ():
-                self._follow_script("data", path)
+            if self.store.scripts:
+                for path in transaction.forward_paths:
+                    self._follow_script("data", path)
             return self._deliver(transaction, octets)
         finally:
             self._reset()
 
     def _deliver(self, transaction: Transaction, octets: bytes) -> Reply:
-        envelope = Envelope(transaction.reverse_path, tuple(transaction.forward_paths), self.helo,
-                            self.client, self.user, self.tls, transaction.eight_bit)
+        mail, paths = transaction.mail, tuple(transaction.forward_paths)
+        envelope = Envelope(mail.path, paths, self.helo, self.client, self.user, self.tls,
+                            mail.eight_bit)
         id = new_id()
         reply = Reply(250, "2.0.0", f"Ok: queued as {id}")
-        lines = b"".join(self._lines) + b"S: " + reply.octets()
-        message = Message(id, octets, envelope, session=(self._opening, lines))
+        session = (self._opening, self._part() + reply.noted)
         try:
-            self.store.deliver(message)
+            self.store.deliver(Message(id, octets, envelope, session=session))
         except Full as full:
             raise Refuse(452, "4.3.1", f"Not stored: {full}") from None
         self._accepted += 1
         return reply
 
-    def _obey(self, line: bytes) -> Reply:
-        """Runs a command line."""
-        verb, _, rest = line.partition(b" ")
-        verb = verb.upper()
-        found = COMMANDS.get(verb)
-        if verb == b"MAIL" and self.idle:
+    def _obey(self, line: Line) -> Optional[Reply]:
+        """Does what a command line says."""
+        command, argument = line.command, line.argument
+        if command is _MAIL_COMMAND and self.phase == "idle":
             self._end_part()
+        self._note(line.noted)
+        self._secret_next = False
+        if command.phases is not None and self.phase not in command.phases:
+            raise self._out_of_order(command.phases)
+        if argument.__class__ is Refuse:
+            raise argument
+        return command.run(self, argument)
+
+    def _read(self, octets: bytes) -> Line:
+        """Reads a command line, given with its CRLF.  What is wrong with its argument is said
+        once it is known whether the command may be given at all."""
+        verb, _, rest = octets[:-2].partition(b" ")
+        found = COMMANDS.get(verb.upper())
+        if found is None or _FORBIDDEN.search(octets, 0, len(octets) - 2):
+            raise self._not_a_command(octets[:-2], verb, found)
+        try:
+            line = Line(found, found.read(rest.decode("utf-8")), b"C: " + octets)
+        except UnicodeDecodeError:       # RFC 6531 3.1: what is not ASCII is UTF-8
+            return Line(found, Refuse(501, "5.5.2", "Expected ASCII or UTF-8"), b"C: " + octets)
+        except Refuse as refusal:
+            line = Line(found, refusal, b"C: " + octets)
+        if found is COMMANDS[b"AUTH"]:
+            line.noted = b"C: %b\r\n" % _without_secret(octets[:-2])
+            return line
+        if len(octets) <= 512 and line.argument.__class__ is not Refuse:
+            if len(_LINES) >= 1_000:
+                _LINES.clear()
+            _LINES[octets] = line
+        return line
+
+    def _not_a_command(self, line: bytes, verb: bytes, found: Optional[Command]) -> Refuse:
         secret = found is None and self._secret_next       # a password after a failed AUTH
         self._secret_next = False
         hidden = secret or b"AUTH" in line[:20].upper()
@@ -2941,19 +3086,12 @@ class Session:
         if found is None:
             self._refuse_http(line)
         if _FORBIDDEN.search(line):
-            raise self._bad_command(500, "5.5.2", _NO_CONTROL)
-        if found is None:
-            raise self._unknown(verb if not secret else b"********")
-        if found.needs and not getattr(self, found.needs):
-            raise Refuse(503, "5.5.1", self._missing(found.needs))
-        try:
-            argument = rest.decode("utf-8")
-        except UnicodeDecodeError:       # RFC 6531 3.1: what is not ASCII is UTF-8
-            raise Refuse(501, "5.5.2", "Expected ASCII or UTF-8") from None
-        if argument.strip() and " " not in found.syntax:
-            raise Refuse(501, "5.5.4", f"Expected {found.syntax} alone, got {_seen(argument)} "
-                                       "after it")
-        return found.run(self, argument)
+            return self._bad_command(500, "5.5.2", _NO_CONTROL)
+        verb = b"********" if secret else verb.upper()
+        if verb in _OBSOLETE:
+            return self._bad_command(502, "5.5.1", f"{verb.decode()} is not implemented")
+        shown = _seen(verb.decode("utf-8", "backslashreplace"))
+        return self._bad_command(500, "5.5.2", f"Unknown command {shown}: HELP lists them")
 
     def _refuse_http(self, line: bytes) -> None:
         """Ends the session of a browser: a foreign page may post to this port what looks like
@@ -2962,12 +3100,6 @@ class Session:
             self._say(Reply(421, "4.7.0", "This is SMTP, not HTTP"))
             raise Drop("spoke HTTP")
 
-    def _unknown(self, verb: bytes) -> Refuse:
-        if verb in _OBSOLETE:
-            return self._bad_command(502, "5.5.1", f"{verb.decode()} is not implemented")
-        shown = _seen(verb.decode("utf-8", "backslashreplace"))
-        return self._bad_command(500, "5.5.2", f"Unknown command {shown}: HELP lists them")
-
     def _bad_command(self, code: int, status: str, text: str) -> Refuse:
         self._bad += 1
         if self._bad > self.store.limits.bad_commands:
@@ -2975,10 +3107,14 @@ class Session:
             raise Drop("too many bad commands")
         return Refuse(code, status, text)
 
-    def _missing(self, fact: str) -> str:
-        if not self.helo:
-            return "Send EHLO first"
-        return _NEEDS[fact if fact == "idle" or self.transaction else "has_transaction"]
+    def _out_of_order(self, phases: Tuple[str, ...]) -> Refuse:
+        if self.phase == "new":
+            return Refuse(503, "5.5.1", "Send EHLO first")
+        if "idle" in phases:
+            return Refuse(503, "5.5.1", "A mail transaction is open: send RSET, or end it")
+        if self.phase == "idle":
+            return Refuse(503, "5.5.1", "Send MAIL first")
+        return Refuse(503, "5.5.1", "Send RCPT first: no recipient was accepted")
 
     # -- commands
 
@@ -3000,67 +3136,27 @@ class Session:
         name = argument.strip()
         if not name:
             raise Refuse(501, "5.5.4", f"Expected {verb} with your domain or address literal")
-        self._reset()                    # RFC 5321 4.1.4: EHLO ends a transaction
         self.helo = name[:255]
+        self._reset()                    # RFC 5321 4.1.4: EHLO ends a transaction
 
     @command("MAIL FROM:<reverse-path> [SIZE=n] [BODY=7BIT|8BITMIME] [SMTPUTF8] [AUTH=mailbox]",
-             needs="idle")
-    def _mail(self, argument: str) -> Reply:
-        match = _MAIL.fullmatch(argument)
-        if not match:
-            raise Refuse(501, "5.5.4", f"Expected MAIL FROM:<address>, got 'MAIL' "
-                                       f"{_seen(argument)}")
-        path, parameters = match.group(1) or "", match.group(2)
-        eight_bit, utf8 = self._mail_parameters(parameters) if parameters else (False, False)
-        local, _, domain = path.rpartition("@")
-        if domain and local and not _is_domain(domain):      # an empty one is a real client's
-            raise Refuse(501, "5.1.7", "Expected a domain or address literal, got "
-                                       f"{_seen(domain)}")
-        _check_ascii(path, utf8)
-        if path and self.store.scripts:
-            self._follow_script("mail", path)
-        self.transaction = Transaction(shared(path), eight_bit, utf8)
+             phases=("idle",), read=_read_mail)
+    def _mail(self, said: _Path) -> Reply:
+        if said.size > self.store.limits.max_size:
+            raise Refuse(552, "5.3.4", "Message too large: expected at most "
+                                       f"{self.store.limits.max_size} octets, "
+                                       f"got SIZE={said.size}")
+        if self.store.scripts and said.path:
+            self._follow_script("mail", said.path)
+        self.transaction = Transaction(said)
+        self.phase = "mail"
         return _SENDER_OK
 
-    def _mail_parameters(self, text: str) -> Tuple[bool, bool]:
-        """Whether MAIL announced 8BITMIME, and SMTPUTF8."""
-        given = _path_parameters(text)
-        utf8 = "SMTPUTF8" in given
-        if given.pop("SMTPUTF8", None) is not None:
-            raise Refuse(501, "5.5.4", "Expected SMTPUTF8 without a value")
-        if given.pop("AUTH", "<>") is None:          # RFC 4954 5: nobody here needs to know
-            raise Refuse(501, "5.5.4", "Expected AUTH=mailbox or AUTH=<>")
-        self._check_size(given.pop("SIZE", "0") or "")
-        body = (given.pop("BODY", "7BIT") or "").upper()
-        if body not in ("7BIT", "8BITMIME"):
-            raise Refuse(501, "5.5.4", f"Expected BODY=7BIT or BODY=8BITMIME, got {_seen(body)}")
-        if given:
-            raise Refuse(555, "5.5.4", f"Unknown parameter {_seen(next(iter(given)))}: expected "
-                                       f"SIZE, BODY, SMTPUTF8 or AUTH")
-        return body == "8BITMIME", utf8
-
-    def _check_size(self, size: str) -> None:
-        if not re.fullmatch("[0-9]{1,20}", size):    # RFC 1870 4
-            raise Refuse(501, "5.5.4", f"Expected SIZE=octets, got {_seen(size)}")
-        if int(size) > self.store.limits.max_size:
-            raise Refuse(552, "5.3.4", f"Message too large: expected at most "
-                                       f"{self.store.limits.max_size} octets, got SIZE={size}")
-
-    @command("RCPT TO:<forward-path>", needs="has_transaction")
-    def _rcpt(self, argument: str) -> Reply:
-        match = _RCPT.fullmatch(argument)
-        if not match or not match.group(1):
-            raise Refuse(501, "5.5.4", f"Expected RCPT TO:<address>, got 'RCPT' {_seen(argument)}")
-        path, parameters = match.groups()
-        given = _path_parameters(parameters) if parameters else {}
-        if given:
-            raise Refuse(555, "5.5.4", f"Unknown parameter {_seen(next(iter(given)))}: expected "
-                                       f"none")
-        local, at, domain = path.rpartition("@")
-        if at and not _is_domain(domain) or not at and path.lower() != "postmaster":
-            raise Refuse(501, "5.1.3", f"Expected local-part@domain, got {_seen(path)}")
-        _check_ascii(path, self.transaction.utf8)
-        if len(self.transaction.forward_paths) >= self.store.limits.recipients:
+    @command("RCPT TO:<forward-path>", phases=("mail", "rcpt"), read=_read_rcpt)
+    def _rcpt(self, said: _Path) -> Reply:
+        path, paths = said.path, self.transaction.forward_paths
+        _check_ascii(path, self.transaction.mail.utf8)
+        if len(paths) >= self.store.limits.recipients:
             raise Refuse(452, "4.5.3", f"Too many recipients: expected at most "
                                        f"{self.store.limits.recipients}")
         why = self.store.refusal(path)
@@ -3068,7 +3164,8 @@ class Session:
             raise Refuse(550, "5.1.1", f"{_seen(path)}: {why}")
         if self.store.scripts:
             self._follow_script("rcpt", path)
-        self.transaction.forward_paths.append(shared(path))
+        paths.append(path)
+        self.phase = "rcpt"
         return _RECIPIENT_OK
 
     def _follow_script(self, stage: str, path: str) -> None:
@@ -3083,12 +3180,12 @@ class Session:
             raise Refuse(failure.code, f"{kind}.0.0", f"Scripted: fail={failure.text}")
         self.pause += failure.delay
 
-    @command("DATA", needs="has_recipients")
+    @command("DATA", phases=("rcpt",))
     def _data(self, argument: str) -> Reply:
         if self.transaction.data is not None:
             raise Refuse(503, "5.5.1", "Expected BDAT: this transaction began with it")
         self.transaction.data = MailData(self.store)
-        self._take, self._tail = self._take_data, b"\r\n"    # as if after a line's end
+        self._take, self._tail = Session._take_data, b"\r\n"    # as if after a line's end
         return _DATA_OK
 
     @command("BDAT octets [LAST]")
@@ -3098,11 +3195,11 @@ class Session:
             raise Refuse(501, "5.5.4", f"Expected BDAT octets [LAST], got {_seen(argument)}")
         self._chunk_left, self._chunk_last = int(match.group(1)), bool(match.group(2))
         self._chunk_refusal = None
-        if not self.has_recipients:      # its octets follow all the same, and are read
-            self._chunk_refusal = Refuse(503, "5.5.1", self._missing("has_recipients"))
+        if self.phase != "rcpt":         # its octets follow all the same, and are read
+            self._chunk_refusal = self._out_of_order(("rcpt",))
         elif self.transaction.data is None:
             self.transaction.data = MailData(self.store)
-        self._take = self._take_chunk
+        self._take = Session._take_chunk
         return self._take_chunk()
 
     @command("RSET")
@@ -3142,7 +3239,7 @@ class Session:
         self.wants_tls = True
         return Reply(220, "2.0.0", "Go ahead")
 
-    @command("AUTH mechanism [initial-response]", needs="idle")
+    @command("AUTH mechanism [initial-response]", phases=("idle",))
     def _auth(self, argument: str) -> Reply:
         name, _, initial = argument.strip().partition(" ")
         mechanism = MECHANISMS.get(name.upper())
@@ -3153,17 +3250,17 @@ class Session:
         if self.user:
             raise Refuse(503, "5.5.1", "Already authenticated")
         response = _unbase64("" if initial == "=" else initial) if initial else None
-        self._exchange = mechanism(response)
+        self._exchange, self._take = mechanism(response), Session._take_odd_line
         return self._advance(None)
 
     def _respond(self, line: bytes) -> Reply:
         if line == b"*":                 # RFC 4954 4
-            self._exchange = None
+            self._end_exchange()
             raise Refuse(501, "5.7.0", "Authentication cancelled")
         try:
             return self._advance(_unbase64(line.decode("ascii", "replace")))
         except Refuse:
-            self._exchange = None
+            self._end_exchange()
             self._secret_next = True     # a client that did not look may send the rest
             raise
 
@@ -3173,10 +3270,10 @@ class Session:
             challenge = self._exchange.send(response)
             return Reply(334, "", base64.b64encode(challenge).decode())
         except StopIteration as stop:
-            self._exchange = None
+            self._end_exchange()
             user, proves = stop.value
         except Refuse:
-            self._exchange = None
+            self._end_exchange()
             raise
         known = self.policy.credentials
         if known is not None and not (same(user.encode(), known[0].encode())
@@ -3185,6 +3282,9 @@ class Session:
         self.user = user
         return Reply(235, "2.7.0", "Authenticated")
 
+    def _end_exchange(self) -> None:
+        self._exchange, self._take = None, Session._take_line
+
     # -- what is said
 
     def _reset(self) -> None:
@@ -3192,34 +3292,41 @@ class Session:
         if self.transaction is not None and self.transaction.data is not None:
             self.transaction.data.free()
         self.transaction = None
-        self._exchange = None
-        self._take = self._take_line
+        self.phase = "idle" if self.helo else "new"
+        self._exchange, self._take = None, Session._take_line
 
     def _say(self, reply: Reply) -> None:
         """The one place where a reply becomes octets and enters the transcript."""
-        octets = _CONSTANT.get(reply) or reply.octets()
+        octets = reply.octets
         self._replies.append(octets)
-        self._note(b"S: " + (octets[:-2].replace(b"\n", b"\nS: ") + b"\r\n" if reply.more else
-                            octets))
         if reply.code >= 400 and not self._refused:          # what comes after follows from it
             self._refused = octets[:200].decode("ascii").rstrip()
+        self._note(reply.noted)
 
     def _note(self, line: bytes) -> None:
-        """Adds a line to the transcript."""
-        most, longest = self._bounds
-        room = most - len(self._lines)
-        if len(line) > longest:
-            line = line[:longest] + b"...\r\n"
-        if room > 0:
-            self._lines.append(line if room > 1 else b"(further lines were not kept)\r\n")
+        """Adds a line to the transcript, or several of ours."""
+        longest = self._bounds[1]
+        self._lines.append(line if len(line) <= longest else line[:longest] + b"...\r\n")
+
+    def _part(self) -> bytes:
+        """The transcript since the latest MAIL, or since it was ended."""
+        most = self._bounds[0]
+        if len(self._lines) > most:
+            self._lines[most - 1:] = [b"(further lines were not kept)\r\n"]
+        return b"".join(self._lines)
 
     def _end_part(self) -> None:
         """Ends a part of the transcript: a MAIL command, or the end, begins the next."""
-        part, self._lines = b"".join(self._lines), []
+        part = self._part()
+        self._lines = []
         if self._opening is None:
             self._opening = part
         else:
             self._past.append(part)
+            del self._past[:-20]
+
+
+_MAIL_COMMAND = COMMANDS[b"MAIL"]
 
 
 # ---- Network ---------------------------------------------------------------
@@ -3286,6 +3393,8 @@ class Connection:
 
     Raises Hangup where a socket raises a dozen things that all mean the same.
     """
+
+    __slots__ = ("socket", "parked", "active", "session", "client")
 
     def __init__(self, sock: socket.socket, address: Any):
         self.socket = sock
@@ -3769,7 +3878,7 @@ def make_certificate(folder: str, names: Iterable[str]) -> Tuple[str, str]:
 class SmtpServer(Listener):
     """SMTP on one port.  With `implicit`, TLS begins before the greeting (RFC 8314 3.3)."""
 
-    refusal = Reply(421, "4.7.0", "Too many connections: try again later").octets()
+    refusal = Reply(421, "4.7.0", "Too many connections: try again later").octets
 
     def __init__(self, host: str, port: int, store: Store, policy: SmtpPolicy,
                  tls: Optional[ssl.SSLContext] = None, implicit: bool = False):

@@ -9028,7 +9028,7 @@ def test_sendmail_option_comes_before_the_environment(standin, running, monkeypa
 def test_sendmail_counts_a_mail_as_taken_whatever_quit_says(monkeypatch, standin):
     def broken(session, argument):
         raise mailtest.Refuse(421, "4.3.2", "Shutting down")
-    monkeypatch.setitem(mailtest.COMMANDS, b"QUIT", mailtest.Command("QUIT", "", broken))
+    monkeypatch.setattr(mailtest.COMMANDS[b"QUIT"], "run", broken)
     status, err, messages = standin(["b@x.example"], WHOLE + b"\nx\n")
     assert (status, err, len(messages)) == (0, "", 1)
 
@@ -9160,11 +9160,11 @@ def test_nothing_private_of_the_standard_library_is_used():
 
 def takes_the_lock(node):
     return isinstance(node, ast.With) and [
-        getattr(item.context_expr, "attr", "") for item in node.items] == ["_changed"]
+        getattr(item.context_expr, "attr", "") for item in node.items] == ["_lock"]
 
 
 def outside_the_lock(node):
-    """The nodes below that no `with self._changed:` encloses."""
+    """The nodes below that no `with self._lock:` encloses."""
     if not takes_the_lock(node):
         yield node
         for child in ast.iter_child_nodes(node):
@@ -9172,7 +9172,7 @@ def outside_the_lock(node):
 
 
 def test_store_methods_take_the_lock_before_they_touch_state():
-    """Only what is no state may stand before `with self._changed:`, since parsing belongs there.
+    """Only what is no state may stand before `with self._lock:`, since parsing belongs there.
     A property that returns one attribute needs no lock."""
     store, = (node for node in tree().body
               if isinstance(node, ast.ClassDef) and node.name == "Store")
