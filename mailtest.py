@@ -1843,16 +1843,16 @@ _IDS: List[str] = []                     # for new_id()
 
 
 def new_id() -> str:
-    """A random UUID (RFC 4122 4.4) without importing uuid.
-
-    Made a hundred at a time: asking the system costs more than making them."""
+    """A random UUID (RFC 4122 4.4).  Made fifty at a time: asking the system for each would cost
+    more than all the rest."""
+    if not _IDS:
+        some = os.urandom(750).hex().encode()
+        _IDS.extend((b"%b-%b-4%b-a%b-%b" % parts).decode()
+                    for parts in struct.iter_unpack("8s4s3s3s12s", some))
     try:
         return _IDS.pop()
-    except IndexError:
-        some = os.urandom(1500).hex()
-        _IDS.extend(f"{some[i:i + 8]}-{some[i + 8:i + 12]}-4{some[i + 12:i + 15]}-"
-                    f"a{some[i + 15:i + 18]}-{some[i + 18:i + 30]}" for i in range(0, 3000, 30))
-        return _IDS.pop()
+    except IndexError:                   # another thread had the last one
+        return new_id()
 
 
 class Store:
@@ -1889,12 +1889,12 @@ class Store:
         self._reserved = 0                                     # of mail data still arriving
         self._number = 0
         self._latest_time = 0.0                                # no two messages have one time
-        self._events: "collections.deque[Event]" = collections.deque(maxlen=limits.events)
+        self._events: "collections.deque[Tuple]" = collections.deque(maxlen=limits.events)
         self._sessions: "collections.deque[SessionRecord]" = collections.deque(
             maxlen=limits.sessions)
         self._session_count = 0
         self._accepted = {"Email": 0, "SMS": 0}
-        self._hours: Dict[int, Dict[str, int]] = {}            # the same for each hour since 1970
+        self._hours: Dict[Tuple[int, str], int] = {}           # the same, by hour since 1970
         self._kept: Dict[str, Message] = {}                    # whose JSON is kept, oldest first
         self._kept_octets = 0
         self._polls: "collections.OrderedDict[Any, float]" = collections.OrderedDict()
@@ -2007,7 +2007,7 @@ class Store:
             self._messages[id] = message
             self._octets += cost
             self._count(message)
-            self._events.append(Event(message.number, "message", {"id": id}))
+            self._events.append((message.number, "message", {"id": id}))
             self._wake(places, message.servers)
         for keeper in self.keepers:
             keeper(message)
@@ -2087,10 +2087,10 @@ class Store:
                     self._changed.wait(timeout)
                 finally:
                     self.following -= 1
-            found = list(itertools.takewhile(lambda event: event.number > after,
+            found = list(itertools.takewhile(lambda event: event[0] > after,
                                              reversed(self._events)))
-            lost = bool(self._events) and after < self._events[0].number - 1
-        return found[::-1], lost
+            lost = bool(self._events) and after < self._events[0][0] - 1
+        return [Event(*event) for event in reversed(found)], lost
 
     @property
     def number(self) -> int:
@@ -2261,20 +2261,18 @@ class Store:
         """The last 24 hours, newest first: when each began, mails and SMS accepted in it."""
         with self._lock:
             this = int(self.wall() // 3600)
-            none = {"Email": 0, "SMS": 0}
-            return [(hour * 3600.0, self._hours.get(hour, none)["Email"],
-                     self._hours.get(hour, none)["SMS"]) for hour in range(this, this - 24, -1)]
+            return [(hour * 3600.0, self._hours.get((hour, "Email"), 0),
+                     self._hours.get((hour, "SMS"), 0)) for hour in range(this, this - 24, -1)]
 
     # -- the lock is held from here on
 
     def _count(self, message: Message) -> None:
-        hour = int(message.received // 3600)
-        if hour not in self._hours:
-            self._hours[hour] = {"Email": 0, "SMS": 0}
-            for old in [each for each in self._hours if each <= hour - 24]:
-                del self._hours[old]
-        self._hours[hour][message.kind] += 1
         self._accepted[message.kind] += 1
+        hour = int(message.received // 3600), message.kind
+        self._hours[hour] = self._hours.get(hour, 0) + 1
+        if len(self._hours) > 50:
+            for old in [each for each in self._hours if each[0] <= hour[0] - 24]:
+                del self._hours[old]
 
     def _room(self, octets: int, inboxes: int = 0) -> None:
         if inboxes and len(self._inboxes) + inboxes > self.limits.inboxes:
@@ -2413,7 +2411,7 @@ class Store:
 
     def _happened(self, kind: str, data: Dict[str, Any]) -> None:
         self._number += 1
-        self._events.append(Event(self._number, kind, data))
+        self._events.append((self._number, kind, data))
         if self.following:
             self._changed.notify_all()
 
@@ -2858,7 +2856,8 @@ class Session:
         self._buffer = self._buffer + octets if self._buffer else octets
         while self._buffer and not (self.ended or self.wants_tls or self.pause):
             try:
-                reply = self._take(self)
+                take = self._take
+                reply = take(self)
             except Refuse as refusal:
                 reply = refusal.reply
             except Drop as drop:
@@ -3054,7 +3053,8 @@ class Session:
             raise self._out_of_order(command.phases)
         if argument.__class__ is Refuse:
             raise argument
-        return command.run(self, argument)
+        run = command.run                # apart: so Python finds it faster
+        return run(self, argument)
 
     def _read(self, octets: bytes) -> Line:
         """Reads a command line, given with its CRLF.  What is wrong with its argument is said
@@ -3555,7 +3555,7 @@ class Listener:
     (which costs more than the turn, since all of them share one interpreter), and nobody waits
     for anybody else's slow peer.
 
-    A protocol overrides opened(), ready(), is_busy(), farewell(), failed() and closed().
+    A protocol overrides opened(), ready(), stuck(), is_busy(), farewell(), failed() and closed().
     """
 
     refusal = b""                        # sent to those beyond the bounds
@@ -3577,6 +3577,8 @@ class Listener:
         self._socket = _bind(host, port, limits.backlog)
         self._socket.setblocking(False)
         self.host, self.port = self._socket.getsockname()[:2]
+        self._answers: List[Tuple[Connection, bytes]] = []     # the leader's: of this round,
+        self._stuck: List[Tuple[Connection, bytes]] = []       # and those that are not read
         self._waker, self._woken = socket.socketpair()
         self._poller = Poller()
         self._poller.add(self._socket, self._accept)
@@ -3590,8 +3592,11 @@ class Listener:
         raise NotImplementedError
 
     def ready(self, connection: Connection) -> bool:
-        """Takes what arrived; whether to go on."""
+        """Takes what arrived, and hands what is to be sent to answer(); whether to go on."""
         raise NotImplementedError
+
+    def stuck(self, connection: Connection, octets: bytes) -> None:
+        """Serves a connection to its end that did not read all of its answer: what is left."""
 
     def is_busy(self, connection: Connection) -> bool:
         """Whether a stop should let the connection end what it does."""
@@ -3619,10 +3624,16 @@ class Listener:
         """How many connections are open."""
         return len(self._connections)
 
+    def answer(self, connection: Connection, octets: bytes) -> None:
+        """Sends octets to a parked connection, at the end of the round: a client that is woken by
+        each of ten answers, and sleeps between them, costs both sides more than the answers."""
+        self._answers.append((connection, octets))
+
     def step_down(self, connection: Connection) -> None:
         """Gives up the lead before blocking; from now on this thread serves that connection."""
         if self._leader != threading.get_ident():
             return
+        self._send_answers()
         if connection.parked:
             self._poller.remove(connection.socket)
             connection.unpark()
@@ -3710,8 +3721,29 @@ class Listener:
                     self._accept()
                 if self._leader != me:
                     return
+            self._send_answers()
+            while self._stuck:
+                connection, rest = self._stuck.pop()
+                self._turn(connection, functools.partial(self._unstick, rest))
+                if self._leader != me:
+                    return
             self._sweep()
         self._last_rounds()
+
+    def _send_answers(self) -> None:
+        for connection, octets in self._answers:
+            try:
+                rest = connection.try_send(octets)
+                if rest:
+                    self._stuck.append((connection, rest))
+            except Hangup as hangup:
+                self._close(connection, str(hangup))
+        self._answers.clear()
+
+    def _unstick(self, rest: bytes, connection: Connection) -> bool:
+        self.step_down(connection)
+        self.stuck(connection, rest)
+        return False
 
     def _next(self, spin: float) -> List[Any]:
         """What is ready, waited for.  After a turn it looks for some microseconds before it
@@ -3829,6 +3861,7 @@ class Listener:
                 self._turn(connection, self.ready)
                 if self._leader != threading.get_ident():
                     return
+            self._send_answers()
 
 
 def tls_context(certificate: str, key: str = "") -> ssl.SSLContext:
@@ -3898,7 +3931,8 @@ class SmtpServer(Listener):
                 connection.start_tls(self._tls)
             self._converse(connection, session, session.greet())
             return False
-        return not connection.try_send(session.greet())
+        self.answer(connection, session.greet())
+        return True
 
     def ready(self, connection: Connection) -> bool:
         """One turn: one receive, one send."""
@@ -3907,16 +3941,21 @@ class SmtpServer(Listener):
         if not octets:
             raise Hangup("left without QUIT")
         replies = session.receive(octets)
-        if replies and not session.pause:
+        if not (session.ended or session.pause or session.wants_tls):
+            if replies:
+                self.answer(connection, replies)
+            return True
+        if session.ended and not session.cut_off:
             replies = connection.try_send(replies)
-        if replies or session.pause or session.wants_tls:        # replies: it does not read
-            self.step_down(connection)
-            self._converse(connection, session, replies)
-            return False
-        if session.ended and session.cut_off:
-            self.step_down(connection)
-            connection.linger()
-        return not session.ended
+            if not replies:
+                return False
+        self.step_down(connection)
+        self._converse(connection, session, replies)
+        return False
+
+    def stuck(self, connection: Connection, octets: bytes) -> None:
+        """The client reads slowly, or not at all."""
+        self._converse(connection, connection.session, octets)
 
     def is_busy(self, connection: Connection) -> bool:
         """A stop waits for mail data that is arriving."""
