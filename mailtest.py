@@ -2491,7 +2491,11 @@ class Refuse(Exception):
 
 
 class Drop(Exception):
-    """The connection is to be closed without a word; the text says why."""
+    """The connection is to be closed, after a reply if there is one; the text says why."""
+
+    def __init__(self, why: str, reply: Optional[Reply] = None):
+        super().__init__(why)
+        self.reply = reply
 
 
 class SmtpPolicy(NamedTuple):
@@ -2798,8 +2802,8 @@ class Session:
     """
 
     __slots__ = ("store", "policy", "client", "tls", "helo", "user", "phase", "transaction",
-                 "ended", "cut_off", "wants_tls", "pause", "_take", "_buffer", "_replies",
-                 "_overlong", "_told", "_exchange", "_tail", "_chunk_left", "_chunk_last",
+                 "ended", "cut_off", "wants_tls", "pause", "_take", "_buffer", "_overlong",
+                 "_told", "_exchange", "_tail", "_chunk_left", "_chunk_last",
                  "_chunk_refusal", "_secret_next", "_bad", "_started", "_accepted", "_refused",
                  "_bounds", "_opening", "_lines", "_past")
 
@@ -2819,7 +2823,6 @@ class Session:
         self.pause = 0.0
         self._take = Session._take_line              # what reads the octets that come next
         self._buffer = b""
-        self._replies: List[bytes] = []
         self._overlong = False           # the rest of a line that was too long is skipped
         self._told = False               # the line that is arriving was refused already
         self._exchange: Any = None       # of AUTH: a generator that takes responses
@@ -2848,38 +2851,35 @@ class Session:
 
     def greet(self) -> bytes:
         """The greeting."""
-        return self._said(Reply(220, "", f"{self.policy.hostname} ESMTP mailtest"))
+        return self._say(Reply(220, "", f"{self.policy.hostname} ESMTP mailtest"))
 
     def receive(self, octets: bytes) -> bytes:
         """Takes what arrived; returns all replies that it caused, to be sent at once."""
-        self._replies = []
+        replies = []
         self._buffer = self._buffer + octets if self._buffer else octets
         while self._buffer and not (self.ended or self.wants_tls or self.pause):
             try:
-                take = self._take
+                take = self._take        # apart: Python finds methods faster than what acts so
                 reply = take(self)
             except Refuse as refusal:
                 reply = refusal.reply
             except Drop as drop:
+                if drop.reply is not None:
+                    replies.append(self._say(drop.reply))
                 self.end(str(drop))
                 break
             if reply is None:            # more octets are needed
                 break
-            self._say(reply)
+            replies.append(self._say(reply))
         if len(self._lines) > self._bounds[0]:       # one more: so _part() knows
             del self._lines[self._bounds[0] + 1:]
-        return b"".join(self._replies)
+        return b"".join(replies)
 
     def refuse(self, reply: Reply) -> bytes:
         """Ends the session from our side; returns the last reply."""
-        octets = self._said(reply)
+        octets = self._say(reply)
         self.end(reply.text)
         return octets
-
-    def _said(self, reply: Reply) -> bytes:
-        self._replies = []
-        self._say(reply)
-        return self._replies[0]
 
     def end(self, how: str) -> None:
         """Ends the session, however it came; what was not finished is forgotten."""
@@ -2915,7 +2915,23 @@ class Session:
         line = _LINES.get(self._buffer)  # as a rule that is one line, and not a new one
         if line is not None:
             self._buffer = b""
-            return self._obey(line)
+        else:
+            line = self._next_line()
+            if line is None:
+                return None
+        if line.command is _MAIL_COMMAND and self.phase == "idle":
+            self._end_part()
+        self._lines.append(line.noted)
+        self._secret_next = False
+        if line.command.phases is not None and self.phase not in line.command.phases:
+            raise self._out_of_order(line.command.phases)
+        if line.argument.__class__ is Refuse:
+            raise line.argument
+        run = line.command.run
+        return run(self, line.argument)
+
+    def _next_line(self) -> Optional[Line]:
+        """Reads one line of several, or a new one; None if its end has yet to come."""
         end = self._buffer.find(b"\r\n") + 2
         if not self.helo and self._buffer.startswith(b"\x16\x03"):
             raise Drop("spoke TLS at once: use STARTTLS, or the port of --smtps")
@@ -2924,9 +2940,9 @@ class Session:
             return None
         if end > 512 and end > self._longest(self._buffer):
             self._overlong = True
-            return self._take_odd_line()
+            self._take_odd_line()        # raises
         octets, self._buffer = self._buffer[:end], self._buffer[end:]
-        return self._obey(_LINES.get(octets) or self._read(octets))
+        return _LINES.get(octets) or self._read(octets)
 
     def _longest(self, octets: bytes) -> int:
         """How long a line that begins so may be, with its CRLF."""
@@ -2953,7 +2969,7 @@ class Session:
         line, self._buffer = self._buffer[:end], self._buffer[end + 2:]
         if self._told:
             self._told, self._take = False, Session._take_line
-            self._note(b"C: %b\r\n" % _without_secret(line[:20]))
+            self._lines.append(self._short(b"C: %b\r\n" % _without_secret(line[:20])))
             return self._take_line() if self._buffer else None
         most = self._longest(line)
         if self._overlong or len(line) + 2 > most:
@@ -2961,9 +2977,9 @@ class Session:
             status = "5.5.6" if self._exchange is not None else "5.5.2"      # RFC 4954 4, 6
             self._overlong = False
             self._end_exchange()
-            self._note(b"C: (a line that is too long)\r\n")
+            self._lines.append(self._short(b"C: (a line that is too long)\r\n"))
             raise Refuse(500, status, f"Line too long: expected at most {most} octets with CRLF")
-        self._note(b"C: ********\r\n")
+        self._lines.append(self._short(b"C: ********\r\n"))
         return self._respond(line)
 
     def _take_data(self) -> Optional[Reply]:
@@ -3024,37 +3040,19 @@ class Session:
             if self.store.scripts:
                 for path in transaction.forward_paths:
                     self._follow_script("data", path)
-            return self._deliver(transaction, octets)
-        finally:
-            self._reset()
-
-    def _deliver(self, transaction: Transaction, octets: bytes) -> Reply:
-        mail, paths = transaction.mail, tuple(transaction.forward_paths)
-        envelope = Envelope(mail.path, paths, self.helo, self.client, self.user, self.tls,
-                            mail.eight_bit)
-        id = new_id()
-        reply = Reply(250, "2.0.0", f"Ok: queued as {id}")
-        session = (self._opening, self._part() + reply.noted)
-        try:
-            self.store.deliver(Message(id, octets, envelope, session=session))
+            mail, paths = transaction.mail, tuple(transaction.forward_paths)
+            id = new_id()
+            reply = Reply(250, "2.0.0", f"Ok: queued as {id}")
+            self.store.deliver(Message(
+                id, octets, Envelope(mail.path, paths, self.helo, self.client, self.user, self.tls,
+                                     mail.eight_bit),
+                session=(self._opening, self._part() + reply.noted)))
+            self._accepted += 1
+            return reply
         except Full as full:
             raise Refuse(452, "4.3.1", f"Not stored: {full}") from None
-        self._accepted += 1
-        return reply
-
-    def _obey(self, line: Line) -> Optional[Reply]:
-        """Does what a command line says."""
-        command, argument = line.command, line.argument
-        if command is _MAIL_COMMAND and self.phase == "idle":
-            self._end_part()
-        self._note(line.noted)
-        self._secret_next = False
-        if command.phases is not None and self.phase not in command.phases:
-            raise self._out_of_order(command.phases)
-        if argument.__class__ is Refuse:
-            raise argument
-        run = command.run                # apart: so Python finds it faster
-        return run(self, argument)
+        finally:
+            self._reset()
 
     def _read(self, octets: bytes) -> Line:
         """Reads a command line, given with its CRLF.  What is wrong with its argument is said
@@ -3063,16 +3061,16 @@ class Session:
         found = COMMANDS.get(verb.upper())
         if found is None or _FORBIDDEN.search(octets, 0, len(octets) - 2):
             raise self._not_a_command(octets[:-2], verb, found)
+        line = Line(found, None, self._short(b"C: " + octets))
         try:
-            line = Line(found, found.read(rest.decode("utf-8")), b"C: " + octets)
+            line.argument = found.read(rest.decode("utf-8"))
         except UnicodeDecodeError:       # RFC 6531 3.1: what is not ASCII is UTF-8
-            return Line(found, Refuse(501, "5.5.2", "Expected ASCII or UTF-8"), b"C: " + octets)
+            line.argument = Refuse(501, "5.5.2", "Expected ASCII or UTF-8")
         except Refuse as refusal:
-            line = Line(found, refusal, b"C: " + octets)
+            line.argument = refusal
         if found is COMMANDS[b"AUTH"]:
             line.noted = b"C: %b\r\n" % _without_secret(octets[:-2])
-            return line
-        if len(octets) <= 512 and line.argument.__class__ is not Refuse:
+        elif len(octets) <= 256 and line.argument.__class__ is not Refuse:
             if len(_LINES) >= 1_000:
                 _LINES.clear()
             _LINES[octets] = line
@@ -3082,7 +3080,7 @@ class Session:
         secret = found is None and self._secret_next       # a password after a failed AUTH
         self._secret_next = False
         hidden = secret or b"AUTH" in line[:20].upper()
-        self._note(b"C: %b\r\n" % (_without_secret(line) if hidden else line))
+        self._lines.append(self._short(b"C: %b\r\n" % (_without_secret(line) if hidden else line)))
         if found is None:
             self._refuse_http(line)
         if _FORBIDDEN.search(line):
@@ -3097,14 +3095,12 @@ class Session:
         """Ends the session of a browser: a foreign page may post to this port what looks like
         commands."""
         if _HTTP.match(line):
-            self._say(Reply(421, "4.7.0", "This is SMTP, not HTTP"))
-            raise Drop("spoke HTTP")
+            raise Drop("spoke HTTP", Reply(421, "4.7.0", "This is SMTP, not HTTP"))
 
     def _bad_command(self, code: int, status: str, text: str) -> Refuse:
         self._bad += 1
         if self._bad > self.store.limits.bad_commands:
-            self._say(Reply(421, "4.7.0", "Too many bad commands"))
-            raise Drop("too many bad commands")
+            raise Drop("too many bad commands", Reply(421, "4.7.0", "Too many bad commands"))
         return Refuse(code, status, text)
 
     def _out_of_order(self, phases: Tuple[str, ...]) -> Refuse:
@@ -3226,9 +3222,7 @@ class Session:
 
     @command("QUIT")
     def _quit(self, argument: str) -> Optional[Reply]:
-        self._say(Reply(221, "2.0.0", "Bye"))
-        self.end("quit")
-        return None
+        raise Drop("quit", Reply(221, "2.0.0", "Bye"))
 
     @command("STARTTLS")
     def _starttls(self, argument: str) -> Reply:
@@ -3295,18 +3289,17 @@ class Session:
         self.phase = "idle" if self.helo else "new"
         self._exchange, self._take = None, Session._take_line
 
-    def _say(self, reply: Reply) -> None:
+    def _say(self, reply: Reply) -> bytes:
         """The one place where a reply becomes octets and enters the transcript."""
-        octets = reply.octets
-        self._replies.append(octets)
         if reply.code >= 400 and not self._refused:          # what comes after follows from it
-            self._refused = octets[:200].decode("ascii").rstrip()
-        self._note(reply.noted)
+            self._refused = reply.octets[:200].decode("ascii").rstrip()
+        self._lines.append(reply.noted)
+        return reply.octets
 
-    def _note(self, line: bytes) -> None:
-        """Adds a line to the transcript, or several of ours."""
+    def _short(self, line: bytes) -> bytes:
+        """What the transcript keeps of a line."""
         longest = self._bounds[1]
-        self._lines.append(line if len(line) <= longest else line[:longest] + b"...\r\n")
+        return line if len(line) <= longest else line[:longest] + b"...\r\n"
 
     def _part(self) -> bytes:
         """The transcript since the latest MAIL, or since it was ended."""
