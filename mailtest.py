@@ -67,7 +67,8 @@ import types
 import urllib.parse
 # Imported where they are used, since a start needs none of them and waits for each:
 # email.policy, hmac, logging, secrets, shutil, smtplib, subprocess, tempfile.
-from typing import Any, Callable, Dict, Iterable, Iterator, List, NamedTuple, Optional, Tuple
+from typing import Any, Callable, Dict, Iterable, Iterator, List, NamedTuple, Optional, Tuple, \
+    TypeVar
 
 __version__ = "1.0.0"
 __all__ = ["Mailtest", "Inbox", "Mail", "NoMail", "Limits"]
@@ -1508,10 +1509,14 @@ def read_sms(octets: bytes, sender: Optional[str], recipients: Iterable[str]) ->
                    Body(), _text_body([text], ""), (), _preview(text), ())
 
 
+_SAME = TypeVar("_SAME")
+
+
 @functools.lru_cache(maxsize=4096)
-def shared(text: str) -> str:
-    """The same text, as one object wherever it is kept.  sys.intern() would keep it for ever."""
-    return text
+def shared(value: _SAME) -> _SAME:
+    """The same value, as one object wherever it is kept: mails of one sender to one recipient
+    differ in little else than their octets.  sys.intern() would keep it for ever."""
+    return value
 
 
 class Envelope(NamedTuple):
@@ -1524,6 +1529,9 @@ class Envelope(NamedTuple):
     user: str = ""                       # whom AUTH named
     tls: bool = False
     eight_bit: bool = True               # BODY=8BITMIME was announced
+
+
+QUEUED = "Ok: queued as "                # and the id: how mail is accepted
 
 
 class Keys(NamedTuple):
@@ -1554,7 +1562,7 @@ class Message:
         self.received = 0.0              # seconds since 1970: the Store's clock
         self.envelope = envelope
         self.octets = octets
-        self.session = session           # the transcript: parts, each of lines with CRLF
+        self.session = session           # parts of the transcript, each of lines with CRLF
         self.cost = 0                    # octets of memory: the Store counts
         self.inboxes: Tuple[str, ...] = ()
         self.servers: Tuple[str, ...] = ()
@@ -1562,6 +1570,14 @@ class Message:
         self.rendered: Optional[bytes] = None
         self._keys: Optional[Keys] = None
         self._folded: Optional[str] = None
+
+    def transcript(self) -> bytes:
+        """The dialogue that brought it: lines with CRLF.  The last two are not kept, because they
+        differ from mail to mail; the size in them is without stuffed dots."""
+        if not self.session:
+            return b""
+        return b"%bC: (%d octets of mail data)\r\nS: 250 2.0.0 %b\r\n" % (
+            b"".join(self.session), len(self.octets), (QUEUED + self.id).encode())
 
     def content(self) -> Content:
         """Everything that the octets say, read anew at each call: it is large and seldom used."""
@@ -1753,11 +1769,13 @@ def parse_failure(text: str, limits: Limits) -> Failure:
 class _Inbox:
     """An address and its mail.  The Store's own; others see snapshots."""
 
-    __slots__ = ("key", "address", "acquired", "expires", "messages", "failures", "attempts")
+    __slots__ = ("key", "alone", "address", "acquired", "expires", "messages", "failures",
+                 "attempts")
 
     def __init__(self, key: str, address: str, acquired: bool, expires: float,
                  failures: Tuple[Failure, ...] = ()):
         self.key = key
+        self.alone = (key,)              # what most of its messages have as their inboxes
         self.address = address
         self.acquired = acquired         # by a request; else it came with a mail
         self.expires = expires           # on the Store's clock
@@ -1983,18 +2001,18 @@ class Store:
         id = message.id
         with self._lock:
             now = self._expire()
-            places = tuple(map(self._target, keys))
-            if len(places) > 1:
-                places = tuple(dict.fromkeys(places))
-            new = [place for place in places if place not in self._inboxes]
+            inboxes = self._inboxes
+            places = [key if key in inboxes else self._target(key) for key in keys]
+            new = [key for key in dict.fromkeys(places) if key not in inboxes]
             self._room(cost + len(new) * self.limits.inbox_cost, len(new))
-            for place in new:
-                self._open(place, place)
-            message.inboxes = places
+            for key in new:
+                self._open(key, key)
+            message.inboxes = inboxes[places[0]].alone if len(places) == 1 else (
+                tuple(dict.fromkeys(places)))
             self._number = message.number = self._number + 1
             message.received = self._latest_time = max(self.wall(), self._latest_time + 1e-6)
-            for place in places:
-                inbox = self._inboxes[place]
+            for key in message.inboxes:
+                inbox = inboxes[key]
                 inbox.messages[id] = message
                 if not inbox.acquired:
                     inbox.expires = now + self.limits.ttl
@@ -2007,8 +2025,8 @@ class Store:
             self._messages[id] = message
             self._octets += cost
             self._count(message)
-            self._events.append((message.number, "message", {"id": id}))
-            self._wake(places, message.servers)
+            self._events.append((message.number, "message", id))
+            self._wake(message.inboxes, message.servers)
         for keeper in self.keepers:
             keeper(message)
 
@@ -2090,7 +2108,8 @@ class Store:
             found = list(itertools.takewhile(lambda event: event[0] > after,
                                              reversed(self._events)))
             lost = bool(self._events) and after < self._events[0][0] - 1
-        return [Event(*event) for event in reversed(found)], lost
+        return [Event(number, kind, {"id": data} if data.__class__ is str else data)
+                for number, kind, data in reversed(found)], lost
 
     @property
     def number(self) -> int:
@@ -3030,7 +3049,7 @@ class Session:
     def _finish(self, octets: bytes, size: int) -> Reply:
         """Ends the transaction: the message is stored before its 250 is made.  `size`: of what
         was sent."""
-        transaction = self.transaction
+        transaction, dialogue = self.transaction, self._part()
         self._lines.append(b"C: (%d octets of mail data)\r\n" % size)
         try:
             if transaction.data.refusal is not None:
@@ -3040,13 +3059,11 @@ class Session:
             if self.store.scripts:
                 for path in transaction.forward_paths:
                     self._follow_script("data", path)
-            mail, paths = transaction.mail, tuple(transaction.forward_paths)
-            id = new_id()
-            reply = Reply(250, "2.0.0", f"Ok: queued as {id}")
-            self.store.deliver(Message(
-                id, octets, Envelope(mail.path, paths, self.helo, self.client, self.user, self.tls,
-                                     mail.eight_bit),
-                session=(self._opening, self._part() + reply.noted)))
+            mail, id = transaction.mail, new_id()
+            reply = Reply(250, "2.0.0", QUEUED + id)
+            self.store.deliver(Message(id, octets, shared(Envelope(
+                mail.path, tuple(transaction.forward_paths), self.helo, self.client, self.user,
+                self.tls, mail.eight_bit)), session=shared((self._opening, dialogue))))
             self._accepted += 1
             return reply
         except Full as full:
@@ -4161,7 +4178,7 @@ def _whole(message: Message, content: Content, files: str) -> Dict[str, Any]:
     value["size"] = len(message.octets)
     value["direction"] = message.direction
     value["warnings"] = list(content.warnings)
-    value["session"] = _lines(b"".join(message.session))
+    value["session"] = _lines(message.transcript())
     value["server"] = _server(message)
     return value
 
@@ -7560,7 +7577,7 @@ class Mail:
         self.codes = list(self.content.text.codes or self.content.html.codes)
         self.headers = self.content.headers          # (name, value) in order
         self.warnings = self.content.warnings
-        self.transcript = b"".join(message.session).decode("utf-8", "replace")
+        self.transcript = message.transcript().decode("utf-8", "replace")
 
     @property
     def attachments(self) -> List[MailAttachment]:

@@ -2969,7 +2969,7 @@ def test_secrets_are_in_no_record_and_no_reply(said):
                               b"RCPT TO:<b@x.example>\r\nBDAT 1 LAST\r\nx")
     session.end("left without QUIT")
     records = [replies, repr(store.sessions()).encode()]
-    records += [b"".join(message.session) for message in store.newest("mailtest")]
+    records += [message.transcript() for message in store.newest("mailtest")]
     assert not [record for record in records if b"AGFsaWNl" in record or b"secret" in record]
 
 
@@ -3141,7 +3141,7 @@ def test_session_is_recorded():
 
 def transcript(store):
     """The lines of the newest message's transcript that the client said."""
-    lines = b"".join(store.newest("mailtest")[0].session).decode().splitlines()
+    lines = store.newest("mailtest")[0].transcript().decode().splitlines()
     return [line[3:] for line in lines if line.startswith("C: ")]
 
 
@@ -3151,7 +3151,7 @@ def test_message_knows_how_it_came():
         "MAIL FROM:<c@x.example>", "RCPT TO:<d@x.example>", "DATA", "second\r\n.")
     assert transcript(store) == ["EHLO x", "MAIL FROM:<c@x.example>", "RCPT TO:<d@x.example>",
                                  "DATA", "(8 octets of mail data)"]
-    last = store.newest("mailtest")[0].session[-1].splitlines()[-1]
+    last = store.newest("mailtest")[0].transcript().splitlines()[-1]
     assert masked(last) == b"S: 250 2.0.0 Ok: queued as <id>"
 
 
@@ -4178,7 +4178,9 @@ def test_message_has_every_member():
                        {"name": None, "email": "hidden@bcc.example", "phone": None}],
             "client": "192.0.2.1", "user": "ann", "tls": True},
         "size": len(EVERYTHING), "direction": "Received", "warnings": [],
-        "session": ["C: EHLO client.example", "S: 250 ok", "C: DATA"], "server": "abcd1234"}
+        "session": ["C: EHLO client.example", "S: 250 ok", "C: DATA",
+                        f"C: ({len(EVERYTHING)} octets of mail data)",
+                        f"S: 250 2.0.0 Ok: queued as {message.id}"], "server": "abcd1234"}
 
 
 def test_summary_has_every_member():
