@@ -1912,7 +1912,9 @@ class Store:
             maxlen=limits.sessions)
         self._session_count = 0
         self._accepted = {"Email": 0, "SMS": 0}
-        self._hours: Dict[Tuple[int, str], int] = {}           # the same, by hour since 1970
+        self._hours: Dict[int, Dict[str, int]] = {}            # the same for each hour since 1970
+        self._hour = {"Email": 0, "SMS": 0}                    # for this one, which ends then:
+        self._hour_ends = 0.0
         self._kept: Dict[str, Message] = {}                    # whose JSON is kept, oldest first
         self._kept_octets = 0
         self._polls: "collections.OrderedDict[Any, float]" = collections.OrderedDict()
@@ -1961,7 +1963,7 @@ class Store:
         key = inbox_key(address)
         with self._lock:
             self._expire()
-            inbox = self._inboxes.get(self._target(key))
+            inbox = self._inboxes.get(key) or self._inboxes.get(self._target(key))
             if inbox is not None:
                 inbox.attempts += 1
             if self.strict and (inbox is None or not inbox.acquired):
@@ -2001,21 +2003,25 @@ class Store:
         id = message.id
         with self._lock:
             now = self._expire()
-            inboxes = self._inboxes
-            places = [key if key in inboxes else self._target(key) for key in keys]
-            new = [key for key in dict.fromkeys(places) if key not in inboxes]
-            self._room(cost + len(new) * self.limits.inbox_cost, len(new))
-            for key in new:
-                self._open(key, key)
-            message.inboxes = inboxes[places[0]].alone if len(places) == 1 else (
-                tuple(dict.fromkeys(places)))
+            places: Dict[str, Optional[_Inbox]] = {}
+            new = 0
+            for key in keys:
+                inbox = self._inboxes.get(key)
+                if inbox is None:
+                    key = self._target(key)
+                    inbox = self._inboxes.get(key)
+                    new += inbox is None and key not in places
+                places[key] = inbox
+            self._room(cost + new * self.limits.inbox_cost, new)
             self._number = message.number = self._number + 1
             message.received = self._latest_time = max(self.wall(), self._latest_time + 1e-6)
-            for key in message.inboxes:
-                inbox = inboxes[key]
+            for key, inbox in places.items():
+                if inbox is None:
+                    inbox = self._open(key, key)
                 inbox.messages[id] = message
                 if not inbox.acquired:
                     inbox.expires = now + self.limits.ttl
+            message.inboxes = inbox.alone if len(places) == 1 else tuple(places)
             for each in message.servers:
                 if each != DEFAULT_SERVER:           # that one lists self._messages
                     folder = self._servers.get(each)
@@ -2024,9 +2030,13 @@ class Store:
                     folder[id] = message
             self._messages[id] = message
             self._octets += cost
-            self._count(message)
+            if message.received >= self._hour_ends:
+                self._begin_hour(int(message.received // 3600))
+            self._hour[message.kind] += 1
+            self._accepted[message.kind] += 1
             self._events.append((message.number, "message", id))
-            self._wake(message.inboxes, message.servers)
+            if self._waiting or self.following:
+                self._wake(message.inboxes, message.servers)
         for keeper in self.keepers:
             keeper(message)
 
@@ -2280,18 +2290,18 @@ class Store:
         """The last 24 hours, newest first: when each began, mails and SMS accepted in it."""
         with self._lock:
             this = int(self.wall() // 3600)
-            return [(hour * 3600.0, self._hours.get((hour, "Email"), 0),
-                     self._hours.get((hour, "SMS"), 0)) for hour in range(this, this - 24, -1)]
+            none = {"Email": 0, "SMS": 0}
+            return [(hour * 3600.0, self._hours.get(hour, none)["Email"],
+                     self._hours.get(hour, none)["SMS"]) for hour in range(this, this - 24, -1)]
 
     # -- the lock is held from here on
 
-    def _count(self, message: Message) -> None:
-        self._accepted[message.kind] += 1
-        hour = int(message.received // 3600), message.kind
-        self._hours[hour] = self._hours.get(hour, 0) + 1
-        if len(self._hours) > 50:
-            for old in [each for each in self._hours if each[0] <= hour[0] - 24]:
-                del self._hours[old]
+    def _begin_hour(self, hour: int) -> None:
+        """Begins to count the messages of an hour; forgets those of a day ago."""
+        self._hour_ends = (hour + 1) * 3600.0
+        self._hour = self._hours.setdefault(hour, {"Email": 0, "SMS": 0})
+        for old in [each for each in self._hours if each <= hour - 24]:
+            del self._hours[old]
 
     def _room(self, octets: int, inboxes: int = 0) -> None:
         if inboxes and len(self._inboxes) + inboxes > self.limits.inboxes:
@@ -2493,10 +2503,12 @@ class Reply:
     def __init__(self, code: int, status: str, text: str, more: Tuple[str, ...] = ()):
         self.code = code
         self.text = text
-        status = status + " " if status else ""
-        lines = f"{code} {status}{more[-1] if more else text}\r\n"
+        start = f"{code} {status} " if status else f"{code} "
+        lines = f"{start}{text}\r\n"
         if more:
-            lines = "".join(f"{code}-{status}{line}\r\n" for line in (text,) + more[:-1]) + lines
+            before = start.replace(" ", "-", 1)
+            lines = f"{before}{text}\r\n" + "".join(
+                f"{before if line is not more[-1] else start}{line}\r\n" for line in more)
         self.octets = lines.encode("ascii", "backslashreplace")
         self.noted = b"S: " + (b"S: ".join(self.octets.splitlines(True)) if more else self.octets)
 
@@ -2676,6 +2688,7 @@ def _read_rcpt(argument: str) -> _Path:
 
 
 _LINES: Dict[bytes, Line] = {}           # that were read, with CRLF: senders repeat themselves
+_envelope = functools.lru_cache(maxsize=1024)(Envelope)
 
 
 def _without_stuffing(octets: bytes) -> bytes:
@@ -2815,14 +2828,14 @@ class Transaction:
 class Session:
     """One SMTP session.
 
-    receive() takes octets however they were cut, and returns what to send back.  Look then at
-    `ended` (close the connection), `wants_tls` (start TLS, then call tls_started()), and `pause`
-    (wait for so many seconds before you send, set it to 0, and go on with receive(b"")).
+    receive() takes octets however they were cut, and returns what to send back.  If it is then
+    `halted`, look at `ended` (close the connection), `wants_tls` (start TLS, then call
+    tls_started()), and `pause` (wait for so many seconds before you send, then call resume()).
     """
 
     __slots__ = ("store", "policy", "client", "tls", "helo", "user", "phase", "transaction",
-                 "ended", "cut_off", "wants_tls", "pause", "_take", "_buffer", "_overlong",
-                 "_told", "_exchange", "_tail", "_chunk_left", "_chunk_last",
+                 "halted", "ended", "cut_off", "wants_tls", "pause", "_take", "_buffer",
+                 "_overlong", "_told", "_exchange", "_tail", "_chunk_left", "_chunk_last",
                  "_chunk_refusal", "_secret_next", "_bad", "_started", "_accepted", "_refused",
                  "_bounds", "_opening", "_lines", "_past")
 
@@ -2836,6 +2849,7 @@ class Session:
         self.user = ""
         self.phase = "new"               # "idle" after EHLO, "mail" after MAIL, "rcpt" after RCPT
         self.transaction: Optional[Transaction] = None
+        self.halted = False              # nothing more is taken: one of the four is set
         self.ended = False
         self.cut_off = False             # it ended while the client may still be talking
         self.wants_tls = False
@@ -2857,7 +2871,7 @@ class Session:
         self._bounds = store.limits.transcript_lines, store.limits.transcript_line
         self._opening: Optional[bytes] = None        # the transcript up to the first MAIL,
         self._lines: List[bytes] = []                # since the latest MAIL, and of some
-        self._past: List[bytes] = []                 # in between
+        self._past: List[List[bytes]] = []           # in between
 
     # -- facts
 
@@ -2874,9 +2888,9 @@ class Session:
 
     def receive(self, octets: bytes) -> bytes:
         """Takes what arrived; returns all replies that it caused, to be sent at once."""
-        replies = []
+        replies: List[bytes] = []
         self._buffer = self._buffer + octets if self._buffer else octets
-        while self._buffer and not (self.ended or self.wants_tls or self.pause):
+        while self._buffer and not self.halted:
             try:
                 take = self._take        # apart: Python finds methods faster than what acts so
                 reply = take(self)
@@ -2894,6 +2908,11 @@ class Session:
             del self._lines[self._bounds[0] + 1:]
         return b"".join(replies)
 
+    def resume(self) -> bytes:
+        """Goes on after a pause; returns the replies to what was pipelined behind it."""
+        self.pause, self.halted = 0.0, self.ended
+        return self.receive(b"")
+
     def refuse(self, reply: Reply) -> bytes:
         """Ends the session from our side; returns the last reply."""
         octets = self._say(reply)
@@ -2904,14 +2923,14 @@ class Session:
         """Ends the session, however it came; what was not finished is forgotten."""
         if self.ended:
             return
-        self.ended = True
+        self.ended = self.halted = True
         if self.in_data:
             how += f", {self.transaction.data.size} octets into the mail data"
         self.cut_off = how != "quit" or bool(self._buffer)
         self._reset()
         self._buffer = b""
         self._end_part()
-        transcript = self._opening + b"".join(self._past)
+        transcript = self._opening + b"".join(itertools.chain.from_iterable(self._past))
         self.store.add_session(SessionRecord(
             0, self.client, self.helo, self.user, self.tls, self._started,
             self.store.wall(), self._accepted, self._refused, how, transcript))
@@ -2920,7 +2939,8 @@ class Session:
         """Forgets what was said in the clear, the rest of the buffer too (RFC 3207 4.2)."""
         self.helo = self.user = ""
         self._reset()
-        self.wants_tls, self.tls = False, True
+        self.halted = self.wants_tls = False
+        self.tls = True
         self._buffer = b""
 
     # -- octets to commands
@@ -3061,9 +3081,10 @@ class Session:
                     self._follow_script("data", path)
             mail, id = transaction.mail, new_id()
             reply = Reply(250, "2.0.0", QUEUED + id)
-            self.store.deliver(Message(id, octets, shared(Envelope(
-                mail.path, tuple(transaction.forward_paths), self.helo, self.client, self.user,
-                self.tls, mail.eight_bit)), session=shared((self._opening, dialogue))))
+            envelope = _envelope(mail.path, tuple(transaction.forward_paths), self.helo,
+                                 self.client, self.user, self.tls, mail.eight_bit)
+            self.store.deliver(Message(id, octets, envelope,
+                                       session=shared((self._opening, dialogue))))
             self._accepted += 1
             return reply
         except Full as full:
@@ -3168,7 +3189,8 @@ class Session:
     @command("RCPT TO:<forward-path>", phases=("mail", "rcpt"), read=_read_rcpt)
     def _rcpt(self, said: _Path) -> Reply:
         path, paths = said.path, self.transaction.forward_paths
-        _check_ascii(path, self.transaction.mail.utf8)
+        if not path.isascii():
+            _check_ascii(path, self.transaction.mail.utf8)
         if len(paths) >= self.store.limits.recipients:
             raise Refuse(452, "4.5.3", f"Too many recipients: expected at most "
                                        f"{self.store.limits.recipients}")
@@ -3192,6 +3214,7 @@ class Session:
             kind = failure.code // 100
             raise Refuse(failure.code, f"{kind}.0.0", f"Scripted: fail={failure.text}")
         self.pause += failure.delay
+        self.halted = True
 
     @command("DATA", phases=("rcpt",))
     def _data(self, argument: str) -> Reply:
@@ -3247,7 +3270,7 @@ class Session:
             raise Refuse(502, "5.5.1", "TLS is not offered: start with --tls or --tls-cert")
         if self.tls:
             raise Refuse(503, "5.5.1", "TLS has begun already")
-        self.wants_tls = True
+        self.halted = self.wants_tls = True
         return Reply(220, "2.0.0", "Go ahead")
 
     @command("AUTH mechanism [initial-response]", phases=("idle",))
@@ -3327,13 +3350,12 @@ class Session:
 
     def _end_part(self) -> None:
         """Ends a part of the transcript: a MAIL command, or the end, begins the next."""
-        part = self._part()
-        self._lines = []
         if self._opening is None:
-            self._opening = part
+            self._opening = self._part()
         else:
-            self._past.append(part)
+            self._past.append(self._lines)
             del self._past[:-20]
+        self._lines = []
 
 
 _MAIL_COMMAND = COMMANDS[b"MAIL"]
@@ -3951,7 +3973,7 @@ class SmtpServer(Listener):
         if not octets:
             raise Hangup("left without QUIT")
         replies = session.receive(octets)
-        if not (session.ended or session.pause or session.wants_tls):
+        if not session.halted:
             if replies:
                 self.answer(connection, replies)
             return True
@@ -3992,7 +4014,6 @@ class SmtpServer(Listener):
         while True:
             if session.pause:
                 self.stopping.wait(session.pause)
-                session.pause = 0.0
             if replies:
                 connection.send(replies)
             if session.ended:
@@ -4006,7 +4027,7 @@ class SmtpServer(Listener):
             if self.stopping.is_set() and not session.in_data and not session.ended:
                 replies = session.refuse(Reply(421, "4.3.2", "Shutting down"))
                 continue
-            replies = session.receive(b"")           # what was pipelined behind a pause
+            replies = session.resume()
             if not replies and not session.ended:
                 replies = self._hear(connection, session)
 
