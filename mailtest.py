@@ -1531,9 +1531,6 @@ class Envelope(NamedTuple):
     eight_bit: bool = True               # BODY=8BITMIME was announced
 
 
-QUEUED = "Ok: queued as "                # and the id: how mail is accepted
-
-
 class Keys(NamedTuple):
     """What a search looks at first, in one case."""
 
@@ -1576,8 +1573,8 @@ class Message:
         differ from mail to mail; the size in them is without stuffed dots."""
         if not self.session:
             return b""
-        return b"%bC: (%d octets of mail data)\r\nS: 250 2.0.0 %b\r\n" % (
-            b"".join(self.session), len(self.octets), (QUEUED + self.id).encode())
+        return b"%bC: (%d octets of mail data)\r\nS: 250 2.0.0 Ok: queued as %b\r\n" % (
+            b"".join(self.session), len(self.octets), self.id.encode())
 
     def content(self) -> Content:
         """Everything that the octets say, read anew at each call: it is large and seldom used."""
@@ -1864,9 +1861,10 @@ def new_id() -> str:
     """A random UUID (RFC 4122 4.4).  Made fifty at a time: asking the system for each would cost
     more than all the rest."""
     if not _IDS:
-        some = os.urandom(750).hex().encode()
-        _IDS.extend((b"%b-%b-4%b-a%b-%b" % parts).decode()
-                    for parts in struct.iter_unpack("8s4s3s3s12s", some))
+        some = bytearray(os.urandom(800).hex().encode())
+        some[12::32], some[16::32] = b"4" * 50, b"a" * 50        # version and variant
+        _IDS.extend(b"-".join(parts).decode()
+                    for parts in struct.iter_unpack("8s4s4s4s12s", some))
     try:
         return _IDS.pop()
     except IndexError:                   # another thread had the last one
@@ -1997,8 +1995,9 @@ class Store:
             keys = (_OUTBOX + server,)
         message.servers = servers_of(keys[0]) if len(keys) == 1 and not server else (
             _servers_of_all(keys, server))
-        cost = (len(message.octets) + sum(map(len, message.session)) + self.limits.message_cost
-                + self.limits.place_cost * len(keys))
+        cost = len(message.octets) + self.limits.message_cost + self.limits.place_cost * len(keys)
+        for part in message.session:
+            cost += len(part)
         message.cost = cost
         id = message.id
         with self._lock:
@@ -2014,7 +2013,10 @@ class Store:
                 places[key] = inbox
             self._room(cost + new * self.limits.inbox_cost, new)
             self._number = message.number = self._number + 1
-            message.received = self._latest_time = max(self.wall(), self._latest_time + 1e-6)
+            received, earliest = self.wall(), self._latest_time + 1e-6
+            if received < earliest:
+                received = earliest
+            message.received = self._latest_time = received
             for key, inbox in places.items():
                 if inbox is None:
                     inbox = self._open(key, key)
@@ -2030,8 +2032,8 @@ class Store:
                     folder[id] = message
             self._messages[id] = message
             self._octets += cost
-            if message.received >= self._hour_ends:
-                self._begin_hour(int(message.received // 3600))
+            if received >= self._hour_ends:
+                self._begin_hour(int(received // 3600))
             self._hour[message.kind] += 1
             self._accepted[message.kind] += 1
             self._events.append((message.number, "message", id))
@@ -2182,20 +2184,19 @@ class Store:
     # -- sessions, polling, rates
 
     def add_session(self, record: SessionRecord) -> None:
-        """Numbers and remembers a finished session; one that was refused something is an event
-        too."""
+        """Remembers a finished session; one that was refused something is an event too."""
         with self._lock:
             self._session_count += 1
-            record = record._replace(number=self._session_count)
             self._sessions.append(record)
             if record.refused or (record.ending != "quit" and not record.accepted):
-                self._happened("session", {"number": record.number, "client": record.client,
+                self._happened("session", {"number": self._session_count, "client": record.client,
                                            "refused": record.refused, "ending": record.ending})
 
     def sessions(self) -> List[SessionRecord]:
         """The finished sessions that are remembered, newest first."""
         with self._lock:
-            return list(self._sessions)[::-1]
+            return [record._replace(number=self._session_count - age)
+                    for age, record in enumerate(reversed(self._sessions))]
 
     def polled_again(self, key: Any) -> bool:
         """Whether the same search was answered a moment ago: its client is polling."""
@@ -2512,6 +2513,14 @@ class Reply:
         self.octets = lines.encode("ascii", "backslashreplace")
         self.noted = b"S: " + (b"S: ".join(self.octets.splitlines(True)) if more else self.octets)
 
+    def plus(self, text: str) -> "Reply":
+        """The same reply with more text at the end of its only line."""
+        reply = Reply.__new__(Reply)
+        reply.code, reply.text = self.code, text
+        reply.octets = self.octets[:-2] + text.encode() + b"\r\n"
+        reply.noted = b"S: " + reply.octets
+        return reply
+
 
 class Refuse(Exception):
     """A reply that refuses."""
@@ -2538,6 +2547,7 @@ class SmtpPolicy(NamedTuple):
 
 
 _OK = Reply(250, "2.0.0", "Ok")
+_QUEUED = Reply(250, "2.0.0", "Ok: queued as ")
 _SENDER_OK = Reply(250, "2.1.0", "Ok")
 _RECIPIENT_OK = Reply(250, "2.1.5", "Ok")
 _DATA_OK = Reply(354, "", "End data with <CR><LF>.<CR><LF>")
@@ -2758,6 +2768,19 @@ def _cram_md5(response: Optional[bytes]) -> Iterator[bytes]:
 MECHANISMS = {"PLAIN": _plain, "LOGIN": _login, "CRAM-MD5": _cram_md5}
 
 
+@functools.lru_cache(maxsize=32)
+def _greeting(hostname: str) -> Reply:
+    return Reply(220, "", f"{hostname} ESMTP mailtest")
+
+
+@functools.lru_cache(maxsize=32)
+def _extensions(hostname: str, max_size: int, starttls: bool) -> Reply:
+    """The reply to EHLO."""
+    return Reply(250, "", hostname, ("STARTTLS",) * starttls + (
+        f"SIZE {max_size}", "8BITMIME", "SMTPUTF8", "PIPELINING", "ENHANCEDSTATUSCODES",
+        "CHUNKING", "AUTH " + " ".join(MECHANISMS), "HELP"))
+
+
 def _too_large(limits: Limits) -> Refuse:
     return Refuse(552, "5.3.4", f"Message too large: expected at most {limits.max_size} octets "
                                 "(--max-size)")
@@ -2884,7 +2907,7 @@ class Session:
 
     def greet(self) -> bytes:
         """The greeting."""
-        return self._say(Reply(220, "", f"{self.policy.hostname} ESMTP mailtest"))
+        return self._say(_greeting(self.policy.hostname))
 
     def receive(self, octets: bytes) -> bytes:
         """Takes what arrived; returns all replies that it caused, to be sent at once."""
@@ -3080,7 +3103,7 @@ class Session:
                 for path in transaction.forward_paths:
                     self._follow_script("data", path)
             mail, id = transaction.mail, new_id()
-            reply = Reply(250, "2.0.0", QUEUED + id)
+            reply = _QUEUED.plus(id)
             envelope = _envelope(mail.path, tuple(transaction.forward_paths), self.helo,
                                  self.client, self.user, self.tls, mail.eight_bit)
             self.store.deliver(Message(id, octets, envelope,
@@ -3154,19 +3177,16 @@ class Session:
 
     @command("EHLO domain")
     def _ehlo(self, argument: str) -> Reply:
-        self._greeting(argument, "EHLO")
-        extensions = [f"SIZE {self.store.limits.max_size}", "8BITMIME", "SMTPUTF8", "PIPELINING",
-                      "ENHANCEDSTATUSCODES", "CHUNKING", "AUTH " + " ".join(MECHANISMS), "HELP"]
-        if self.policy.starttls and not self.tls:
-            extensions.insert(0, "STARTTLS")
-        return Reply(250, "", self.policy.hostname, tuple(extensions))
+        self._greeted(argument, "EHLO")
+        return _extensions(self.policy.hostname, self.store.limits.max_size,
+                           self.policy.starttls and not self.tls)
 
     @command("HELO domain")
     def _helo(self, argument: str) -> Reply:
-        self._greeting(argument, "HELO")
+        self._greeted(argument, "HELO")
         return Reply(250, "", self.policy.hostname)
 
-    def _greeting(self, argument: str, verb: str) -> None:
+    def _greeted(self, argument: str, verb: str) -> None:
         name = argument.strip()
         if not name:
             raise Refuse(501, "5.5.4", f"Expected {verb} with your domain or address literal")

@@ -4534,7 +4534,8 @@ def timed(monkeypatch):
         else:
             clock.now = until
     monkeypatch.setattr(api.store, "wait", wait)
-    monkeypatch.setattr(mailtest, "time", types.SimpleNamespace(monotonic=clock, time=clock))
+    monkeypatch.setattr(mailtest, "time", types.SimpleNamespace(
+        monotonic=clock, time=clock, perf_counter=clock))
     return clock, api, later
 
 
