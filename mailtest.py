@@ -75,9 +75,14 @@ __version__ = "1.0.0"
 __all__ = ["Mailtest", "Inbox", "Mail", "NoMail", "Limits"]
 
 
+LOG_SETTINGS: Dict[str, Any] = {}        # for logging.basicConfig(): the command line has some
+
+
 def log_error(text: str, *arguments: Any, trace: bool = False) -> None:
     """Logs what went wrong to the logger "mailtest"; with `trace` the exception too."""
     import logging
+    if LOG_SETTINGS:
+        logging.basicConfig(**LOG_SETTINGS)          # does nothing the second time
     logging.getLogger("mailtest").error(text, *arguments, exc_info=trace)
 
 
@@ -1669,7 +1674,7 @@ def criteria(sent_from: str = "", sent_to: str = "", subject: str = "", body: st
     return Criteria(tuple(Term(field, value.lower()) for field, value in given if value), any_of)
 
 
-_WORD = re.compile(r'(-?)(?:(from|to|subject|body|has):)?(?:"([^"]*)"|(\S+))', re.I)
+_WORD = _Pattern(r'(-?)(?:(from|to|subject|body|has):)?(?:"([^"]*)"|(\S+))', re.I)
 
 
 def words(query: str) -> Criteria:
@@ -1740,8 +1745,8 @@ class Failure:
         self.answered = 0
 
 
-_FAILURE = re.compile(r"(mail|rcpt|data):(?:([45][0-9]{2})|(drop)|delay=([0-9]+(?:\.[0-9]+)?))"
-                      r"(?:\*([1-9][0-9]{0,5}))?", re.I)
+_FAILURE = _Pattern(r"(mail|rcpt|data):(?:([45][0-9]{2})|(drop)|delay=([0-9]+(?:\.[0-9]+)?))"
+                    r"(?:\*([1-9][0-9]{0,5}))?", re.I)
 
 
 def parse_failure(text: str, limits: Limits) -> Failure:
@@ -2587,11 +2592,11 @@ _ATOM = r'[^\s<>()\[\]\\,;:@"]'
 _PATH = (rf'<(?:(?:@[^\s:<>]*:)?((?:"(?:[^"\\]|\\.)*"|{_ATOM}+)'
          rf'(?:@(?:\[[^\s\[\]\\<>]*\]|{_ATOM}*))?))?>'
          r'(?: +(.*?))? *')
-_MAIL = re.compile("FROM: *" + _PATH, re.I)
-_RCPT = re.compile("TO: *" + _PATH, re.I)
-_LABEL = re.compile(r"(?!-)[^\x00-,./:-@\[-^`{-\x7f]{1,63}")     # letters, digits, - and _
+_MAIL = _Pattern("FROM: *" + _PATH, re.I)
+_RCPT = _Pattern("TO: *" + _PATH, re.I)
+_LABEL = _Pattern(r"(?!-)[^\x00-,./:-@\[-^`{-\x7f]{1,63}")     # letters, digits, - and _
 _FORBIDDEN = re.compile(rb"[\x00-\x1f\x7f]")
-_HTTP = re.compile(rb"[A-Z]{3,20} (?:/|https?:)|Host:", re.I)
+_HTTP = _Pattern(rb"[A-Z]{3,20} (?:/|https?:)|Host:", re.I)
 _NO_CONTROL = "Expected no control character, NUL, bare CR or bare LF in a command"
 _END = b"\r\n.\r\n"
 _OBSOLETE = frozenset((b"EXPN", b"TURN", b"ETRN", b"ATRN", b"SEND", b"SOML", b"SAML"))
@@ -4243,8 +4248,8 @@ def _items(api: "Api", messages: Iterable[Message], server: str) -> bytes:
 
 # -- requests
 
-_ISO = re.compile(r"(\d{4})-(\d\d)-(\d\d)(?:[T ](\d\d):(\d\d)(?::(\d\d)(?:\.(\d{1,9}))?)?"
-                  r"(?:(Z)|([+\- ])(\d\d):?(\d\d))?)?", re.I)
+_ISO = _Pattern(r"(\d{4})-(\d\d)-(\d\d)(?:[T ](\d\d):(\d\d)(?::(\d\d)(?:\.(\d{1,9}))?)?"
+                r"(?:(Z)|([+\- ])(\d\d):?(\d\d))?)?", re.I)
 
 
 def _parse_time(name: str, text: str) -> float:
@@ -4655,7 +4660,7 @@ def delete_messages(api: Api, request: Request) -> Response:
     return Response(204)
 
 
-_MEDIA_TYPE = re.compile(r"[a-z0-9!#$&^_.+-]{1,127}/[a-z0-9!#$&^_.+-]{1,127}", re.I)
+_MEDIA_TYPE = _Pattern(r"[a-z0-9!#$&^_.+-]{1,127}/[a-z0-9!#$&^_.+-]{1,127}", re.I)
 
 
 def _as_download(name: str) -> Tuple[Tuple[str, str], ...]:
@@ -5018,8 +5023,8 @@ def usage_transactions(api: Api, request: Request) -> Response:
 
 # -- Mailosaur: analysis
 
-_SHORTENERS = re.compile(r"https?://(?:bit\.ly|t\.co|goo\.gl|tinyurl\.com|ow\.ly|is\.gd|buff\.ly|"
-                         r"rebrand\.ly|cutt\.ly|shorturl\.at)/", re.I)
+_SHORTENERS = _Pattern(r"https?://(?:bit\.ly|t\.co|goo\.gl|tinyurl\.com|ow\.ly|is\.gd|buff\.ly|"
+                       r"rebrand\.ly|cutt\.ly|shorturl\.at)/", re.I)
 _ELEMENTS = ("embed", "iframe", "object", "script", "form")
 _OFFLINE = "Not checked: this catcher works offline, and asks no other machine"
 
@@ -5467,8 +5472,8 @@ def _check_access(api: Api, request: Request, route: Route) -> None:
 _TOKEN = re.compile(rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
 _VALUE = re.compile(rb"[\t\x20-\x7e\x80-\xff]*")
 _TARGET = re.compile(rb"[\x21-\x7e]+")
-_TUNNELS = re.compile(r"(?:[a-z0-9-]+\.)?mailosaur\.(?:com|net|io)|localhost|127\.0\.0\.1|\[::1\]",
-                      re.I)
+_TUNNELS = _Pattern(r"(?:[a-z0-9-]+\.)?mailosaur\.(?:com|net|io)|localhost|127\.0\.0\.1|\[::1\]",
+                    re.I)
 _FIXED = (b"Server: mailtest\r\nCache-Control: no-store\r\nX-Content-Type-Options: nosniff\r\n"
           b"Referrer-Policy: no-referrer\r\nCross-Origin-Resource-Policy: same-origin\r\n")
 _CLOSED_POLICY = b"Content-Security-Policy: default-src 'none'; frame-ancestors 'none'\r\n"
@@ -8246,8 +8251,7 @@ def main(arguments: Optional[List[str]] = None) -> int:
     arguments = sys.argv[1:] if arguments is None else arguments
     if arguments[:1] == ["sendmail"]:
         return sendmail(arguments[1:])
-    import logging
-    logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="mailtest: %(message)s")
+    LOG_SETTINGS.update(stream=sys.stderr, format="mailtest: %(message)s")
     parser = _options()
     options = parser.parse_args(arguments)
     limits = _limits(options)

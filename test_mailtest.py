@@ -8336,7 +8336,7 @@ def program(monkeypatch, capsys):
     program(*arguments, ready=function) -> (exit status, standard output, standard error).
     `ready` gets the ready line while the servers run.
     """
-    monkeypatch.setattr(logging, "basicConfig", lambda **options: None)
+    monkeypatch.setattr(mailtest, "LOG_SETTINGS", {})
     monkeypatch.delenv("MAILTEST_API_KEY", raising=False)
     monkeypatch.setenv("NO_COLOR", "1")
     numbers = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGBREAK")
