@@ -69,7 +69,7 @@ import urllib.parse
 # Imported where they are used, since a start needs none of them and waits for each:
 # email.policy, hmac, logging, secrets, shutil, smtplib, subprocess, tempfile.
 from typing import Any, Callable, Dict, Iterable, Iterator, List, NamedTuple, Optional, Tuple, \
-    TypeVar
+    TypeVar, Union
 
 __version__ = "1.0.0"
 __all__ = ["Mailtest", "Inbox", "Mail", "NoMail", "Limits"]
@@ -132,7 +132,7 @@ class Limits(NamedTuple):
     followers: int = 50               # event streams at once; each mail wakes them all
     sending: int = 250_000_000        # octets of large answers that are under way at once
     events: int = 2_000               # events kept for those who resume
-    kept: int = 6_000_000             # octets of JSON kept ready
+    kept: int = 4_000_000             # octets of JSON kept ready
     rate: int = 0                     # requests a minute and client to the Mailtest service
     rate_clients: int = 10_000        # client addresses whose requests are counted
     devices: int = 1_000
@@ -1572,7 +1572,7 @@ class Message:
         self.summary: Optional[bytes] = None         # kept JSON: see HTTP API
         self.rendered: Optional[bytes] = None
         self._keys: Optional[Keys] = None
-        self._folded: Optional[str] = None
+        self._folded: Union[str, Tuple[int, int], None] = None
 
     def transcript(self) -> bytes:
         """The dialogue that brought it: lines with CRLF.  The last two are not kept, because they
@@ -1604,18 +1604,27 @@ class Message:
             recipients.extend(self.envelope.forward_paths)
             self._keys = Keys(
                 head.subject.lower(),
-                tuple(shared(address.email.lower()) for address in head.from_),
-                tuple(map(shared, dict.fromkeys(path.lower() for path in recipients))),
-                "\n".join(f"{address.name} {address.email}" for address in parties).lower())
+                shared(tuple(shared(address.email.lower()) for address in head.from_)),
+                shared(tuple(map(shared, dict.fromkeys(path.lower() for path in recipients)))),
+                shared("\n".join(f"{address.name} {address.email}"
+                                 for address in parties).lower()))
         return self._keys
 
     def folded_body(self) -> str:
-        """The text and the HTML source in lower case, kept once somebody has searched bodies."""
+        """The text and the HTML source in lower case.  Once somebody has searched bodies they are
+        kept, or where the only one stands in the octets, if nothing encodes it there."""
         if self._folded is None:
             texts = ([self.octets.decode("utf-8", "replace")] if self.kind == "SMS" else
                      read_bodies(self.octets))
             self._folded = "\0".join(texts).lower()
-        return self._folded
+            plain = texts[0].replace("\n", "\r\n").encode("utf-8", "replace") if texts else b""
+            start = self.octets.find(plain) if len(texts) == 1 else -1
+            if start >= 0:
+                self._folded = start, start + len(plain)
+        if isinstance(self._folded, str):
+            return self._folded
+        start, end = self._folded
+        return self.octets[start:end].decode("utf-8").replace("\r\n", "\n").lower()
 
 
 # ---- Search ----------------------------------------------------------------

@@ -48,6 +48,7 @@ import types
 import urllib.error
 import urllib.parse
 import urllib.request
+import uuid
 
 import pytest
 
@@ -2970,7 +2971,69 @@ def test_secrets_are_in_no_record_and_no_reply(said):
     session.end("left without QUIT")
     records = [replies, repr(store.sessions()).encode()]
     records += [message.transcript() for message in store.newest("mailtest")]
+    records += mailtest._LINES
     assert not [record for record in records if b"AGFsaWNl" in record or b"secret" in record]
+
+
+# -- lines that come again
+
+def test_line_that_comes_again_is_read_once_and_obeyed_each_time(monkeypatch):
+    monkeypatch.setattr(mailtest, "_LINES", {})
+    read = []
+    monkeypatch.setattr(mailtest.COMMANDS[b"MAIL"], "read",
+                        lambda argument: read.append(argument) or mailtest._read_mail(argument))
+    _, _, session = new_session()
+    say(session, "EHLO x")
+    for _ in range(3):
+        assert session.receive(b"MAIL FROM:<a@x.example> SIZE=10\r\n") == b"250 2.1.0 Ok\r\n"
+        assert session.receive(b"MAIL FROM:<a@x.example> SIZE=10\r\n").startswith(b"503 5.5.1 ")
+        assert session.receive(b"RSET\r\n") == b"250 2.0.0 Ok\r\n"
+    assert read == ["FROM:<a@x.example> SIZE=10"]
+
+
+def test_line_that_comes_again_is_held_against_each_stores_bounds(monkeypatch):
+    monkeypatch.setattr(mailtest, "_LINES", {})
+    line = b"MAIL FROM:<a@x.example> SIZE=500\r\n"
+    for most, code in ((1_000, b"250 "), (100, b"552 "), (1_000, b"250 ")):
+        _, _, session = new_session(max_size=most)
+        session.receive(b"EHLO x\r\n")
+        assert session.receive(line).startswith(code)
+
+
+@pytest.mark.parametrize("line", rows({
+    "what is refused": b"MAIL FROM:<a@x..example>\r\n", "what is unknown": b"FOO\r\n",
+    "what is long": b"NOOP " + b"x" * 300 + b"\r\n", "AUTH": b"AUTH PLAIN AGEAYg==\r\n"}))
+def test_line_that_is_not_remembered(line, monkeypatch):
+    monkeypatch.setattr(mailtest, "_LINES", {})
+    _, _, session = new_session()
+    session.receive(b"EHLO x\r\n" + line)
+    assert list(mailtest._LINES) == [b"EHLO x\r\n"]
+
+
+def test_lines_that_are_remembered_are_bounded(monkeypatch):
+    monkeypatch.setattr(mailtest, "_LINES", {})
+    _, _, session = new_session()
+    for number in range(2_500):
+        session.receive(b"NOOP %d\r\n" % number)
+    assert len(mailtest._LINES) <= 1_000
+
+
+def test_mails_that_came_alike_share_what_is_alike():
+    _, store, session = new_session()
+    said = ["MAIL FROM:<a@x.example>", "RCPT TO:<b@x.example>", "DATA", "x\r\n."]
+    say(session, "EHLO x", *said, *said)
+    second, first = store.newest("mailtest")
+    assert second.session is first.session and second.envelope is first.envelope
+    assert second.inboxes is first.inboxes
+    assert first.transcript().endswith(b"S: 250 2.0.0 Ok: queued as %b\r\n" % first.id.encode())
+    assert first.transcript()[:-40] == second.transcript()[:-40]
+
+
+def test_ids_are_random_uuids_that_never_repeat():
+    ids = [mailtest.new_id() for _ in range(1_000)]
+    assert len(set(ids)) == 1_000
+    assert {(uuid.UUID(id).version, uuid.UUID(id).variant) for id in ids} == {(4, uuid.RFC_4122)}
+    assert all(len({id[at] for id in ids}) == 16 for at in (0, 9, 15, 20, 35))
 
 
 # -- STARTTLS
@@ -3615,6 +3678,22 @@ def test_client_that_does_not_read_keeps_nobody_waiting():
                     silent.say(b"HELP\r\n" * 10_000)
             assert other.begin().say(b"NOOP\r\n").lines() == b"250 2.0.0 Ok\r\n"
             silent.socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+
+
+def test_clients_that_do_not_read_are_left_to_threads_of_their_own():
+    with smtp_server() as (server, store):
+        with contextlib.ExitStack() as stack:
+            silent = [stack.enter_context(SmtpClient(server).begin()) for _ in range(3)]
+            for client in silent:        # replies of 7 MB, more than any socket takes
+                client.say(b"HELP\r\n" * 10_000)
+            with SmtpClient(server).begin() as other:
+                assert other.say(TRANSACTION).lines(3) == TRANSACTION_OK
+                assert other.say(b"x\r\n.\r\n").lines() == QUEUED_OK
+            for client in silent:        # nothing is lost, and the order is kept
+                client.say(b"NOOP\r\nQUIT\r\n")
+                told = b"".join(iter(functools.partial(client.socket.recv, 1_000_000), b""))
+                assert told.count(b"214 2.0.0 ") == 10_000
+                assert told.endswith(b"\r\n250 2.0.0 Ok\r\n221 2.0.0 Bye\r\n")
 
 
 def test_connections_beyond_the_bound_are_told_to_try_again():
@@ -4430,6 +4509,26 @@ def letters():
     for octets, paths in SEARCHED_LETTERS:
         delivered(api.store, *paths, octets=octets)
     return api, ["Welcome to the Shop \u2026", "Invoice 7"]
+
+
+FOLDED_BODIES = {
+    "text as it is": (b"Subject: A\r\n\r\nOne\r\nTwo \xc3\x9cber\r\n",
+                      "one\ntwo \u00fcber\n", tuple),
+    "encoded text": (b"Content-Transfer-Encoding: quoted-printable\r\n\r\nO=6Ee\r\n", "one\n", str),
+    "another charset": (b"Content-Type: text/plain; charset=latin-1\r\n\r\n\xdcber\r\n",
+                        "\u00fcber\n", str),
+    "two parts": (b"Content-Type: multipart/mixed; boundary=b\r\n\r\n--b\r\n\r\nOne\r\n--b\r\n"
+                  b"Content-Type: text/html\r\n\r\n<b>Two</b>\r\n--b--\r\n",
+                  "one\0<b>two</b>", str),
+    "no body": (b"Subject: A\r\n\r\n", "", tuple),
+}
+
+
+@pytest.mark.parametrize("octets, expected, kept", rows(FOLDED_BODIES))
+def test_folded_body_is_kept_as_its_place_where_nothing_encodes_it(octets, expected, kept):
+    message = letter("b@x.example", octets=octets)
+    assert [message.folded_body(), message.folded_body()] == [expected, expected]
+    assert isinstance(message._folded, kept)
 
 
 @pytest.mark.parametrize("body, expected", rows(SEARCHES))
@@ -8610,6 +8709,16 @@ def test_sigterm_lets_mail_data_end_first_and_saves_it(tmp_path):
     assert (process.returncode, out, err) == (0, b"", b"")
     assert [path.read_bytes() for path in tmp_path.iterdir()] == [
         b"Subject: half\r\n\r\nand half\r\n"]
+
+
+def test_script_ends_with_the_status_of_main():
+    for arguments, status, says in (
+            (["--version"], 0, f"mailtest {mailtest.__version__}"),
+            (["--smtp", "x"], 2, "expected"),
+            ([*FREE, "--exit-after", "1", "--timeout", "0.01"], 1, "got 0")):
+        done = subprocess.run([sys.executable, "-W", "error", mailtest.__file__, *arguments],
+                              stdout=subprocess.PIPE, stderr=subprocess.STDOUT, check=False)
+        assert (done.returncode, says in done.stdout.decode()) == (status, True), done.stdout
 
 
 def test_version(program):
