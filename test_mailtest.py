@@ -4514,7 +4514,8 @@ def letters():
 FOLDED_BODIES = {
     "text as it is": (b"Subject: A\r\n\r\nOne\r\nTwo \xc3\x9cber\r\n",
                       "one\ntwo \u00fcber\n", tuple),
-    "encoded text": (b"Content-Transfer-Encoding: quoted-printable\r\n\r\nO=6Ee\r\n", "one\n", str),
+    "encoded text": (b"Content-Transfer-Encoding: quoted-printable\r\n\r\nO=6Ee\r\n",
+                     "one\n", str),
     "another charset": (b"Content-Type: text/plain; charset=latin-1\r\n\r\n\xdcber\r\n",
                         "\u00fcber\n", str),
     "two parts": (b"Content-Type: multipart/mixed; boundary=b\r\n\r\n--b\r\n\r\nOne\r\n--b\r\n"
@@ -9265,7 +9266,8 @@ def test_nothing_private_of_the_standard_library_is_used():
     private = re.compile(r"_(?!_\w+__$)")
     assert [f"{node.value.id}.{node.attr}" for node in ast.walk(tree())
             if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name)
-            and node.value.id in modules and private.match(node.attr)] == ["os._exit"]     # documented
+            and node.value.id in modules and private.match(node.attr)] == [
+                "os._exit"]              # which is documented
     assert [name for name in imported_modules() if re.search(r"(^|\.)_", name)] == []
 
 
