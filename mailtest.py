@@ -3654,12 +3654,12 @@ class Listener:
 
     # -- what a protocol does
 
-    def opened(self, connection: Connection) -> bool:
-        """Greets; whether ready() should be called for what the client sends."""
+    def opened(self, connection: Connection) -> Optional[bytes]:
+        """The greeting, before ready() is called for what the client sends; None: it ended."""
         raise NotImplementedError
 
-    def ready(self, connection: Connection) -> bool:
-        """Takes what arrived, and hands what is to be sent to answer(); whether to go on."""
+    def ready(self, connection: Connection) -> Optional[bytes]:
+        """Takes what arrived; what is to be sent, None if the connection has ended."""
         raise NotImplementedError
 
     def stuck(self, connection: Connection, octets: bytes) -> None:
@@ -3690,11 +3690,6 @@ class Listener:
     def connection_count(self) -> int:
         """How many connections are open."""
         return len(self._connections)
-
-    def answer(self, connection: Connection, octets: bytes) -> None:
-        """Sends octets to a parked connection, at the end of the round: a client that is woken by
-        each of ten answers, and sleeps between them, costs both sides more than the answers."""
-        self._answers.append((connection, octets))
 
     def step_down(self, connection: Connection) -> None:
         """Gives up the lead before blocking; from now on this thread serves that connection."""
@@ -3798,6 +3793,8 @@ class Listener:
         self._last_rounds()
 
     def _send_answers(self) -> None:
+        """Sends what the round has to say, at its end: a client that is woken by each of ten
+        answers, and sleeps between them, costs both sides more than the answers."""
         for connection, octets in self._answers:
             try:
                 rest = connection.try_send(octets)
@@ -3807,10 +3804,9 @@ class Listener:
                 self._close(connection, str(hangup))
         self._answers.clear()
 
-    def _unstick(self, rest: bytes, connection: Connection) -> bool:
+    def _unstick(self, rest: bytes, connection: Connection) -> None:
         self.step_down(connection)
         self.stuck(connection, rest)
-        return False
 
     def _next(self, spin: float) -> List[Any]:
         """What is ready, waited for.  After a turn it looks for some microseconds before it
@@ -3823,12 +3819,16 @@ class Listener:
                     return found
         return self._poller.ready(1.0)
 
-    def _turn(self, connection: Connection, take: Callable[[Connection], bool]) -> None:
+    def _turn(self, connection: Connection,
+              take: Callable[[Connection], Optional[bytes]]) -> None:
         """Lets the protocol serve a connection; closes it if that was the last turn."""
         why = ""
         try:
             connection.active = time.monotonic()
-            if take(connection):
+            octets = take(connection)
+            if octets is not None:
+                if octets:
+                    self._answers.append((connection, octets))
                 return
         except Hangup as hangup:
             why = str(hangup)
@@ -3859,13 +3859,13 @@ class Listener:
                 if self._leader != threading.get_ident():
                     return
 
-    def _begin(self, connection: Connection) -> bool:
-        """Greets, and parks the connection unless it has ended; whether it has not."""
-        if not self.opened(connection):
-            return False
-        connection.park()
-        self._poller.add(connection.socket, connection)
-        return True
+    def _begin(self, connection: Connection) -> Optional[bytes]:
+        """Greets, and parks the connection unless it has ended."""
+        greeting = self.opened(connection)
+        if greeting is not None:
+            connection.park()
+            self._poller.add(connection.socket, connection)
+        return greeting
 
     def _admit(self, connection: Connection) -> bool:
         """Counts a connection, or refuses it."""
@@ -3988,20 +3988,19 @@ class SmtpServer(Listener):
         self._tls = tls
         self._implicit = implicit
 
-    def opened(self, connection: Connection) -> bool:
+    def opened(self, connection: Connection) -> Optional[bytes]:
         """Greets; with implicit TLS serves the connection to its end."""
         session = Session(self._store, self._policy, connection.client, self._implicit)
         connection.session = session
-        if self._implicit or self._store.keepers:    # TLS, and writing to disk, may block
-            self.step_down(connection)
-            if self._implicit:
-                connection.start_tls(self._tls)
-            self._converse(connection, session, session.greet())
-            return False
-        self.answer(connection, session.greet())
-        return True
+        if not self._implicit and not self._store.keepers:
+            return session.greet()
+        self.step_down(connection)       # TLS, and writing to disk, may block
+        if self._implicit:
+            connection.start_tls(self._tls)
+        self._converse(connection, session, session.greet())
+        return None
 
-    def ready(self, connection: Connection) -> bool:
+    def ready(self, connection: Connection) -> Optional[bytes]:
         """One turn: one receive, one send."""
         session = connection.session
         octets = connection.receive()
@@ -4009,16 +4008,13 @@ class SmtpServer(Listener):
             raise Hangup("left without QUIT")
         replies = session.receive(octets)
         if not session.halted:
-            if replies:
-                self.answer(connection, replies)
-            return True
+            return replies
         if session.ended and not session.cut_off:
             replies = connection.try_send(replies)
-            if not replies:
-                return False
-        self.step_down(connection)
-        self._converse(connection, session, replies)
-        return False
+        if replies or not session.ended or session.cut_off:
+            self.step_down(connection)
+            self._converse(connection, session, replies)
+        return None
 
     def stuck(self, connection: Connection, octets: bytes) -> None:
         """The client reads slowly, or not at all."""
@@ -5805,11 +5801,10 @@ class HttpServer(Listener):
         self._date = (0, b"")
         self._sending = 0                # octets of large answers
 
-    def opened(self, connection: Connection) -> bool:
+    def opened(self, connection: Connection) -> None:
         """Serves the connection to its end."""
         self.step_down(connection)
         HttpHandler(connection, connection.client, self)
-        return False
 
     def may_send(self, octets: int) -> bool:
         """Counts octets of a large answer, a negative number once they are sent; False if too
