@@ -1519,10 +1519,16 @@ _SAME = TypeVar("_SAME")
 
 
 @functools.lru_cache(maxsize=4096)
-def shared(value: _SAME) -> _SAME:
-    """The same value, as one object wherever it is kept: mails of one sender to one recipient
-    differ in little else than their octets.  sys.intern() would keep it for ever."""
+def _same(value: _SAME) -> _SAME:
     return value
+
+
+def shared(value: _SAME, size: int) -> _SAME:
+    """The same value, as one object wherever it is kept: mails of one sender to one recipient
+    differ in little else than their octets.  (sys.intern() would keep it for ever.)
+
+    What is large is left alone: the last few thousand values outlive their mail uncounted."""
+    return _same(value) if size <= 1_000 else value
 
 
 class Envelope(NamedTuple):
@@ -1602,12 +1608,12 @@ class Message:
             parties = head.from_ + head.to + head.cc
             recipients = [address.email for address in head.to + head.cc]
             recipients.extend(self.envelope.forward_paths)
-            self._keys = Keys(
-                head.subject.lower(),
-                shared(tuple(shared(address.email.lower()) for address in head.from_)),
-                shared(tuple(map(shared, dict.fromkeys(path.lower() for path in recipients)))),
-                shared("\n".join(f"{address.name} {address.email}"
-                                 for address in parties).lower()))
+            names = "\n".join(f"{address.name} {address.email}" for address in parties).lower()
+            senders = [address.email.lower() for address in head.from_]
+            recipients = list(dict.fromkeys(path.lower() for path in recipients))
+            size = len(names) + sum(map(len, recipients))
+            self._keys = Keys(head.subject.lower(), shared(tuple(senders), size),
+                              shared(tuple(recipients), size), shared(names, size))
         return self._keys
 
     def folded_body(self) -> str:
@@ -2668,8 +2674,8 @@ def _read_mail(argument: str) -> _Path:
     if not match:
         raise Refuse(501, "5.5.4", f"Expected MAIL FROM:<address>, got 'MAIL' {_seen(argument)}")
     path, parameters = match.group(1) or "", match.group(2)
-    said = _Path(shared(path), *_mail_parameters(parameters)) if parameters else (
-        _Path(shared(path)))
+    said = _Path(shared(path, len(path)), *_mail_parameters(parameters)) if parameters else (
+        _Path(shared(path, len(path))))
     local, _, domain = path.rpartition("@")
     if domain and local and not _is_domain(domain):      # an empty one is a real client's
         raise Refuse(501, "5.1.7", "Expected a domain or address literal, got "
@@ -2709,11 +2715,11 @@ def _read_rcpt(argument: str) -> _Path:
     local, at, domain = path.rpartition("@")
     if at and not _is_domain(domain) or not at and path.lower() != "postmaster":
         raise Refuse(501, "5.1.3", f"Expected local-part@domain, got {_seen(path)}")
-    return _Path(shared(path))
+    return _Path(shared(path, len(path)))
 
 
 _LINES: Dict[bytes, Line] = {}           # that were read, with CRLF: senders repeat themselves
-_envelope = functools.lru_cache(maxsize=1024)(Envelope)
+_envelope = functools.lru_cache(maxsize=256)(Envelope)         # one for mails that came alike
 
 
 def _without_stuffing(octets: bytes) -> bytes:
@@ -3119,10 +3125,12 @@ class Session:
                     self._follow_script("data", path)
             mail, id = transaction.mail, new_id()
             reply = _QUEUED.plus(id)
-            envelope = _envelope(mail.path, tuple(transaction.forward_paths), self.helo,
-                                 self.client, self.user, self.tls, mail.eight_bit)
+            paths = tuple(transaction.forward_paths)
+            envelope = (_envelope if len(paths) == 1 else Envelope)(
+                mail.path, paths, self.helo, self.client, self.user, self.tls, mail.eight_bit)
             self.store.deliver(Message(id, octets, envelope,
-                                       session=shared((self._opening, dialogue))))
+                                       session=shared((self._opening, dialogue),
+                                                      len(self._opening) + len(dialogue))))
             self._accepted += 1
             return reply
         except Full as full:

@@ -3029,6 +3029,24 @@ def test_mails_that_came_alike_share_what_is_alike():
     assert first.transcript()[:-40] == second.transcript()[:-40]
 
 
+def test_what_is_large_is_kept_for_its_mail_alone():
+    _, store, session = new_session(recipients=100)
+    said = ["MAIL FROM:<>", *[f"RCPT TO:<{n}@x.example>" for n in range(50)], "DATA", "x\r\n."]
+    say(session, "EHLO x", *said, *said)
+    second, first = store.newest("mailtest")
+    assert (second.session, second.envelope) == (first.session, first.envelope)
+    assert second.session is not first.session and second.envelope is not first.envelope
+    assert second.keys() == first.keys() and second.keys().names is first.keys().names
+
+
+@pytest.mark.parametrize("size, is_shared", rows({"1,000 octets": (1_000, True),
+                                                  "1,001 octets": (1_001, False)}))
+def test_shared_value_is_one_object_up_to(size, is_shared):
+    one, other = ("x" * (size - 1) + letter for letter in "yy")
+    assert one is not other
+    assert (mailtest.shared(one, size) is mailtest.shared(other, size)) is is_shared
+
+
 def test_ids_are_random_uuids_that_never_repeat():
     ids = [mailtest.new_id() for _ in range(1_000)]
     assert len(set(ids)) == 1_000
