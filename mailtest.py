@@ -2914,8 +2914,9 @@ class Session:
         self._refused = ""
         self._bounds = store.limits.transcript_lines, store.limits.transcript_line
         self._opening: Optional[bytes] = None        # the transcript up to the first MAIL,
-        self._lines: List[bytes] = []                # since the latest MAIL, and of some
-        self._past: List[List[bytes]] = []           # in between
+        self._lines: List[bytes] = []                # since the latest one, and the last lines
+        self._past: "collections.deque[bytes]" = collections.deque(     # in between
+            maxlen=self._bounds[0])
 
     # -- facts
 
@@ -2974,7 +2975,7 @@ class Session:
         self._reset()
         self._buffer = b""
         self._end_part()
-        transcript = self._opening + b"".join(itertools.chain.from_iterable(self._past))
+        transcript = self._opening + b"".join(self._past)
         self.store.add_session(SessionRecord(
             0, self.client, self.helo, self.user, self.tls, self._started,
             self.store.wall(), self._accepted, self._refused, how, transcript))
@@ -3396,8 +3397,7 @@ class Session:
         if self._opening is None:
             self._opening = self._part()
         else:
-            self._past.append(self._lines)
-            del self._past[:-20]
+            self._past.extend(self._lines)
         self._lines = []
 
 
