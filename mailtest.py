@@ -2719,6 +2719,7 @@ def _read_rcpt(argument: str) -> _Path:
 
 
 _LINES: Dict[bytes, Line] = {}           # that were read, with CRLF: senders repeat themselves
+_REMEMBERED = 256                        # octets, of each at most
 _envelope = functools.lru_cache(maxsize=256)(Envelope)         # one for mails that came alike
 
 
@@ -2996,8 +2997,9 @@ class Session:
         RFC 5321 2.3.8: only CRLF ends a line.  Bare CR or LF never does, so that nothing which
         another server reads as one line is two here.
         """
-        line = _LINES.get(self._buffer)  # as a rule that is one line, and not a new one
-        if line is not None:
+        buffer = self._buffer
+        line = _LINES.get(buffer) if len(buffer) <= _REMEMBERED else None
+        if line is not None:             # as a rule: one line, and not a new one
             self._buffer = b""
         else:
             line = self._next_line()
@@ -3026,7 +3028,7 @@ class Session:
             self._overlong = True
             self._take_odd_line()        # raises
         octets, self._buffer = self._buffer[:end], self._buffer[end:]
-        return _LINES.get(octets) or self._read(octets)
+        return (_LINES.get(octets) if end <= _REMEMBERED else None) or self._read(octets)
 
     def _longest(self, octets: bytes) -> int:
         """How long a line that begins so may be, with its CRLF."""
@@ -3155,7 +3157,7 @@ class Session:
             line.argument = refusal
         if found is COMMANDS[b"AUTH"]:
             line.noted = b"C: %b\r\n" % _without_secret(octets[:-2])
-        elif len(octets) <= 256 and line.argument.__class__ is not Refuse:
+        elif len(octets) <= _REMEMBERED and line.argument.__class__ is not Refuse:
             if len(_LINES) >= 1_000:
                 _LINES.clear()
             _LINES[octets] = line

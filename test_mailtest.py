@@ -3018,6 +3018,19 @@ def test_lines_that_are_remembered_are_bounded(monkeypatch):
     assert len(mailtest._LINES) <= 1_000
 
 
+def test_line_is_not_looked_for_among_all_octets_behind_it(monkeypatch):
+    looked = []
+
+    class Lines(dict):
+        def get(self, key):
+            looked.append(len(key))
+            return super().get(key)
+    monkeypatch.setattr(mailtest, "_LINES", Lines())
+    _, _, session = new_session()
+    session.receive(b"NOOP\r\n" * 1_000 + b"NOOP " + b"x" * 500 + b"\r\n")
+    assert len(looked) >= 1_000 and max(looked) <= 256
+
+
 def test_mails_that_came_alike_share_what_is_alike():
     _, store, session = new_session()
     said = ["MAIL FROM:<a@x.example>", "RCPT TO:<b@x.example>", "DATA", "x\r\n."]
