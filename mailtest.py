@@ -2020,44 +2020,10 @@ class Store:
         for part in message.session:
             cost += len(part)
         message.cost = cost
-        id = message.id
         with self._lock:
-            now = self._expire()
-            places: Dict[str, Optional[_Inbox]] = {}
-            new = 0
-            for key in keys:
-                inbox = self._inboxes.get(key)
-                if inbox is None:
-                    key = self._target(key)
-                    inbox = self._inboxes.get(key)
-                    new += inbox is None and key not in places
-                places[key] = inbox
-            self._room(cost + new * self.limits.inbox_cost, new)
-            self._number = message.number = self._number + 1
-            received, earliest = self.wall(), self._latest_time + 1e-6
-            if received < earliest:
-                received = earliest
-            message.received = self._latest_time = received
-            for key, inbox in places.items():
-                if inbox is None:
-                    inbox = self._open(key, key)
-                inbox.messages[id] = message
-                if not inbox.acquired:
-                    inbox.expires = now + self.limits.ttl
-            message.inboxes = inbox.alone if len(places) == 1 else tuple(places)
-            for each in message.servers:
-                if each != DEFAULT_SERVER:           # that one lists self._messages
-                    folder = self._servers.get(each)
-                    if folder is None:
-                        folder = self._servers[each] = {}
-                    folder[id] = message
-            self._messages[id] = message
-            self._octets += cost
-            if received >= self._hour_ends:
-                self._begin_hour(int(received // 3600))
-            self._hour[message.kind] += 1
-            self._accepted[message.kind] += 1
-            self._events.append((message.number, "message", id))
+            until = self._expire() + self.limits.ttl
+            self._file(message, self._places(keys, cost), until)
+            self._number_and_count(message)
             if self._waiting or self.following:
                 self._wake(message.inboxes, message.servers)
         for keeper in self.keepers:
@@ -2317,6 +2283,52 @@ class Store:
                      self._hours.get(hour, none)["SMS"]) for hour in range(this, this - 24, -1)]
 
     # -- the lock is held from here on
+
+    def _places(self, keys: Iterable[str], cost: int) -> Dict[str, Optional[_Inbox]]:
+        """The inboxes, None for a new one, that a message of this cost goes to; or Full."""
+        places: Dict[str, Optional[_Inbox]] = {}
+        new = 0
+        for key in keys:
+            inbox = self._inboxes.get(key)
+            if inbox is None:
+                key = self._target(key)
+                inbox = self._inboxes.get(key)
+                new += inbox is None and key not in places
+            places[key] = inbox
+        self._room(cost + new * self.limits.inbox_cost, new)
+        return places
+
+    def _file(self, message: Message, places: Dict[str, Optional[_Inbox]], until: float) -> None:
+        """Puts a message wherever it is looked for."""
+        id = message.id
+        for key, inbox in places.items():
+            if inbox is None:
+                inbox = self._open(key, key)
+            inbox.messages[id] = message
+            if not inbox.acquired:
+                inbox.expires = until
+        message.inboxes = inbox.alone if len(places) == 1 else tuple(places)
+        for server in message.servers:
+            if server != DEFAULT_SERVER:             # that one lists self._messages
+                folder = self._servers.get(server)
+                if folder is None:
+                    folder = self._servers[server] = {}
+                folder[id] = message
+        self._messages[id] = message
+        self._octets += message.cost
+
+    def _number_and_count(self, message: Message) -> None:
+        """Gives a message its number and its time, which no other has."""
+        self._number = message.number = self._number + 1
+        received, earliest = self.wall(), self._latest_time + 1e-6
+        if received < earliest:
+            received = earliest
+        message.received = self._latest_time = received
+        if received >= self._hour_ends:
+            self._begin_hour(int(received // 3600))
+        self._hour[message.kind] += 1
+        self._accepted[message.kind] += 1
+        self._events.append((message.number, "message", message.id))
 
     def _begin_hour(self, hour: int) -> None:
         """Begins to count the messages of an hour; forgets those of a day ago."""
@@ -3805,14 +3817,14 @@ class Listener:
     def _send_answers(self) -> None:
         """Sends what the round has to say, at its end: a client that is woken by each of ten
         answers, and sleeps between them, costs both sides more than the answers."""
-        for connection, octets in self._answers:
+        answers, self._answers = self._answers, []
+        for connection, octets in answers:
             try:
                 rest = connection.try_send(octets)
                 if rest:
                     self._stuck.append((connection, rest))
             except Hangup as hangup:
                 self._close(connection, str(hangup))
-        self._answers.clear()
 
     def _unstick(self, rest: bytes, connection: Connection) -> None:
         self.step_down(connection)
