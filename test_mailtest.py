@@ -4127,7 +4127,7 @@ def test_connection_over_tls_sees_whether_its_peer_is_gone(tls_pair):
     assert connection.is_gone() is True
 
 
-@pytest.mark.xfail(strict=False, reason="defect 25: after SHUT_RD OpenSSL 3 cannot write either")
+@pytest.mark.xfail(strict=False, reason="after SHUT_RD OpenSSL 3 cannot write either")
 def test_stop_tells_a_client_over_tls_too(smtps_server, trusting):
     server, _ = smtps_server
     with SmtpClient(server, tls=trusting) as client:
