@@ -1622,11 +1622,12 @@ class Message:
         if self._folded is None:
             texts = ([self.octets.decode("utf-8", "replace")] if self.kind == "SMS" else
                      read_bodies(self.octets))
-            self._folded = "\0".join(texts).lower()
-            plain = texts[0].replace("\n", "\r\n").encode("utf-8", "replace") if texts else b""
-            start = self.octets.find(plain) if len(texts) == 1 else -1
-            if start >= 0:
-                self._folded = start, start + len(plain)
+            if len(texts) == 1:
+                plain = texts[0].replace("\n", "\r\n").encode("utf-8", "replace")
+                start = self.octets.find(plain)
+                self._folded = (start, start + len(plain)) if start >= 0 else None
+            if self._folded is None:
+                self._folded = "\0".join(texts).lower()
         if isinstance(self._folded, str):
             return self._folded
         start, end = self._folded
@@ -1932,8 +1933,6 @@ class Store:
         self._session_count = 0
         self._accepted = {"Email": 0, "SMS": 0}
         self._hours: Dict[int, Dict[str, int]] = {}            # the same for each hour since 1970
-        self._hour = {"Email": 0, "SMS": 0}                    # for this one, which ends then:
-        self._hour_ends = 0.0
         self._kept: Dict[str, Message] = {}                    # whose JSON is kept, oldest first
         self._kept_octets = 0
         self._polls: "collections.OrderedDict[Any, float]" = collections.OrderedDict()
@@ -1982,7 +1981,7 @@ class Store:
         key = inbox_key(address)
         with self._lock:
             self._expire()
-            inbox = self._inboxes.get(key) or self._inboxes.get(self._target(key))
+            inbox = self._inboxes.get(self._target(key))
             if inbox is not None:
                 inbox.attempts += 1
             if self.strict and (inbox is None or not inbox.acquired):
@@ -2016,10 +2015,8 @@ class Store:
             keys = (_OUTBOX + server,)
         message.servers = servers_of(keys[0]) if len(keys) == 1 and not server else (
             _servers_of_all(keys, server))
-        cost = len(message.octets) + self.limits.message_cost + self.limits.place_cost * len(keys)
-        for part in message.session:
-            cost += len(part)
-        message.cost = cost
+        message.cost = cost = (len(message.octets) + sum(map(len, message.session))
+                               + self.limits.message_cost + self.limits.place_cost * len(keys))
         with self._lock:
             until = self._expire() + self.limits.ttl
             self._file(message, self._places(keys, cost), until)
@@ -2107,8 +2104,7 @@ class Store:
             found = list(itertools.takewhile(lambda event: event[0] > after,
                                              reversed(self._events)))
             lost = bool(self._events) and after < self._events[0][0] - 1
-        return [Event(number, kind, {"id": data} if data.__class__ is str else data)
-                for number, kind, data in reversed(found)], lost
+        return [Event(*event) for event in reversed(found)], lost
 
     @property
     def number(self) -> int:
@@ -2287,14 +2283,9 @@ class Store:
     def _places(self, keys: Iterable[str], cost: int) -> Dict[str, Optional[_Inbox]]:
         """The inboxes, None for a new one, that a message of this cost goes to; or Full."""
         places: Dict[str, Optional[_Inbox]] = {}
-        new = 0
-        for key in keys:
-            inbox = self._inboxes.get(key)
-            if inbox is None:
-                key = self._target(key)
-                inbox = self._inboxes.get(key)
-                new += inbox is None and key not in places
-            places[key] = inbox
+        for key in map(self._target, keys):
+            places[key] = self._inboxes.get(key)
+        new = list(places.values()).count(None)
         self._room(cost + new * self.limits.inbox_cost, new)
         return places
 
@@ -2320,22 +2311,15 @@ class Store:
     def _number_and_count(self, message: Message) -> None:
         """Gives a message its number and its time, which no other has."""
         self._number = message.number = self._number + 1
-        received, earliest = self.wall(), self._latest_time + 1e-6
-        if received < earliest:
-            received = earliest
-        message.received = self._latest_time = received
-        if received >= self._hour_ends:
-            self._begin_hour(int(received // 3600))
-        self._hour[message.kind] += 1
+        message.received = self._latest_time = max(self.wall(), self._latest_time + 1e-6)
+        hour = int(message.received // 3600)
+        if hour not in self._hours:
+            self._hours[hour] = {"Email": 0, "SMS": 0}
+            for old in [each for each in self._hours if each <= hour - 24]:
+                del self._hours[old]
+        self._hours[hour][message.kind] += 1
         self._accepted[message.kind] += 1
-        self._events.append((message.number, "message", message.id))
-
-    def _begin_hour(self, hour: int) -> None:
-        """Begins to count the messages of an hour; forgets those of a day ago."""
-        self._hour_ends = (hour + 1) * 3600.0
-        self._hour = self._hours.setdefault(hour, {"Email": 0, "SMS": 0})
-        for old in [each for each in self._hours if each <= hour - 24]:
-            del self._hours[old]
+        self._events.append((message.number, "message", {"id": message.id}))
 
     def _room(self, octets: int, inboxes: int = 0) -> None:
         if inboxes and len(self._inboxes) + inboxes > self.limits.inboxes:
@@ -2481,14 +2465,12 @@ class Store:
     def _wake(self, inboxes: Tuple[str, ...], servers: Tuple[str, ...]) -> None:
         """Wakes those who wait at these places, and nobody else: 200 waiters on 200 inboxes
         must not all run at each mail."""
-        if self.following:
-            self._changed.notify_all()
-        if self._waiting:
-            for place in itertools.chain(map(Place, inboxes),
-                                         (Place(server=server) for server in servers),
-                                         (Place(server=DEFAULT_SERVER),)):
-                if place in self._waiting:
-                    self._waiting[place][0].notify_all()
+        self._changed.notify_all()
+        for place in itertools.chain(map(Place, inboxes),
+                                     (Place(server=server) for server in servers),
+                                     (Place(server=DEFAULT_SERVER),)):
+            if place in self._waiting:
+                self._waiting[place][0].notify_all()
 
 
 class Abandoned(Exception):
@@ -2669,8 +2651,8 @@ def _path_parameters(text: str) -> Dict[str, Optional[str]]:
     return found
 
 
-class _Path:
-    """What MAIL or RCPT says: a path, BODY=8BITMIME, SMTPUTF8, SIZE in octets."""
+class _Mail:
+    """What MAIL says: the reverse-path, BODY=8BITMIME, SMTPUTF8, SIZE in octets."""
 
     __slots__ = ("path", "eight_bit", "utf8", "size")
 
@@ -2681,13 +2663,13 @@ class _Path:
         self.size = size
 
 
-def _read_mail(argument: str) -> _Path:
+def _read_mail(argument: str) -> _Mail:
     match = _MAIL.fullmatch(argument)
     if not match:
         raise Refuse(501, "5.5.4", f"Expected MAIL FROM:<address>, got 'MAIL' {_seen(argument)}")
     path, parameters = match.group(1) or "", match.group(2)
-    said = _Path(shared(path, len(path)), *_mail_parameters(parameters)) if parameters else (
-        _Path(shared(path, len(path))))
+    said = _Mail(shared(path, len(path)), *_mail_parameters(parameters)) if parameters else (
+        _Mail(shared(path, len(path))))
     local, _, domain = path.rpartition("@")
     if domain and local and not _is_domain(domain):      # an empty one is a real client's
         raise Refuse(501, "5.1.7", "Expected a domain or address literal, got "
@@ -2716,7 +2698,7 @@ def _mail_parameters(text: str) -> Tuple[bool, bool, int]:
     return body == "8BITMIME", utf8, int(size)
 
 
-def _read_rcpt(argument: str) -> _Path:
+def _read_rcpt(argument: str) -> str:
     match = _RCPT.fullmatch(argument)
     if not match or not match.group(1):
         raise Refuse(501, "5.5.4", f"Expected RCPT TO:<address>, got 'RCPT' {_seen(argument)}")
@@ -2727,7 +2709,7 @@ def _read_rcpt(argument: str) -> _Path:
     local, at, domain = path.rpartition("@")
     if at and not _is_domain(domain) or not at and path.lower() != "postmaster":
         raise Refuse(501, "5.1.3", f"Expected local-part@domain, got {_seen(path)}")
-    return _Path(shared(path, len(path)))
+    return shared(path, len(path))
 
 
 _LINES: Dict[bytes, Line] = {}           # that were read, with CRLF: senders repeat themselves
@@ -2876,7 +2858,7 @@ class Transaction:
 
     __slots__ = ("mail", "forward_paths", "data")
 
-    def __init__(self, mail: _Path):
+    def __init__(self, mail: _Mail):
         self.mail = mail
         self.forward_paths: List[str] = []
         self.data: Optional[MailData] = None         # once DATA or BDAT was said
@@ -2906,7 +2888,7 @@ class Session:
         self.user = ""
         self.phase = "new"               # "idle" after EHLO, "mail" after MAIL, "rcpt" after RCPT
         self.transaction: Optional[Transaction] = None
-        self.halted = False              # nothing more is taken: one of the four is set
+        self.halted = False              # nothing more is taken: ended, wants_tls or a pause
         self.ended = False
         self.cut_off = False             # it ended while the client may still be talking
         self.wants_tls = False
@@ -3075,9 +3057,9 @@ class Session:
             status = "5.5.6" if self._exchange is not None else "5.5.2"      # RFC 4954 4, 6
             self._overlong = False
             self._end_exchange()
-            self._lines.append(self._short(b"C: (a line that is too long)\r\n"))
+            self._lines.append(b"C: (a line that is too long)\r\n")
             raise Refuse(500, status, f"Line too long: expected at most {most} octets with CRLF")
-        self._lines.append(self._short(b"C: ********\r\n"))
+        self._lines.append(b"C: ********\r\n")
         return self._respond(line)
 
     def _take_data(self) -> Optional[Reply]:
@@ -3233,7 +3215,7 @@ class Session:
 
     @command("MAIL FROM:<reverse-path> [SIZE=n] [BODY=7BIT|8BITMIME] [SMTPUTF8] [AUTH=mailbox]",
              phases=("idle",), read=_read_mail)
-    def _mail(self, said: _Path) -> Reply:
+    def _mail(self, said: _Mail) -> Reply:
         if said.size > self.store.limits.max_size:
             raise Refuse(552, "5.3.4", "Message too large: expected at most "
                                        f"{self.store.limits.max_size} octets, "
@@ -3245,8 +3227,8 @@ class Session:
         return _SENDER_OK
 
     @command("RCPT TO:<forward-path>", phases=("mail", "rcpt"), read=_read_rcpt)
-    def _rcpt(self, said: _Path) -> Reply:
-        path, paths = said.path, self.transaction.forward_paths
+    def _rcpt(self, path: str) -> Reply:
+        paths = self.transaction.forward_paths
         if not path.isascii():
             _check_ascii(path, self.transaction.mail.utf8)
         if len(paths) >= self.store.limits.recipients:
@@ -3385,7 +3367,7 @@ class Session:
             self.transaction.data.free()
         self.transaction = None
         self.phase = "idle" if self.helo else "new"
-        self._exchange, self._take = None, Session._take_line
+        self._end_exchange()
 
     def _say(self, reply: Reply) -> bytes:
         """The one place where a reply becomes octets and enters the transcript."""
