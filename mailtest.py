@@ -1740,7 +1740,8 @@ class Place(NamedTuple):
 
 
 class Event(NamedTuple):
-    """Something that happened.  Numbers grow by one, and also number the messages."""
+    """Something that happened.  Numbers grow by one, and also number the messages, each of which
+    is the event of its own arrival."""
 
     number: int
     kind: str                            # message, deleted, emptied, inbox, expired, session
@@ -1798,7 +1799,7 @@ class _Inbox:
         self.address = address
         self.acquired = acquired         # by a request; else it came with a mail
         self.expires = expires           # on the Store's clock
-        self.messages: Dict[str, Message] = {}
+        self.messages: Dict[int, Message] = {}       # by number
         self.failures = failures
         self.attempts = 0                # RCPT commands for it, MAIL commands that it failed
 
@@ -1825,7 +1826,7 @@ class SessionRecord(NamedTuple):
     started: float                       # seconds since 1970
     ended: float
     accepted: int                        # messages
-    refused: str                         # the last reply 4xx or 5xx, "" if there was none
+    refused: str                         # the first reply 4xx or 5xx, "" if there was none
     ending: str                          # "quit", or why it ended without
     transcript: bytes
 
@@ -1919,20 +1920,24 @@ class Store:
         self._ticks = itertools.count()
         self._ended: "collections.OrderedDict[str, Tuple[float, str, bool]]" = (
             collections.OrderedDict())                         # when, how, whether acquired
-        self._messages: Dict[str, Message] = {}                # in the order of arrival
-        self._servers: Dict[str, Dict[str, Message]] = {}
+        self._messages: Dict[str, Message] = {}                # by id, in the order of arrival
+        # By number, as in inboxes: a dict finds room for the next number beside the last one's,
+        # for a random id anywhere in memory.
+        self._servers: Dict[str, Dict[int, Message]] = {}
         self._names: Dict[str, str] = {}                       # servers that have a name
         self._devices: Dict[str, Dict[str, str]] = {}
         self._octets = 0                                       # of messages and inboxes, with cost
         self._reserved = 0                                     # of mail data still arriving
         self._number = 0
         self._latest_time = 0.0                                # no two messages have one time
-        self._events: "collections.deque[Tuple]" = collections.deque(maxlen=limits.events)
+        self._events: "collections.deque[Event]" = collections.deque(maxlen=limits.events)
+        self._forgotten = 0                                    # the latest event that is not kept
         self._sessions: "collections.deque[SessionRecord]" = collections.deque(
             maxlen=limits.sessions)
         self._session_count = 0
         self._accepted = {"Email": 0, "SMS": 0}
-        self._hours: Dict[int, Dict[str, int]] = {}            # the same for each hour since 1970
+        self._hours: Dict[int, Dict[str, int]] = {}            # the same before an hour since 1970
+        self._hour_ends = 0.0                                  # the latest one of these
         self._kept: Dict[str, Message] = {}                    # whose JSON is kept, oldest first
         self._kept_octets = 0
         self._polls: "collections.OrderedDict[Any, float]" = collections.OrderedDict()
@@ -2019,8 +2024,9 @@ class Store:
                                + self.limits.message_cost + self.limits.place_cost * len(keys))
         with self._lock:
             until = self._expire() + self.limits.ttl
-            self._file(message, self._places(keys, cost), until)
+            places = self._places(keys, cost)
             self._number_and_count(message)
+            self._file(message, places, until)
             if self._waiting or self.following:
                 self._wake(message.inboxes, message.servers)
         for keeper in self.keepers:
@@ -2101,10 +2107,14 @@ class Store:
                     self._changed.wait(timeout)
                 finally:
                     self.following -= 1
-            found = list(itertools.takewhile(lambda event: event[0] > after,
-                                             reversed(self._events)))
-            lost = bool(self._events) and after < self._events[0][0] - 1
-        return [Event(*event) for event in reversed(found)], lost
+            arrivals = (Event(message.number, "message", {"id": message.id})
+                        for message in reversed(self._messages.values()))
+            found = list(itertools.islice(itertools.takewhile(
+                lambda event: event.number > after,
+                heapq.merge(arrivals, reversed(self._events), reverse=True)),
+                self.limits.events + 1))
+            lost = after < self._forgotten or len(found) > self.limits.events
+        return found[self.limits.events - 1::-1], lost
 
     @property
     def number(self) -> int:
@@ -2273,10 +2283,13 @@ class Store:
     def transactions(self) -> List[Tuple[float, int, int]]:
         """The last 24 hours, newest first: when each began, mails and SMS accepted in it."""
         with self._lock:
-            this = int(self.wall() // 3600)
-            none = {"Email": 0, "SMS": 0}
-            return [(hour * 3600.0, self._hours.get(hour, none)["Email"],
-                     self._hours.get(hour, none)["SMS"]) for hour in range(this, this - 24, -1)]
+            this, after, found = int(self.wall() // 3600), self._accepted, []
+            for hour in range(this, this - 24, -1):
+                before = self._hours.get(hour, after)          # nothing came in it
+                found.append((hour * 3600.0, after["Email"] - before["Email"],
+                              after["SMS"] - before["SMS"]))
+                after = before
+            return found
 
     # -- the lock is held from here on
 
@@ -2291,11 +2304,11 @@ class Store:
 
     def _file(self, message: Message, places: Dict[str, Optional[_Inbox]], until: float) -> None:
         """Puts a message wherever it is looked for."""
-        id = message.id
+        number = message.number
         for key, inbox in places.items():
             if inbox is None:
                 inbox = self._open(key, key)
-            inbox.messages[id] = message
+            inbox.messages[number] = message
             if not inbox.acquired:
                 inbox.expires = until
         message.inboxes = inbox.alone if len(places) == 1 else tuple(places)
@@ -2304,22 +2317,23 @@ class Store:
                 folder = self._servers.get(server)
                 if folder is None:
                     folder = self._servers[server] = {}
-                folder[id] = message
-        self._messages[id] = message
+                folder[number] = message
+        self._messages[message.id] = message
         self._octets += message.cost
 
     def _number_and_count(self, message: Message) -> None:
         """Gives a message its number and its time, which no other has."""
         self._number = message.number = self._number + 1
         message.received = self._latest_time = max(self.wall(), self._latest_time + 1e-6)
-        hour = int(message.received // 3600)
-        if hour not in self._hours:
-            self._hours[hour] = {"Email": 0, "SMS": 0}
-            for old in [each for each in self._hours if each <= hour - 24]:
-                del self._hours[old]
-        self._hours[hour][message.kind] += 1
+        if message.received >= self._hour_ends:
+            self._begin_hour(int(message.received // 3600))
         self._accepted[message.kind] += 1
-        self._events.append((message.number, "message", {"id": message.id}))
+
+    def _begin_hour(self, hour: int) -> None:
+        self._hours[hour] = dict(self._accepted)
+        self._hour_ends = (hour + 1) * 3600.0
+        for old in [each for each in self._hours if each <= hour - 24]:
+            del self._hours[old]
 
     def _room(self, octets: int, inboxes: int = 0) -> None:
         if inboxes and len(self._inboxes) + inboxes > self.limits.inboxes:
@@ -2371,13 +2385,13 @@ class Store:
     def _when(self, due: float) -> float:
         return self.wall() + due - self._clock()
 
-    def _folder(self, server: str) -> Dict[str, Message]:
+    def _folder(self, server: str) -> Dict[Any, Message]:
         return self._messages if server == DEFAULT_SERVER else self._servers.get(server, {})
 
     def _resolved(self, place: Place) -> Place:
         return place if place.server else Place(self._target(inbox_key(place.address)))
 
-    def _folder_at(self, place: Place) -> Optional[Dict[str, Message]]:
+    def _folder_at(self, place: Place) -> Optional[Dict[Any, Message]]:
         if place.server:
             return self._folder(place.server)
         inbox = self._inboxes.get(place.address)
@@ -2434,7 +2448,7 @@ class Store:
 
     def _remove(self, message: Message) -> None:
         for place in message.inboxes:
-            self._inboxes[place].messages.pop(message.id, None)
+            self._inboxes[place].messages.pop(message.number, None)
         self._drop(message)
 
     def _drop(self, message: Message) -> None:
@@ -2445,7 +2459,7 @@ class Store:
         for server in message.servers:
             folder = self._servers.get(server)
             if folder is not None:
-                folder.pop(message.id, None)
+                folder.pop(message.number, None)
                 if not folder:
                     del self._servers[server]
 
@@ -2458,7 +2472,9 @@ class Store:
 
     def _happened(self, kind: str, data: Dict[str, Any]) -> None:
         self._number += 1
-        self._events.append((self._number, kind, data))
+        if len(self._events) == self.limits.events:
+            self._forgotten = self._events[0].number
+        self._events.append(Event(self._number, kind, data))
         if self.following:
             self._changed.notify_all()
 
@@ -2568,16 +2584,19 @@ _RECIPIENT_OK = Reply(250, "2.1.5", "Ok")
 _DATA_OK = Reply(354, "", "End data with <CR><LF>.<CR><LF>")
 
 
+_ANY_PHASE = ("new", "idle", "mail", "rcpt")         # of a session
+
+
 class Command:
-    """A command: how it is written, in which phases it may come (None: in any), what its argument
-    means, what it does.
+    """A command: how it is written, in which phases it may come, what its argument means, what
+    it does.
 
     `read` looks at nothing but the argument, and raises Refuse: so a line is read but once.
     """
 
     __slots__ = ("syntax", "phases", "read", "run")
 
-    def __init__(self, syntax: str, phases: Optional[Tuple[str, ...]],
+    def __init__(self, syntax: str, phases: Tuple[str, ...],
                  read: Callable[[str], Any], run: Callable[["Session", Any], Optional[Reply]]):
         self.syntax = syntax
         self.phases = phases
@@ -2586,14 +2605,18 @@ class Command:
 
 
 class Line:
-    """A command line that was read; `noted` is what the transcript has."""
+    """A command line that was read: what is to be done with which argument, in which phases;
+    `noted` is what the transcript has, in a new part of it if it `begins` a transaction."""
 
-    __slots__ = ("command", "argument", "noted")
+    __slots__ = ("run", "argument", "phases", "noted", "begins")
 
-    def __init__(self, command: Command, argument: Any, noted: bytes):
-        self.command = command
+    def __init__(self, run: Callable[["Session", Any], Optional[Reply]], argument: Any,
+                 phases: Tuple[str, ...], noted: bytes, begins: bool):
+        self.run = run
         self.argument = argument
+        self.phases = phases
         self.noted = noted
+        self.begins = begins
 
 
 COMMANDS: Dict[bytes, Command] = {}
@@ -2611,7 +2634,7 @@ _END = b"\r\n.\r\n"
 _OBSOLETE = frozenset((b"EXPN", b"TURN", b"ETRN", b"ATRN", b"SEND", b"SOML", b"SAML"))
 
 
-def command(syntax: str, phases: Optional[Tuple[str, ...]] = None,
+def command(syntax: str, phases: Tuple[str, ...] = _ANY_PHASE,
             read: Callable[[str], Any] = str) -> Callable:
     """Makes a method the command that the syntax begins with; its HELP and its 503 follow."""
     def register(run):
@@ -2619,6 +2642,10 @@ def command(syntax: str, phases: Optional[Tuple[str, ...]] = None,
         COMMANDS[syntax.split()[0].encode()] = Command(syntax, phases, reader, run)
         return run
     return register
+
+
+def _raise(session: "Session", refusal: Refuse) -> Reply:
+    raise refusal
 
 
 def _read_nothing(syntax: str, argument: str) -> None:
@@ -2721,7 +2748,8 @@ def _without_stuffing(octets: bytes) -> bytes:
     """Mail data as it was before the client doubled leading dots (RFC 5321 4.5.2)."""
     if octets.startswith(b"."):
         octets = octets[1:]
-    return octets.replace(b"\r\n.", b"\r\n") if b"\r\n." in octets else octets
+    # From the end, because there a miss costs less than half of what `in` and find() take.
+    return octets if octets.rfind(b"\r\n.") < 0 else octets.replace(b"\r\n.", b"\r\n")
 
 
 def _without_secret(line: bytes) -> bytes:
@@ -2932,13 +2960,13 @@ class Session:
         self._buffer = self._buffer + octets if self._buffer else octets
         while self._buffer and not self.halted:
             try:
-                take = self._take        # apart: Python finds methods faster than what acts so
+                take = self._take
                 reply = take(self)
             except Refuse as refusal:
-                reply = refusal.reply
+                reply = self._refused_with(refusal.reply)
             except Drop as drop:
                 if drop.reply is not None:
-                    replies.append(self._say(drop.reply))
+                    replies.append(self._say(self._refused_with(drop.reply)))
                 self.end(str(drop))
                 break
             if reply is None:            # more octets are needed
@@ -2955,7 +2983,7 @@ class Session:
 
     def refuse(self, reply: Reply) -> bytes:
         """Ends the session from our side; returns the last reply."""
-        octets = self._say(reply)
+        octets = self._say(self._refused_with(reply))
         self.end(reply.text)
         return octets
 
@@ -2999,15 +3027,13 @@ class Session:
             line = self._next_line()
             if line is None:
                 return None
-        if line.command is _MAIL_COMMAND and self.phase == "idle":
+        if line.begins and self.phase == "idle":
             self._end_part()
         self._lines.append(line.noted)
         self._secret_next = False
-        if line.command.phases is not None and self.phase not in line.command.phases:
-            raise self._out_of_order(line.command.phases)
-        if line.argument.__class__ is Refuse:
-            raise line.argument
-        run = line.command.run
+        if self.phase not in line.phases:
+            raise self._out_of_order(line.phases)
+        run = line.run                   # apart: Python finds methods faster than what acts so
         return run(self, line.argument)
 
     def _next_line(self) -> Optional[Line]:
@@ -3066,13 +3092,13 @@ class Session:
         """Takes mail data up to CRLF.CRLF, and nothing else ends it (RFC 5321 4.1.1.4)."""
         octets, tail, data = self._buffer, self._tail, self.transaction.data
         if octets.endswith(_END) and data.size == 0 and (
-                octets.find(b"\r\n.") == len(octets) - 5 and octets[0] != 46):
+                octets.rfind(b"\r\n.", 0, -3) < 0 and octets[0] != 46):
             self._buffer = b""           # as a rule: the whole mail, and no dot was doubled
             return self._finish(octets[:-3], len(octets) - 3)
         at = (tail + octets[:4]).find(_END)
         if at >= 0:
             end = at + 5 - len(tail)
-        elif octets.rfind(_END) >= 0:    # a miss costs less than half of what find() takes
+        elif octets.rfind(_END) >= 0:    # faster than find(), as in _without_stuffing()
             end = octets.find(_END) + 5
         else:
             data.add(octets)
@@ -3142,16 +3168,17 @@ class Session:
         found = COMMANDS.get(verb.upper())
         if found is None or _FORBIDDEN.search(octets, 0, len(octets) - 2):
             raise self._not_a_command(octets[:-2], verb, found)
-        line = Line(found, None, self._short(b"C: " + octets))
+        line = Line(found.run, None, found.phases, self._short(b"C: " + octets),
+                    found is COMMANDS[b"MAIL"])
         try:
             line.argument = found.read(rest.decode("utf-8"))
         except UnicodeDecodeError:       # RFC 6531 3.1: what is not ASCII is UTF-8
-            line.argument = Refuse(501, "5.5.2", "Expected ASCII or UTF-8")
+            line.run, line.argument = _raise, Refuse(501, "5.5.2", "Expected ASCII or UTF-8")
         except Refuse as refusal:
-            line.argument = refusal
+            line.run, line.argument = _raise, refusal
         if found is COMMANDS[b"AUTH"]:
             line.noted = b"C: %b\r\n" % _without_secret(octets[:-2])
-        elif len(octets) <= _REMEMBERED and line.argument.__class__ is not Refuse:
+        elif len(octets) <= _REMEMBERED and line.run is not _raise:
             if len(_LINES) >= 1_000:
                 _LINES.clear()
             _LINES[octets] = line
@@ -3371,10 +3398,14 @@ class Session:
 
     def _say(self, reply: Reply) -> bytes:
         """The one place where a reply becomes octets and enters the transcript."""
-        if reply.code >= 400 and not self._refused:          # what comes after follows from it
-            self._refused = reply.octets[:200].decode("ascii").rstrip()
         self._lines.append(reply.noted)
         return reply.octets
+
+    def _refused_with(self, reply: Reply) -> Reply:
+        """Remembers the first reply that refuses: what comes after follows from it."""
+        if reply.code >= 400 and not self._refused:
+            self._refused = reply.octets[:200].decode("ascii").rstrip()
+        return reply
 
     def _short(self, line: bytes) -> bytes:
         """What the transcript keeps of a line."""
@@ -3395,9 +3426,6 @@ class Session:
         else:
             self._past.extend(self._lines)
         self._lines = []
-
-
-_MAIL_COMMAND = COMMANDS[b"MAIL"]
 
 
 # ---- Network ---------------------------------------------------------------

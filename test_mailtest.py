@@ -1489,15 +1489,19 @@ def test_events_are_numbered_from_one_and_tell_what_happened():
     address = store.acquire().address
     message = delivered(store, address)
     other = delivered(store, "b@x.example")
+    opened = mailtest.Event(1, "inbox", {"address": address, "expires": 1600.0})
+    assert store.events(0, 0.0) == ([
+        opened,
+        mailtest.Event(2, "message", {"id": message.id}),
+        mailtest.Event(3, "message", {"id": other.id}),
+    ], False)
     store.delete(other.id)
     store.empty("x")
     store.drop_inbox("b@x.example")
     clock.now += 600.0
     store.counters()
-    assert store.events(0, 0.0) == ([
-        mailtest.Event(1, "inbox", {"address": address, "expires": 1600.0}),
-        mailtest.Event(2, "message", {"id": message.id}),
-        mailtest.Event(3, "message", {"id": other.id}),
+    assert store.events(0, 0.0) == ([     # no arrival of what is gone
+        opened,
         mailtest.Event(4, "deleted", {"id": other.id}),
         mailtest.Event(5, "emptied", {"server": "x"}),
         mailtest.Event(6, "deleted", {"address": "b@x.example"}),
@@ -1523,6 +1527,28 @@ def test_events_resume(after, numbers, lost):
         delivered(store, "a@x.example")
     events, was_lost = store.events(after, 0.0)
     assert ([event.number for event in events], was_lost) == (numbers, lost)
+
+
+# the same where inboxes were opened: what they are told by is kept for its own sake
+@pytest.mark.parametrize("after, numbers, lost", rows(RESUMED))
+def test_events_other_than_arrivals_resume(after, numbers, lost):
+    _, store = store_on_clock(events=3)
+    for _ in range(6):
+        store.acquire()
+    events, was_lost = store.events(after, 0.0)
+    assert ([event.number for event in events], was_lost) == (numbers, lost)
+
+
+def test_arrivals_are_events_as_long_as_the_message_is_there():
+    _, store = store_on_clock(events=3)
+    delivered(store, "a@x.example")
+    for _ in range(2):
+        store.acquire()
+    delivered(store, "a@x.example")
+    events, lost = store.events(1, 0.0)
+    assert ([event.kind for event in events], lost) == (["inbox", "inbox", "message"], False)
+    events, lost = store.events(0, 0.0)
+    assert ([event.number for event in events], lost) == ([2, 3, 4], True)
 
 
 def test_no_events_are_lost_before_the_first():
@@ -5331,6 +5357,10 @@ def test_usage_counts_what_was_accepted():
         {"timestamp": "2026-11-21T02:00:00.000000+00:00", "email": 1, "sms": 1},
         {"timestamp": "2026-11-21T01:00:00.000000+00:00", "email": 0, "sms": 0}]
     assert len(items) == 24
+    clock.now += 24 * 3_600
+    delivered(api.store, "a@x.example")
+    items = got(api, "/api/usage/transactions")["items"]
+    assert [item["email"] for item in items] == [1] + 23 * [0]
 
 
 SPAMMY = mail("x", "<form><script></script><iframe></iframe><embed><object></object></form>"
