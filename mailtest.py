@@ -1853,10 +1853,16 @@ def servers_of(key: str) -> Tuple[str, ...]:
     return tuple(filter(None, dict.fromkeys(ids)))
 
 
-def _servers_of_all(keys: Iterable[str], first: str) -> Tuple[str, ...]:
-    """The server ids of several addresses, after one that was named."""
-    names = itertools.chain((first,), itertools.chain.from_iterable(map(servers_of, keys)))
-    return tuple(filter(None, dict.fromkeys(names)))
+def _destinations(paths: Tuple[str, ...], sent: bool,
+                  server: str) -> Tuple[Tuple[str, ...], Tuple[str, ...]]:
+    """Where a message to these forward-paths is listed: the keys of the inboxes, or of the
+    server's outbox if it was sent from there; the server ids."""
+    keys = (_OUTBOX + server,) if sent else tuple(map(inbox_key, paths))
+    names = itertools.chain((server,), itertools.chain.from_iterable(map(servers_of, keys)))
+    return keys, tuple(filter(None, dict.fromkeys(names)))
+
+
+_destinations_of_one = functools.lru_cache(maxsize=1024)(_destinations)
 
 
 def iso_time(seconds: float) -> str:
@@ -1923,7 +1929,8 @@ class Store:
         self._messages: Dict[str, Message] = {}                # by id, in the order of arrival
         # By number, as in inboxes: a dict finds room for the next number beside the last one's,
         # for a random id anywhere in memory.
-        self._servers: Dict[str, Dict[int, Message]] = {}
+        self._servers: "collections.defaultdict[str, Dict[int, Message]]" = (
+            collections.defaultdict(dict))
         self._names: Dict[str, str] = {}                       # servers that have a name
         self._devices: Dict[str, Dict[str, str]] = {}
         self._octets = 0                                       # of messages and inboxes, with cost
@@ -1952,7 +1959,7 @@ class Store:
         """A new inbox with an unguessable address that was never handed out before."""
         with self._lock:
             self._expire()
-            self._room(self.limits.inbox_cost, inboxes=1)
+            self._room(0, inboxes=1)
             address = ""
             while not address or inbox_key(address) in self._inboxes:
                 name = _random_name(11)
@@ -2015,11 +2022,9 @@ class Store:
 
         Raises Full, and nothing is kept.  When this returns everyone can see the message.
         """
-        keys = tuple(map(inbox_key, message.envelope.forward_paths))
-        if message.direction == "Sent":
-            keys = (_OUTBOX + server,)
-        message.servers = servers_of(keys[0]) if len(keys) == 1 and not server else (
-            _servers_of_all(keys, server))
+        paths, sent = message.envelope.forward_paths, message.direction == "Sent"
+        keys, message.servers = (_destinations if len(paths) > 1 else _destinations_of_one)(
+            paths, sent, server)
         message.cost = cost = (len(message.octets) + sum(map(len, message.session))
                                + self.limits.message_cost + self.limits.place_cost * len(keys))
         with self._lock:
@@ -2296,10 +2301,12 @@ class Store:
     def _places(self, keys: Iterable[str], cost: int) -> Dict[str, Optional[_Inbox]]:
         """The inboxes, None for a new one, that a message of this cost goes to; or Full."""
         places: Dict[str, Optional[_Inbox]] = {}
+        new = 0
         for key in map(self._target, keys):
-            places[key] = self._inboxes.get(key)
-        new = list(places.values()).count(None)
-        self._room(cost + new * self.limits.inbox_cost, new)
+            inbox = self._inboxes.get(key)
+            new += inbox is None and key not in places
+            places[key] = inbox
+        self._room(cost, new)
         return places
 
     def _file(self, message: Message, places: Dict[str, Optional[_Inbox]], until: float) -> None:
@@ -2314,10 +2321,7 @@ class Store:
         message.inboxes = inbox.alone if len(places) == 1 else tuple(places)
         for server in message.servers:
             if server != DEFAULT_SERVER:             # that one lists self._messages
-                folder = self._servers.get(server)
-                if folder is None:
-                    folder = self._servers[server] = {}
-                folder[number] = message
+                self._servers[server][number] = message
         self._messages[message.id] = message
         self._octets += message.cost
 
@@ -2336,8 +2340,10 @@ class Store:
             del self._hours[old]
 
     def _room(self, octets: int, inboxes: int = 0) -> None:
-        if inboxes and len(self._inboxes) + inboxes > self.limits.inboxes:
-            raise Full(f"{self.limits.inboxes} inboxes are open")
+        if inboxes:
+            octets += inboxes * self.limits.inbox_cost
+            if len(self._inboxes) + inboxes > self.limits.inboxes:
+                raise Full(f"{self.limits.inboxes} inboxes are open")
         if self._octets + self._reserved + octets > self.limits.max_memory:
             raise Full(f"the {self.limits.max_memory} octets of --max-memory are in use")
 
@@ -2938,8 +2944,7 @@ class Session:
         self._bounds = store.limits.transcript_lines, store.limits.transcript_line
         self._opening: Optional[bytes] = None        # the transcript up to the first MAIL,
         self._lines: List[bytes] = []                # since the latest one, and the last lines
-        self._past: "collections.deque[bytes]" = collections.deque(     # in between
-            maxlen=self._bounds[0])
+        self._past: List[bytes] = []                 # in between, or a few more
 
     # -- facts
 
@@ -2998,7 +3003,7 @@ class Session:
         self._reset()
         self._buffer = b""
         self._end_part()
-        transcript = self._opening + b"".join(self._past)
+        transcript = self._opening + b"".join(self._past[-self._bounds[0]:])
         self.store.add_session(SessionRecord(
             0, self.client, self.helo, self.user, self.tls, self._started,
             self.store.wall(), self._accepted, self._refused, how, transcript))
@@ -3424,7 +3429,9 @@ class Session:
         if self._opening is None:
             self._opening = self._part()
         else:
-            self._past.extend(self._lines)
+            self._past += self._lines
+            if len(self._past) > 2 * self._bounds[0]:
+                del self._past[:-self._bounds[0]]
         self._lines = []
 
 
@@ -3533,7 +3540,8 @@ class Connection:
     def try_send(self, octets: bytes) -> bytes:
         """Sends what can be sent without blocking; returns the rest."""
         try:
-            return octets[self.socket.send(octets):]
+            sent = self.socket.send(octets)
+            return octets[sent:] if sent < len(octets) else b""
         except BlockingIOError:
             return octets
         except OSError:
@@ -3682,7 +3690,8 @@ class Listener:
         self._poller = Poller()
         self._poller.add(self._socket, self._accept)
         self._poller.add(self._woken, self._woken)
-        self._swept = time.monotonic()
+        self._now = time.monotonic()     # when this round began
+        self._sweep_due = 0.0
 
     # -- what a protocol does
 
@@ -3805,12 +3814,11 @@ class Listener:
 
     def _rounds(self) -> None:
         """Leads, until this thread steps down or the listener stops."""
-        me, spin = threading.get_ident(), 0.0
+        me, ready = threading.get_ident(), self.ready
         while not self.stopping.is_set():
-            for found in self._next(spin):
-                spin = _SPIN
+            for found in self._next():
                 if found.__class__ is Connection:
-                    self._turn(found, self.ready)
+                    self._turn(found, ready)
                 elif found == self._accept:
                     self._accept()
                 if self._leader != me:
@@ -3821,7 +3829,8 @@ class Listener:
                 self._turn(connection, functools.partial(self._unstick, rest))
                 if self._leader != me:
                     return
-            self._sweep()
+            if self._now >= self._sweep_due:
+                self._sweep()
         self._last_rounds()
 
     def _send_answers(self) -> None:
@@ -3840,23 +3849,24 @@ class Listener:
         self.step_down(connection)
         self.stuck(connection, rest)
 
-    def _next(self, spin: float) -> List[Any]:
-        """What is ready, waited for.  After a turn it looks for some microseconds before it
-        sleeps: a client on another core answers sooner than a sleeping thread wakes."""
-        if spin and len(self._connections) <= 2:
-            until = time.perf_counter() + spin
-            while time.perf_counter() < until:
+    def _next(self) -> List[Any]:
+        """What is ready, waited for.  It looks for some microseconds before it sleeps: a client
+        on another core answers sooner than a sleeping thread wakes."""
+        found: List[Any] = []
+        if len(self._connections) <= 2:
+            until = time.perf_counter() + _SPIN
+            while not found and time.perf_counter() < until:
                 found = self._poller.ready(0)
-                if found:
-                    return found
-        return self._poller.ready(1.0)
+        found = found or self._poller.ready(1.0)
+        self._now = time.monotonic()
+        return found
 
     def _turn(self, connection: Connection,
               take: Callable[[Connection], Optional[bytes]]) -> None:
         """Lets the protocol serve a connection; closes it if that was the last turn."""
         why = ""
         try:
-            connection.active = time.monotonic()
+            connection.active = self._now
             octets = take(connection)
             if octets is not None:
                 if octets:
@@ -3929,12 +3939,9 @@ class Listener:
 
     def _sweep(self) -> None:
         """Ends the parked connections that were silent for too long."""
-        now = time.monotonic()
-        if now < self._swept + min(5.0, self._silence):
-            return
-        self._swept = now
+        self._sweep_due = self._now + min(5.0, self._silence)
         for connection in self._parked():
-            if connection.active < now - self._silence:
+            if connection.active < self._now - self._silence:
                 self._end(connection, "was silent for too long")
 
     def _end(self, connection: Connection, why: str) -> None:
@@ -8300,6 +8307,7 @@ def main(arguments: Optional[List[str]] = None) -> int:
     with _signals(_interrupt):
         try:
             server = _mailtest(options)
+            _share_one_heap()
             server.start()
             return _run(server, options)
         except ValueError as error:
@@ -8332,11 +8340,30 @@ def _signals(handler: Any) -> Iterator[None]:
             signal.signal(each, old if old is not None else signal.SIG_DFL)
 
 
+def _libc(name: str) -> Any:
+    """A function of the C library, None where it has none of that name."""
+    try:
+        import ctypes
+        return getattr(ctypes.CDLL(None), name, None)
+    except (ImportError, OSError, TypeError):        # a Python without ctypes; Windows
+        return None
+
+
+_M_ARENA_MAX = -8                        # malloc.h of glibc
+
+
+def _share_one_heap() -> None:
+    """Lets all threads allocate from the main heap, which glibc grows by 128 kB; it grows that of
+    a thread page by page, and asking for each costs 4 % of the speed."""
+    mallopt = _libc("mallopt")
+    if mallopt is not None:
+        mallopt(_M_ARENA_MAX, 1)
+
+
 def _give_back_memory(store: Store) -> None:
     """Returns memory to the system after the start and after much mail has ended, since glibc
     keeps it otherwise: the body of a thread."""
-    import ctypes
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if os.name == "posix" else None
+    trim = _libc("malloc_trim")
     time.sleep(0.1)                      # whoever waited for the start comes first
     held = None
     while trim is not None and not store.closed:

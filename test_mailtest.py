@@ -8938,6 +8938,23 @@ def test_folder_of_the_certificate_is_removed_in_the_end(program, tmp_path, monk
     assert os.listdir(tmp_path) == []
 
 
+# -- memory
+
+def test_c_library_is_asked_for_what_it_has():
+    assert mailtest._libc("no_such_function") is None
+    assert os.name != "posix" or callable(mailtest._libc("free"))
+
+
+def test_heap_is_shared_before_a_thread_has_its_own(monkeypatch):
+    calls = []
+    monkeypatch.setattr(mailtest, "_libc", lambda name: functools.partial(
+        lambda *arguments: calls.append(arguments), name))
+    monkeypatch.setattr(mailtest.Mailtest, "start", lambda server: calls.append("start"))
+    monkeypatch.setattr(mailtest, "_run", lambda server, options: 0)
+    assert mailtest.main(["--smtp", "0", "--http", "0"]) == 0
+    assert calls == [("mallopt", -8, 1), "start"]
+
+
 # -- the sendmail stand-in
 
 @pytest.fixture
