@@ -386,6 +386,106 @@ def decode_charset(octets: bytes, label: str) -> Tuple[str, str]:
     return text, problem
 
 
+# Transfer encodings
+
+_BASE64 = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/="
+_NOT_BASE64 = bytes(set(range(256)) - set(_BASE64))
+_CHUNK = 262_144     # octets of base64 at a time: an attachment's length is known without a copy
+
+
+def _chunks(octets: bytes, start: int, end: int) -> Iterator[bytes]:
+    view = memoryview(octets)
+    for at in range(start, end, _CHUNK):
+        yield bytes(view[at:min(end, at + _CHUNK)])
+
+
+def _base64_run(run: bytes) -> bytes:
+    if len(run) % 4 == 1:       # six bits of nothing
+        run = run[:-1]
+    return binascii.a2b_base64(run + b"=" * (-len(run) % 4))
+
+
+def _base64_pieces(octets: bytes, start: int, end: int) -> Iterator[bytes]:
+    """Decoded pieces of base64, run by run: "=" ends a run, junk is skipped, padding may miss.
+
+    `binascii` stops at the first "=" (351 kB of joined base64 became 251 kB) and refuses what
+    lacks its padding.
+    """
+    rest, runs = b"", 0
+    for chunk in _chunks(octets, start, end):
+        chunk = rest + chunk.translate(None, _NOT_BASE64)
+        while b"=" in chunk and runs < MESSAGE_LIMITS.base64_runs:
+            run, _, chunk = chunk.partition(b"=")
+            chunk = chunk.lstrip(b"=")
+            runs += 1
+            yield _base64_run(run)
+        chunk = chunk.replace(b"=", b"")
+        whole = len(chunk) & ~3
+        rest = chunk[whole:]
+        yield binascii.a2b_base64(chunk[:whole])
+    yield _base64_run(rest)
+
+
+def decode_base64(octets: bytes) -> bytes:
+    """What base64 stands for, junk and missing padding notwithstanding (RFC 2045 6.8)."""
+    return b"".join(_base64_pieces(octets, 0, len(octets)))
+
+
+# For `binascii` "=" and blanks at the end of a line is no soft break (RFC 2045 6.7, rule 3), and
+# one with a bare CR swallows the next line.
+_SOFT_BREAK = _Pattern(rb"=(?:[ \t]+\r?\n|[ \t]*\r(?!\n))")
+
+
+def decode_quoted_printable(octets: bytes) -> bytes:
+    """What quoted-printable stands for (RFC 2045 6.7), blanks after a soft break too."""
+    return binascii.a2b_qp(_SOFT_BREAK.sub(b"=\n", octets))
+
+
+def decode_uuencode(octets: bytes) -> bytes:
+    """The file between `begin` and `end`; a line that is not uuencode is skipped."""
+    found = re.search(rb"^begin [0-7]{3,4} [^\r\n]*\r?\n", octets, re.MULTILINE)
+    pieces = []
+    for match in re.finditer(rb"[^\r\n]+", octets[found.end() if found else 0:]):
+        line = match.group()
+        if line.rstrip() == b"end":
+            break
+        count = (line[0] - 32) & 63
+        try:    # some encoders write more than the line's count says
+            pieces.append(binascii.a2b_uu(line[:1 + (count + 2) // 3 * 4]))
+        except binascii.Error:
+            continue
+    return b"".join(pieces)
+
+
+_DECODERS = {
+    "base64": decode_base64,
+    "quoted-printable": decode_quoted_printable,
+    "uuencode": decode_uuencode,
+    "": bytes,
+}
+_ENCODING_NAMES = {
+    "base64": "base64", "quoted-printable": "quoted-printable", "quotedprintable":
+    "quoted-printable", "uuencode": "uuencode", "x-uuencode": "uuencode", "x-uue": "uuencode",
+    "uue": "uuencode", "7bit": "", "8bit": "", "binary": "", "": "",
+}
+_BAD_QUOTED = _Pattern(rb"=(?![0-9A-Fa-f]{2}|[ \t]*\r?\n|[ \t]*\Z)")
+
+
+def _damage(octets: bytes, encoding: str, start: int, end: int) -> str:
+    """What is wrong with encoded content, "" if nothing is."""
+    if encoding == "quoted-printable" and _BAD_QUOTED.search(octets, start, end):
+        return "broken quoted-printable"
+    if encoding == "base64":
+        junk = symbols = 0
+        for chunk in _chunks(octets, start, end):
+            solid = len(chunk.translate(None, b" \t\r\n"))
+            good = len(chunk.translate(None, _NOT_BASE64))
+            junk, symbols = junk + solid - good, symbols + good
+        if junk or symbols % 4:
+            return "broken base64 (%s)" % ("other characters in it" if junk else "cut off")
+    return ""
+
+
 # Header fields
 
 _BLANK_BEFORE_COLON = _Pattern(r"^([!-9;-~]+)[ \t]+:", re.MULTILINE)
@@ -640,106 +740,6 @@ def _parameters(value: str, warnings: _Warnings) -> Tuple[str, Dict[str, str]]:
     return main.strip(), plain
 
 
-# Transfer encodings
-
-_BASE64 = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/="
-_NOT_BASE64 = bytes(set(range(256)) - set(_BASE64))
-_CHUNK = 262_144     # octets of base64 at a time: an attachment's length is known without a copy
-
-
-def _chunks(octets: bytes, start: int, end: int) -> Iterator[bytes]:
-    view = memoryview(octets)
-    for at in range(start, end, _CHUNK):
-        yield bytes(view[at:min(end, at + _CHUNK)])
-
-
-def _base64_run(run: bytes) -> bytes:
-    if len(run) % 4 == 1:       # six bits of nothing
-        run = run[:-1]
-    return binascii.a2b_base64(run + b"=" * (-len(run) % 4))
-
-
-def _base64_pieces(octets: bytes, start: int, end: int) -> Iterator[bytes]:
-    """Decoded pieces of base64, run by run: "=" ends a run, junk is skipped, padding may miss.
-
-    `binascii` stops at the first "=" (351 kB of joined base64 became 251 kB) and refuses what
-    lacks its padding.
-    """
-    rest, runs = b"", 0
-    for chunk in _chunks(octets, start, end):
-        chunk = rest + chunk.translate(None, _NOT_BASE64)
-        while b"=" in chunk and runs < MESSAGE_LIMITS.base64_runs:
-            run, _, chunk = chunk.partition(b"=")
-            chunk = chunk.lstrip(b"=")
-            runs += 1
-            yield _base64_run(run)
-        chunk = chunk.replace(b"=", b"")
-        whole = len(chunk) & ~3
-        rest = chunk[whole:]
-        yield binascii.a2b_base64(chunk[:whole])
-    yield _base64_run(rest)
-
-
-def decode_base64(octets: bytes) -> bytes:
-    """What base64 stands for, junk and missing padding notwithstanding (RFC 2045 6.8)."""
-    return b"".join(_base64_pieces(octets, 0, len(octets)))
-
-
-# For `binascii` "=" and blanks at the end of a line is no soft break (RFC 2045 6.7, rule 3), and
-# one with a bare CR swallows the next line.
-_SOFT_BREAK = _Pattern(rb"=(?:[ \t]+\r?\n|[ \t]*\r(?!\n))")
-
-
-def decode_quoted_printable(octets: bytes) -> bytes:
-    """What quoted-printable stands for (RFC 2045 6.7), blanks after a soft break too."""
-    return binascii.a2b_qp(_SOFT_BREAK.sub(b"=\n", octets))
-
-
-def decode_uuencode(octets: bytes) -> bytes:
-    """The file between `begin` and `end`; a line that is not uuencode is skipped."""
-    found = re.search(rb"^begin [0-7]{3,4} [^\r\n]*\r?\n", octets, re.MULTILINE)
-    pieces = []
-    for match in re.finditer(rb"[^\r\n]+", octets[found.end() if found else 0:]):
-        line = match.group()
-        if line.rstrip() == b"end":
-            break
-        count = (line[0] - 32) & 63
-        try:    # some encoders write more than the line's count says
-            pieces.append(binascii.a2b_uu(line[:1 + (count + 2) // 3 * 4]))
-        except binascii.Error:
-            continue
-    return b"".join(pieces)
-
-
-_DECODERS = {
-    "base64": decode_base64,
-    "quoted-printable": decode_quoted_printable,
-    "uuencode": decode_uuencode,
-    "": bytes,
-}
-_ENCODING_NAMES = {
-    "base64": "base64", "quoted-printable": "quoted-printable", "quotedprintable":
-    "quoted-printable", "uuencode": "uuencode", "x-uuencode": "uuencode", "x-uue": "uuencode",
-    "uue": "uuencode", "7bit": "", "8bit": "", "binary": "", "": "",
-}
-_BAD_QUOTED = _Pattern(rb"=(?![0-9A-Fa-f]{2}|[ \t]*\r?\n|[ \t]*\Z)")
-
-
-def _damage(octets: bytes, encoding: str, start: int, end: int) -> str:
-    """What is wrong with encoded content, "" if nothing is."""
-    if encoding == "quoted-printable" and _BAD_QUOTED.search(octets, start, end):
-        return "broken quoted-printable"
-    if encoding == "base64":
-        junk = symbols = 0
-        for chunk in _chunks(octets, start, end):
-            solid = len(chunk.translate(None, b" \t\r\n"))
-            good = len(chunk.translate(None, _NOT_BASE64))
-            junk, symbols = junk + solid - good, symbols + good
-        if junk or symbols % 4:
-            return "broken base64 (%s)" % ("other characters in it" if junk else "cut off")
-    return ""
-
-
 # Structure
 
 class _Part(NamedTuple):
@@ -958,6 +958,226 @@ def _text(octets: bytes, part: _Part, warnings: _Warnings) -> str:
     return text
 
 
+# Text
+
+_TEXT_LINK = _Pattern(
+    r"(?<![A-Za-z0-9])(?:https?://|www\.(?=[A-Za-z0-9])|mailto:)"
+    r"[^\s<>\"\u00ab\u00bb\u201c-\u201f\u3000-\u303f\uff00-\uff0f\x00-\x1f]{1,%d}"
+    % MESSAGE_LIMITS.url_characters, re.I)
+_BRACKETS = {")": "(", "]": "[", "}": "{"}
+
+
+def _trim_url(url: str) -> str:
+    """A URL without the punctuation of the sentence around it; brackets stay where they pair."""
+    surplus = {close: url.count(close) - url.count(open_) for close, open_ in _BRACKETS.items()}
+    end = len(url)
+    while end:
+        last = url[end - 1]
+        if last in ".,;:!?'*_~|\u2019\u2026":
+            end -= 1
+        elif surplus.get(last, 0) > 0:
+            surplus[last] -= 1
+            end -= 1
+        else:
+            break
+    return url[:end]
+
+
+def find_text_links(text: str) -> Tuple[Link, ...]:
+    """The URLs of plain text: http, https, mailto, and bare `www.` names (href with http://)."""
+    links: List[Link] = []
+    for match in _TEXT_LINK.finditer(text[:MESSAGE_LIMITS.text_characters]):
+        url = _trim_url(match.group())
+        if url[-1:] not in ":/" or url.count("/") > 2:
+            links.append(Link("http://" + url if url[:4].lower() == "www." else url, url))
+        if len(links) >= MESSAGE_LIMITS.links:
+            break
+    return tuple(links)
+
+
+# What makes a code a code, in the languages that mail is written in.
+_CUE = _Pattern(
+    r"(?<!post)(?<!zip)(?<!bar)(?<!uni)(?<!qr )(?<!qr-)(?<!source )(?<!dress )(?<!de)(?<!en)"
+    r"(?:codes?|c[oó]digo|codice|kod[eiu]?|k[oó]d|koodi|код|κωδικ)(?![a-z])"
+    r"|\b(?:pin|t?otp|2fa|mfa|tan|token|passcode|password|passwort|kennwort|clave|contraseña"
+    r"|senha|mot de passe|wachtwoord|lösenord|has[lł]o|parola|[sş]ifre)\b"
+    r"|verif|confirmation|authenti[ck]|authentifi|one[- ]?time|einmal|bestätigung|парол|подтвержд"
+    r"|验证码|驗證碼|コード|確認|인증|رمز|קוד|รหัส|mã xác", re.I)
+# What makes a number something else, if it stands right before it.
+_NO_CODE_BEFORE = _Pattern(
+    r"(?:\b(?:order|bestell\w*|auftrag\w*|invoice|rechnung\w*|facture|factura|fattura|receipt"
+    r"|quote|ref(?:erence|erenz)?|référence|ticket|vorgang\w*|kunden?n\w*|konto\w*|tracking"
+    r"|shipment|parcel|commande|pedido|ordine|zip|postal|post|plz|area|country|error|status|exit"
+    r"|http|tel(?:ephone|efon|éphone)?|phone|fax|hotline|room|suite|flight|build|version|release"
+    r"|port|serial|model|sku|artikel\w*|article|page|seite|box|vat|iban|bic|tax|isbn|total|amount"
+    r"|price|copyright|©|rfc|iso|cve|issue|pull request|job|bug|extension|ext"
+    r"|ending(?: in| with)?)"
+    r"|\b(?:account|acct|customer|client|member(?:ship)?|transaction|booking|reservation|case"
+    r"|item|mobile|contract|policy|student|employee)[\s-]*(?:number|num|no|nr|nummer|id|#))"
+    r"(?:[\s:.#-]|code|number|num|no|nr|n°|nummer|id|is|ist|est){0,12}$", re.I)
+_CURRENCY = r"eur|usd|gbp|chf|jpy|sek|nok|dkk|pln|zł|kr|kč|rs\.?|[$€£¥₹]"
+_PRICE_BEFORE = _Pattern(r"(?<![a-z])(?:%s)\s?$" % _CURRENCY, re.I)
+_UNIT_AFTER = _Pattern(
+    r"\s?(?:%s|euros?|dollars?|pounds?|%%|px|[kmgt]i?b|bytes?|octets?|ms|kg|km|cm|mm|m²|kwh|[mg]hz"
+    r"|points?|punkte|users?|people|items?|days?|tage|hours?|stunden|minutes?|seconds?|years?"
+    r"|jahre)(?!\w)" % _CURRENCY, re.I)
+# A piece of a longer number, set off with blanks.
+_NUMBER_BEFORE = _Pattern(r"(?<![A-Za-z0-9])[0-9]{1,4}(?:\)? |\)?[/-])$")
+_NUMBER_AFTER = _Pattern(r"[ -][0-9]{1,4}(?![A-Za-z0-9])")
+_YEAR = _Pattern(r"(?:19|20)[0-9]{2}")
+_DAY = _Pattern(r"(?:(?:19|20)[0-9]{2}(?:0[1-9]|1[0-2])(?:0[1-9]|[12][0-9]|3[01])"
+                  r"|(?:0[1-9]|[12][0-9]|3[01])(?:0[1-9]|1[0-2])(?:19|20)[0-9]{2})")
+# A token with nothing of a larger word, number, price, date, colour or address around it; an
+# ideograph (from U+2E80 on) is no part of a word here.
+_CODE = _Pattern(
+    r"(?<![^\W\u2e80-\uffff])(?<![@#/\\$€£¥%+&~])(?<![0-9][.,:/'-])(?<![0-9]\))"
+    r"(?:(?<![A-Za-z0-9]-)|(?<=\b[A-Z]-)|(?<=\b[A-Z][A-Z]-))"      # "G-482913"
+    r"(?P<code>[0-9]{3}[ -][0-9]{3}|[0-9]{4}[ -][0-9]{4}|[0-9](?: [0-9]){3,7}"
+    r"|[0-9]{2}(?: [0-9]{2}){2}|[A-Z0-9]{3,4}-[A-Z0-9]{3,4}|[A-Z0-9]{4,8}|[a-zA-Z0-9]{5,10})"
+    r"(?![^\W\u2e80-\uffff])(?![@/\\€£$%_=])(?![.,:'][0-9])(?!-\w)(?!/[0-9])(?!\.[a-z])")
+_ADDRESSES_AND_URLS = _Pattern(
+    r"(?:[a-z][a-z0-9+.-]{1,20}://|www\.|mailto:)[^\s<>\"]*|[^\s@<>\"]{1,64}@[^\s<>\"]+", re.I)
+_IS = r"(?:is|ist|lautet|est|es|è|é|jest|er|är)\b"
+_LEADS_TO = _Pattern(r"\w{0,10}[\s:=\"'*_()>#-]*(?:%s)?[\s:=\"'*_()>-]*" % _IS, re.I)
+_COLON = _Pattern(r"(?:[:=]|\b%s)[\s*_\"'(]*$" % _IS, re.I)
+_COPULA = _Pattern(r"[\s*_\"')]{0,3}(?:%s|[\u2e80-\uffff])" % _IS, re.I)
+_BREAK = _Pattern(r"[0-9]|[.!?](?=\s)")
+_HYPHENS = {0x2010: "-", 0x2011: "-", 0xA0: " ", 0x2007: " ", 0x2009: " ", 0x202F: " ",
+            0x200B: None, 0xAD: None, 0x2060: None, 0xFEFF: None}
+
+
+_DIGIT = _Pattern("[0-9]")
+
+
+def _cue(text: str, start: int, end: int) -> int:
+    """How the words around a candidate speak for a code: -1 against it, 0 not at all, 1 for it,
+    2: for it, and right before it."""
+    before = text[max(0, start - 80):start]
+    line = before[before.rfind("\n") + 1:]
+    after = text[end:end + 60].partition("\n")[0]
+    if (_NO_CODE_BEFORE.search(line) or _PRICE_BEFORE.search(line) or _NUMBER_BEFORE.search(line)
+            or _UNIT_AFTER.match(after) or _NUMBER_AFTER.match(after)):
+        return -1
+    cue = collections.deque(_CUE.finditer(before), maxlen=1)       # the last one
+    if cue:
+        cue = cue[0]
+        between = before[cue.end():]
+        if _LEADS_TO.fullmatch(between):
+            return 2
+        if _COLON.search(between) or not _BREAK.search(between):
+            return 1
+    cue = _CUE.search(after)
+    if cue and not _BREAK.search(after[:cue.start()]):
+        return int(text[start:end].isdigit() or _COPULA.match(after) is not None)
+    return 0
+
+
+_WORD_START = _Pattern(r"(?:^|\s)[\"'(\[<*_]*$")
+_WORD_END = _Pattern(r"[\"')\]>*_.,:;!?]*(?:\s|$)")
+
+
+def _is_word(text: str, start: int, end: int) -> bool:
+    """Whether only blanks, quotes, brackets and a sentence's punctuation are around it."""
+    return bool(_WORD_START.search(text[max(0, start - 5):start])
+                and _WORD_END.match(text[end:end + 5]))
+
+
+def _alone(text: str, start: int, end: int) -> bool:
+    """Whether nothing else is on the line."""
+    return (not text[max(0, start - 200):start].rpartition("\n")[2].strip(" \t*_>|")
+            and not text[end:end + 200].partition("\n")[0].strip(" \t*_|."))
+
+
+def _changes(code: str) -> int:
+    """How often a token changes from letters to digits or back."""
+    return sum(a.isdigit() != b.isdigit() for a, b in zip(code, code[1:]))
+
+
+def _is_code(code: str, cue: int) -> bool:
+    if code.isdigit():
+        if cue < 2 and (_YEAR.fullmatch(code) or _DAY.fullmatch(code) or code.endswith("000")):
+            return False
+        return bool(cue) or len(code) == 6
+    if "-" in code and code.replace("-", "").isdigit() and _YEAR.match(code):
+        return cue == 2 and not _YEAR.fullmatch(code[5:])
+    if "-" in code or " " in code:
+        return bool(cue) and (cue == 2 or not code.endswith("000"))
+    if code.upper() != code:
+        return cue == 2 and code.lower() != code.upper() and _changes(code) > 0
+    return bool(cue) or _changes(code) > 1
+
+
+def find_codes(text: str, subject: str) -> Tuple[str, ...]:
+    """The codes that a reader is meant to type in somewhere, in order, as they are typed:
+    "482 913" and "123-456" are 482913 and 123456, "K7Q-T2M" stays.
+
+    A candidate is 4 to 8 digits, two groups of three or four digits, digits set apart one by one,
+    or 4 to 8 capitals and digits; never a part of a longer word, number, URL or mail address.
+    It is a code, if
+
+    - a word such as code, PIN, OTP, password, verification is near: in the 80 characters before
+      it, or in the 60 after it on its line (small letters count, too, right after the word); or
+    - it has six digits; or it mixes capitals and digits more than once (G3H1Y2, not SHA256); or
+    - it stands alone on its line, in a mail that speaks of a code somewhere
+
+    and it is not
+
+    - what the word before it says: an order, invoice, account, telephone, ZIP number, a price ...
+    - a year, a date, an amount (a currency or unit after it), a round number (250000): unless
+      "code" comes right before it.
+    """
+    text = text[:MESSAGE_LIMITS.code_characters].translate(_HYPHENS)
+    if not _DIGIT.search(text):
+        return ()
+    text = _ADDRESSES_AND_URLS.sub("\ufffc", text)
+    codes: List[str] = []
+    about_codes, last = None, -100
+    for match in _CODE.finditer(text):
+        code = match.group("code")
+        if not _DIGIT.search(code):
+            continue
+        cue = _cue(text, match.start(), match.end())
+        if cue < 0:
+            continue
+        if not cue and match.start() - last < 20:       # "482 913 or 123-456"
+            cue = 1
+        if not cue and _alone(text, match.start(), match.end()):
+            if about_codes is None:
+                about_codes = bool(_CUE.search(subject) or _CUE.search(text))
+            cue = int(about_codes)
+        if not cue and not _is_word(text, match.start(), match.end()):      # uuencode, say
+            continue
+        if _is_code(code, cue):
+            digits = code.replace(" ", "").replace("-", "")
+            codes.append(digits if digits.isdigit() else code)
+            last = match.end()
+            if len(codes) >= MESSAGE_LIMITS.codes:
+                break
+    return tuple(codes)
+
+
+def _text_body(texts: List[str], subject: str) -> Body:
+    if not texts:
+        return Body()
+    text = "\n".join(texts)
+    return Body(text, find_text_links(text), find_codes(text, subject))
+
+
+_READABLE = _Pattern("[^\\s\u00ad\u034f\u200b-\u200f\u2060\ufeff]")
+_INVISIBLE = _Pattern("[\u00ad\u034f\u200b-\u200f\u2060\ufeff]+")
+
+
+def _preview(*texts: str) -> str:
+    """The beginning of the first text that has anything to read, on one line."""
+    for text in texts:
+        found = _READABLE.search(text)
+        if found:
+            head = text[found.start():found.start() + 5 * MESSAGE_LIMITS.preview_characters]
+            head = " ".join(_INVISIBLE.sub("", head).split())
+            return head[:MESSAGE_LIMITS.preview_characters].rstrip()
+    return ""
+
+
 # HTML
 
 _TAG = _Pattern(r"<(?:(/?)([a-zA-Z][^\s/>]{0,60})(>)?|(!--)|[!?/])")
@@ -1141,226 +1361,6 @@ def _html_body(texts: List[str], subject: str, warnings: _Warnings) -> Tuple[Bod
         links = [link._replace(href=_resolve(reader.base, link.href)) for link in links]
         images = [image._replace(src=_resolve(reader.base, image.src)) for image in images]
     return Body(text, tuple(links), find_codes(visible, subject), tuple(images)), visible
-
-
-# Text
-
-_TEXT_LINK = _Pattern(
-    r"(?<![A-Za-z0-9])(?:https?://|www\.(?=[A-Za-z0-9])|mailto:)"
-    r"[^\s<>\"\u00ab\u00bb\u201c-\u201f\u3000-\u303f\uff00-\uff0f\x00-\x1f]{1,%d}"
-    % MESSAGE_LIMITS.url_characters, re.I)
-_BRACKETS = {")": "(", "]": "[", "}": "{"}
-
-
-def _trim_url(url: str) -> str:
-    """A URL without the punctuation of the sentence around it; brackets stay where they pair."""
-    surplus = {close: url.count(close) - url.count(open_) for close, open_ in _BRACKETS.items()}
-    end = len(url)
-    while end:
-        last = url[end - 1]
-        if last in ".,;:!?'*_~|\u2019\u2026":
-            end -= 1
-        elif surplus.get(last, 0) > 0:
-            surplus[last] -= 1
-            end -= 1
-        else:
-            break
-    return url[:end]
-
-
-def find_text_links(text: str) -> Tuple[Link, ...]:
-    """The URLs of plain text: http, https, mailto, and bare `www.` names (href with http://)."""
-    links: List[Link] = []
-    for match in _TEXT_LINK.finditer(text[:MESSAGE_LIMITS.text_characters]):
-        url = _trim_url(match.group())
-        if url[-1:] not in ":/" or url.count("/") > 2:
-            links.append(Link("http://" + url if url[:4].lower() == "www." else url, url))
-        if len(links) >= MESSAGE_LIMITS.links:
-            break
-    return tuple(links)
-
-
-# What makes a code a code, in the languages that mail is written in.
-_CUE = _Pattern(
-    r"(?<!post)(?<!zip)(?<!bar)(?<!uni)(?<!qr )(?<!qr-)(?<!source )(?<!dress )(?<!de)(?<!en)"
-    r"(?:codes?|c[oó]digo|codice|kod[eiu]?|k[oó]d|koodi|код|κωδικ)(?![a-z])"
-    r"|\b(?:pin|t?otp|2fa|mfa|tan|token|passcode|password|passwort|kennwort|clave|contraseña"
-    r"|senha|mot de passe|wachtwoord|lösenord|has[lł]o|parola|[sş]ifre)\b"
-    r"|verif|confirmation|authenti[ck]|authentifi|one[- ]?time|einmal|bestätigung|парол|подтвержд"
-    r"|验证码|驗證碼|コード|確認|인증|رمز|קוד|รหัส|mã xác", re.I)
-# What makes a number something else, if it stands right before it.
-_NO_CODE_BEFORE = _Pattern(
-    r"(?:\b(?:order|bestell\w*|auftrag\w*|invoice|rechnung\w*|facture|factura|fattura|receipt"
-    r"|quote|ref(?:erence|erenz)?|référence|ticket|vorgang\w*|kunden?n\w*|konto\w*|tracking"
-    r"|shipment|parcel|commande|pedido|ordine|zip|postal|post|plz|area|country|error|status|exit"
-    r"|http|tel(?:ephone|efon|éphone)?|phone|fax|hotline|room|suite|flight|build|version|release"
-    r"|port|serial|model|sku|artikel\w*|article|page|seite|box|vat|iban|bic|tax|isbn|total|amount"
-    r"|price|copyright|©|rfc|iso|cve|issue|pull request|job|bug|extension|ext"
-    r"|ending(?: in| with)?)"
-    r"|\b(?:account|acct|customer|client|member(?:ship)?|transaction|booking|reservation|case"
-    r"|item|mobile|contract|policy|student|employee)[\s-]*(?:number|num|no|nr|nummer|id|#))"
-    r"(?:[\s:.#-]|code|number|num|no|nr|n°|nummer|id|is|ist|est){0,12}$", re.I)
-_CURRENCY = r"eur|usd|gbp|chf|jpy|sek|nok|dkk|pln|zł|kr|kč|rs\.?|[$€£¥₹]"
-_PRICE_BEFORE = _Pattern(r"(?<![a-z])(?:%s)\s?$" % _CURRENCY, re.I)
-_UNIT_AFTER = _Pattern(
-    r"\s?(?:%s|euros?|dollars?|pounds?|%%|px|[kmgt]i?b|bytes?|octets?|ms|kg|km|cm|mm|m²|kwh|[mg]hz"
-    r"|points?|punkte|users?|people|items?|days?|tage|hours?|stunden|minutes?|seconds?|years?"
-    r"|jahre)(?!\w)" % _CURRENCY, re.I)
-# A piece of a longer number, set off with blanks.
-_NUMBER_BEFORE = _Pattern(r"(?<![A-Za-z0-9])[0-9]{1,4}(?:\)? |\)?[/-])$")
-_NUMBER_AFTER = _Pattern(r"[ -][0-9]{1,4}(?![A-Za-z0-9])")
-_YEAR = _Pattern(r"(?:19|20)[0-9]{2}")
-_DAY = _Pattern(r"(?:(?:19|20)[0-9]{2}(?:0[1-9]|1[0-2])(?:0[1-9]|[12][0-9]|3[01])"
-                  r"|(?:0[1-9]|[12][0-9]|3[01])(?:0[1-9]|1[0-2])(?:19|20)[0-9]{2})")
-# A token with nothing of a larger word, number, price, date, colour or address around it; an
-# ideograph (from U+2E80 on) is no part of a word here.
-_CODE = _Pattern(
-    r"(?<![^\W\u2e80-\uffff])(?<![@#/\\$€£¥%+&~])(?<![0-9][.,:/'-])(?<![0-9]\))"
-    r"(?:(?<![A-Za-z0-9]-)|(?<=\b[A-Z]-)|(?<=\b[A-Z][A-Z]-))"      # "G-482913"
-    r"(?P<code>[0-9]{3}[ -][0-9]{3}|[0-9]{4}[ -][0-9]{4}|[0-9](?: [0-9]){3,7}"
-    r"|[0-9]{2}(?: [0-9]{2}){2}|[A-Z0-9]{3,4}-[A-Z0-9]{3,4}|[A-Z0-9]{4,8}|[a-zA-Z0-9]{5,10})"
-    r"(?![^\W\u2e80-\uffff])(?![@/\\€£$%_=])(?![.,:'][0-9])(?!-\w)(?!/[0-9])(?!\.[a-z])")
-_ADDRESSES_AND_URLS = _Pattern(
-    r"(?:[a-z][a-z0-9+.-]{1,20}://|www\.|mailto:)[^\s<>\"]*|[^\s@<>\"]{1,64}@[^\s<>\"]+", re.I)
-_IS = r"(?:is|ist|lautet|est|es|è|é|jest|er|är)\b"
-_LEADS_TO = _Pattern(r"\w{0,10}[\s:=\"'*_()>#-]*(?:%s)?[\s:=\"'*_()>-]*" % _IS, re.I)
-_COLON = _Pattern(r"(?:[:=]|\b%s)[\s*_\"'(]*$" % _IS, re.I)
-_COPULA = _Pattern(r"[\s*_\"')]{0,3}(?:%s|[\u2e80-\uffff])" % _IS, re.I)
-_BREAK = _Pattern(r"[0-9]|[.!?](?=\s)")
-_HYPHENS = {0x2010: "-", 0x2011: "-", 0xA0: " ", 0x2007: " ", 0x2009: " ", 0x202F: " ",
-            0x200B: None, 0xAD: None, 0x2060: None, 0xFEFF: None}
-
-
-_DIGIT = _Pattern("[0-9]")
-
-
-def find_codes(text: str, subject: str) -> Tuple[str, ...]:
-    """The codes that a reader is meant to type in somewhere, in order, as they are typed:
-    "482 913" and "123-456" are 482913 and 123456, "K7Q-T2M" stays.
-
-    A candidate is 4 to 8 digits, two groups of three or four digits, digits set apart one by one,
-    or 4 to 8 capitals and digits; never a part of a longer word, number, URL or mail address.
-    It is a code, if
-
-    - a word such as code, PIN, OTP, password, verification is near: in the 80 characters before
-      it, or in the 60 after it on its line (small letters count, too, right after the word); or
-    - it has six digits; or it mixes capitals and digits more than once (G3H1Y2, not SHA256); or
-    - it stands alone on its line, in a mail that speaks of a code somewhere
-
-    and it is not
-
-    - what the word before it says: an order, invoice, account, telephone, ZIP number, a price ...
-    - a year, a date, an amount (a currency or unit after it), a round number (250000): unless
-      "code" comes right before it.
-    """
-    text = text[:MESSAGE_LIMITS.code_characters].translate(_HYPHENS)
-    if not _DIGIT.search(text):
-        return ()
-    text = _ADDRESSES_AND_URLS.sub("\ufffc", text)
-    codes: List[str] = []
-    about_codes, last = None, -100
-    for match in _CODE.finditer(text):
-        code = match.group("code")
-        if not _DIGIT.search(code):
-            continue
-        cue = _cue(text, match.start(), match.end())
-        if cue < 0:
-            continue
-        if not cue and match.start() - last < 20:       # "482 913 or 123-456"
-            cue = 1
-        if not cue and _alone(text, match.start(), match.end()):
-            if about_codes is None:
-                about_codes = bool(_CUE.search(subject) or _CUE.search(text))
-            cue = int(about_codes)
-        if not cue and not _is_word(text, match.start(), match.end()):      # uuencode, say
-            continue
-        if _is_code(code, cue):
-            digits = code.replace(" ", "").replace("-", "")
-            codes.append(digits if digits.isdigit() else code)
-            last = match.end()
-            if len(codes) >= MESSAGE_LIMITS.codes:
-                break
-    return tuple(codes)
-
-
-def _cue(text: str, start: int, end: int) -> int:
-    """How the words around a candidate speak for a code: -1 against it, 0 not at all, 1 for it,
-    2: for it, and right before it."""
-    before = text[max(0, start - 80):start]
-    line = before[before.rfind("\n") + 1:]
-    after = text[end:end + 60].partition("\n")[0]
-    if (_NO_CODE_BEFORE.search(line) or _PRICE_BEFORE.search(line) or _NUMBER_BEFORE.search(line)
-            or _UNIT_AFTER.match(after) or _NUMBER_AFTER.match(after)):
-        return -1
-    cue = collections.deque(_CUE.finditer(before), maxlen=1)       # the last one
-    if cue:
-        cue = cue[0]
-        between = before[cue.end():]
-        if _LEADS_TO.fullmatch(between):
-            return 2
-        if _COLON.search(between) or not _BREAK.search(between):
-            return 1
-    cue = _CUE.search(after)
-    if cue and not _BREAK.search(after[:cue.start()]):
-        return int(text[start:end].isdigit() or _COPULA.match(after) is not None)
-    return 0
-
-
-_WORD_START = _Pattern(r"(?:^|\s)[\"'(\[<*_]*$")
-_WORD_END = _Pattern(r"[\"')\]>*_.,:;!?]*(?:\s|$)")
-
-
-def _is_word(text: str, start: int, end: int) -> bool:
-    """Whether only blanks, quotes, brackets and a sentence's punctuation are around it."""
-    return bool(_WORD_START.search(text[max(0, start - 5):start])
-                and _WORD_END.match(text[end:end + 5]))
-
-
-def _alone(text: str, start: int, end: int) -> bool:
-    """Whether nothing else is on the line."""
-    return (not text[max(0, start - 200):start].rpartition("\n")[2].strip(" \t*_>|")
-            and not text[end:end + 200].partition("\n")[0].strip(" \t*_|."))
-
-
-def _changes(code: str) -> int:
-    """How often a token changes from letters to digits or back."""
-    return sum(a.isdigit() != b.isdigit() for a, b in zip(code, code[1:]))
-
-
-def _is_code(code: str, cue: int) -> bool:
-    if code.isdigit():
-        if cue < 2 and (_YEAR.fullmatch(code) or _DAY.fullmatch(code) or code.endswith("000")):
-            return False
-        return bool(cue) or len(code) == 6
-    if "-" in code and code.replace("-", "").isdigit() and _YEAR.match(code):
-        return cue == 2 and not _YEAR.fullmatch(code[5:])
-    if "-" in code or " " in code:
-        return bool(cue) and (cue == 2 or not code.endswith("000"))
-    if code.upper() != code:
-        return cue == 2 and code.lower() != code.upper() and _changes(code) > 0
-    return bool(cue) or _changes(code) > 1
-
-
-def _text_body(texts: List[str], subject: str) -> Body:
-    if not texts:
-        return Body()
-    text = "\n".join(texts)
-    return Body(text, find_text_links(text), find_codes(text, subject))
-
-
-_READABLE = _Pattern("[^\\s\u00ad\u034f\u200b-\u200f\u2060\ufeff]")
-_INVISIBLE = _Pattern("[\u00ad\u034f\u200b-\u200f\u2060\ufeff]+")
-
-
-def _preview(*texts: str) -> str:
-    """The beginning of the first text that has anything to read, on one line."""
-    for text in texts:
-        found = _READABLE.search(text)
-        if found:
-            head = text[found.start():found.start() + 5 * MESSAGE_LIMITS.preview_characters]
-            head = " ".join(_INVISIBLE.sub("", head).split())
-            return head[:MESSAGE_LIMITS.preview_characters].rstrip()
-    return ""
 
 
 # Whole mails
@@ -2640,6 +2640,11 @@ _END = b"\r\n.\r\n"
 _OBSOLETE = frozenset((b"EXPN", b"TURN", b"ETRN", b"ATRN", b"SEND", b"SOML", b"SAML"))
 
 
+def _read_nothing(syntax: str, argument: str) -> None:
+    if argument.strip():
+        raise Refuse(501, "5.5.4", f"Expected {syntax} alone, got {_seen(argument)} after it")
+
+
 def command(syntax: str, phases: Tuple[str, ...] = _ANY_PHASE,
             read: Callable[[str], Any] = str) -> Callable:
     """Makes a method the command that the syntax begins with; its HELP and its 503 follow."""
@@ -2652,11 +2657,6 @@ def command(syntax: str, phases: Tuple[str, ...] = _ANY_PHASE,
 
 def _raise(session: "Session", refusal: Refuse) -> Reply:
     raise refusal
-
-
-def _read_nothing(syntax: str, argument: str) -> None:
-    if argument.strip():
-        raise Refuse(501, "5.5.4", f"Expected {syntax} alone, got {_seen(argument)} after it")
 
 
 @functools.lru_cache(maxsize=1024)
@@ -2696,19 +2696,11 @@ class _Mail:
         self.size = size
 
 
-def _read_mail(argument: str) -> _Mail:
-    match = _MAIL.fullmatch(argument)
-    if not match:
-        raise Refuse(501, "5.5.4", f"Expected MAIL FROM:<address>, got 'MAIL' {_seen(argument)}")
-    path, parameters = match.group(1) or "", match.group(2)
-    said = _Mail(shared(path, len(path)), *_mail_parameters(parameters)) if parameters else (
-        _Mail(shared(path, len(path))))
-    local, _, domain = path.rpartition("@")
-    if domain and local and not _is_domain(domain):      # an empty one is a real client's
-        raise Refuse(501, "5.1.7", "Expected a domain or address literal, got "
-                                   f"{_seen(domain)}")
-    _check_ascii(path, said.utf8)
-    return said
+def _check_ascii(path: str, utf8: bool) -> None:
+    """RFC 6531 3.2: an address beyond ASCII needs SMTPUTF8 on MAIL."""
+    if not path.isascii() and not utf8:
+        raise Refuse(553, "5.6.7", f"Expected an ASCII address, or SMTPUTF8 on MAIL; "
+                                   f"got {_seen(path)}")
 
 
 def _mail_parameters(text: str) -> Tuple[bool, bool, int]:
@@ -2729,6 +2721,21 @@ def _mail_parameters(text: str) -> Tuple[bool, bool, int]:
         raise Refuse(555, "5.5.4", f"Unknown parameter {_seen(next(iter(given)))}: expected "
                                    f"SIZE, BODY, SMTPUTF8 or AUTH")
     return body == "8BITMIME", utf8, int(size)
+
+
+def _read_mail(argument: str) -> _Mail:
+    match = _MAIL.fullmatch(argument)
+    if not match:
+        raise Refuse(501, "5.5.4", f"Expected MAIL FROM:<address>, got 'MAIL' {_seen(argument)}")
+    path, parameters = match.group(1) or "", match.group(2)
+    said = _Mail(shared(path, len(path)), *_mail_parameters(parameters)) if parameters else (
+        _Mail(shared(path, len(path))))
+    local, _, domain = path.rpartition("@")
+    if domain and local and not _is_domain(domain):      # an empty one is a real client's
+        raise Refuse(501, "5.1.7", "Expected a domain or address literal, got "
+                                   f"{_seen(domain)}")
+    _check_ascii(path, said.utf8)
+    return said
 
 
 def _read_rcpt(argument: str) -> str:
@@ -2767,13 +2774,6 @@ def _without_secret(line: bytes) -> bytes:
                                                                                "CRAM-MD5")
     shown = words[:2] if known else words[:1]
     return b" ".join(shown + [b"********"] * (len(words) > len(shown)))
-
-
-def _check_ascii(path: str, utf8: bool) -> None:
-    """RFC 6531 3.2: an address beyond ASCII needs SMTPUTF8 on MAIL."""
-    if not path.isascii() and not utf8:
-        raise Refuse(553, "5.6.7", f"Expected an ASCII address, or SMTPUTF8 on MAIL; "
-                                   f"got {_seen(path)}")
 
 
 def _unbase64(text: str) -> bytes:
@@ -4538,6 +4538,9 @@ def follow_events(api: Api, request: Request) -> Response:
                     stream=_event_stream(api, request, after))
 
 
+_MEDIA_TYPE = _Pattern(r"[a-z0-9!#$&^_.+-]{1,127}/[a-z0-9!#$&^_.+-]{1,127}", re.I)
+
+
 def _with_images(api: Api, message: Message, content: Content) -> str:
     """The HTML with its cid: images as data: URLs, as long as that is not too large."""
     images = {part.content_id: part for part in content.attachments
@@ -4576,11 +4579,6 @@ def preview(api: Api, request: Request, id: str) -> Response:
 def source(api: Api, request: Request, id: str) -> Response:
     """A message's octets as text, to be looked at"""
     return Response(body=api.store.message(id).octets, type="text/plain; charset=utf-8")
-
-
-def download(api: Api, request: Request, id: str) -> Response:
-    """An attachment's octets, for who knows its id"""
-    return get_attachment(api, request, id)
 
 
 def health(api: Api, request: Request) -> Response:
@@ -4704,9 +4702,6 @@ def delete_messages(api: Api, request: Request) -> Response:
     return Response(204)
 
 
-_MEDIA_TYPE = _Pattern(r"[a-z0-9!#$&^_.+-]{1,127}/[a-z0-9!#$&^_.+-]{1,127}", re.I)
-
-
 def _as_download(name: str) -> Tuple[Tuple[str, str], ...]:
     """Header fields of a download.  RFC 6266: an ASCII name, and the real one encoded."""
     name = re.sub(r"[\x00-\x1f\x7f]", "", name)[-200:] or "attachment"
@@ -4732,6 +4727,11 @@ def get_attachment(api: Api, request: Request, id: str) -> Response:
     kind = part.content_type if _MEDIA_TYPE.fullmatch(part.content_type) else ""
     return Response(body=octets,
                     type=kind or "application/octet-stream", headers=_as_download(part.file_name))
+
+
+def download(api: Api, request: Request, id: str) -> Response:
+    """An attachment's octets, for who knows its id"""
+    return get_attachment(api, request, id)
 
 
 def get_email(api: Api, request: Request, id: str) -> Response:
@@ -5417,29 +5417,25 @@ def _error(request: Request, error: ApiError) -> Response:
     return Response(error.status, _json(value), headers=error.headers)
 
 
-def answer(api: Api, request: Request) -> Response:
-    """The response to a request, whatever it is."""
+def _has_key(key: str, authorization: str) -> bool:
+    """Whether Basic credentials hold the API key in either half, compared in constant time."""
+    scheme, _, text = authorization.partition(" ")
     try:
-        _check_host(api, request)
-        route, values = find_route(request.method, request.path)
-        _check_origin(request, route)
-        _check_access(api, request, route)
-        return route.run(api, request, *values)
-    except ApiError as error:
-        if error.status == 405 and request.method == "OPTIONS":
-            return Response(204, headers=error.headers)
-        return _error(request, error)
-    except Unknown as unknown:
-        return _error(request, ApiError(404, "not_found", str(unknown)))
-    except Full as full:
-        return _error(request, ApiError(503, "full", f"Try again later: {full}",
-                                        headers=(("Retry-After", "1"),)))
-    except Abandoned:
-        raise Hangup("hung up while it waited") from None
-    except Exception:                    # the edge of a request: the client learns no more
-        log_error("%s %s failed", request.method, request.path, trace=True)
-        return _error(request, ApiError(500, "internal", "This is a defect of mailtest; its log "
-                                                         "on standard error says more"))
+        user, _, password = base64.b64decode(text.strip(), validate=True).partition(b":")
+    except ValueError:
+        return False
+    right = [same(part, key.encode("utf-8")) for part in (user, password)]
+    return scheme.lower() == "basic" and any(right)
+
+
+def _network(client: str) -> str:
+    """Whose requests are counted together: an IPv4 address, an IPv6 /64."""
+    if client.lower().startswith("::ffff:"):
+        client = client[7:]
+    try:
+        return socket.inet_pton(socket.AF_INET6, client)[:8].hex()
+    except (OSError, ValueError):        # IPv4, or whatever a proxy calls it
+        return client
 
 
 _LITERAL_OR_LOCAL = re.compile(r"(?:[0-9]{1,3}(?:\.[0-9]{1,3}){3}|\[[0-9a-f:.]+\]|[a-z0-9_-]+|"
@@ -5469,27 +5465,6 @@ def _check_origin(request: Request, route: Route) -> None:
                        f"page, got Origin {str(origin)[:80]!r}, Sec-Fetch-Site {site[:20]!r}")
 
 
-def _network(client: str) -> str:
-    """Whose requests are counted together: an IPv4 address, an IPv6 /64."""
-    if client.lower().startswith("::ffff:"):
-        client = client[7:]
-    try:
-        return socket.inet_pton(socket.AF_INET6, client)[:8].hex()
-    except (OSError, ValueError):        # IPv4, or whatever a proxy calls it
-        return client
-
-
-def _has_key(key: str, authorization: str) -> bool:
-    """Whether Basic credentials hold the API key in either half, compared in constant time."""
-    scheme, _, text = authorization.partition(" ")
-    try:
-        user, _, password = base64.b64decode(text.strip(), validate=True).partition(b":")
-    except ValueError:
-        return False
-    right = [same(part, key.encode("utf-8")) for part in (user, password)]
-    return scheme.lower() == "basic" and any(right)
-
-
 def _check_access(api: Api, request: Request, route: Route) -> None:
     policy = api.policy
     if route.access == "inbox":
@@ -5506,6 +5481,31 @@ def _check_access(api: Api, request: Request, route: Route) -> None:
             raise ApiError(401, "unauthorized", "Expected HTTP Basic authentication with the API "
                            "key as user or password",
                            headers=(("WWW-Authenticate", 'Basic realm="mailtest"'),))
+
+
+def answer(api: Api, request: Request) -> Response:
+    """The response to a request, whatever it is."""
+    try:
+        _check_host(api, request)
+        route, values = find_route(request.method, request.path)
+        _check_origin(request, route)
+        _check_access(api, request, route)
+        return route.run(api, request, *values)
+    except ApiError as error:
+        if error.status == 405 and request.method == "OPTIONS":
+            return Response(204, headers=error.headers)
+        return _error(request, error)
+    except Unknown as unknown:
+        return _error(request, ApiError(404, "not_found", str(unknown)))
+    except Full as full:
+        return _error(request, ApiError(503, "full", f"Try again later: {full}",
+                                        headers=(("Retry-After", "1"),)))
+    except Abandoned:
+        raise Hangup("hung up while it waited") from None
+    except Exception:                    # the edge of a request: the client learns no more
+        log_error("%s %s failed", request.method, request.path, trace=True)
+        return _error(request, ApiError(500, "internal", "This is a defect of mailtest; its log "
+                                                         "on standard error says more"))
 
 
 # ---- HTTP server -----------------------------------------------------------
@@ -8289,167 +8289,9 @@ def _why_not(error: OSError, options: argparse.Namespace) -> str:
     return f"cannot start with --host {options.host} {shown}: {error}"
 
 
-def main(arguments: Optional[List[str]] = None) -> int:
-    """Runs the program; returns its exit status."""
-    arguments = sys.argv[1:] if arguments is None else arguments
-    if arguments[:1] == ["sendmail"]:
-        return sendmail(arguments[1:])
-    LOG_SETTINGS.update(stream=sys.stderr, format="mailtest: %(message)s")
-    parser = _options()
-    options = parser.parse_args(arguments)
-    limits = _limits(options)
-    if limits.max_size + limits.message_cost + limits.inbox_cost > limits.max_memory:
-        parser.error(f"expected --max-memory to hold a mail of --max-size, got "
-                     f"{limits.max_memory} and {limits.max_size} octets")
-    if options.timeout and not options.exit_after:
-        parser.error("--timeout needs --exit-after")
-    server = None
-    with _signals(_interrupt):
-        try:
-            server = _mailtest(options)
-            _share_one_heap()
-            server.start()
-            return _run(server, options)
-        except ValueError as error:
-            parser.error(str(error))
-        except OSError as error:
-            print(f"mailtest: {_why_not(error, options)}", file=sys.stderr)
-            return 1
-        except KeyboardInterrupt:
-            return 0 if not options.exit_after else 1
-        finally:
-            with _signals(signal.SIG_IGN):           # a second one must not break the stop
-                if server is not None:
-                    server.stop()
-
-
-def _interrupt(*_: Any) -> None:
-    raise KeyboardInterrupt
-
-
-@contextlib.contextmanager
-def _signals(handler: Any) -> Iterator[None]:
-    """Handles what ends the program, and puts back what handled it before."""
-    known = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGBREAK")
-             if hasattr(signal, name)]               # the last on Windows
-    before = [signal.signal(each, handler) for each in known]
-    try:
-        yield
-    finally:
-        for each, old in zip(known, before):
-            signal.signal(each, old if old is not None else signal.SIG_DFL)
-
-
-def _libc(name: str) -> Any:
-    """A function of the C library, None where it has none of that name."""
-    try:
-        import ctypes
-        return getattr(ctypes.CDLL(None), name, None)
-    except (ImportError, OSError, TypeError):        # a Python without ctypes; Windows
-        return None
-
-
-_M_ARENA_MAX = -8                        # malloc.h of glibc
-
-
-def _share_one_heap() -> None:
-    """Lets all threads allocate from the main heap, which glibc grows by 128 kB; it grows that of
-    a thread page by page, and asking for each costs 4 % of the speed."""
-    mallopt = _libc("mallopt")
-    if mallopt is not None:
-        mallopt(_M_ARENA_MAX, 1)
-
-
-def _give_back_memory(store: Store) -> None:
-    """Returns memory to the system after the start and after much mail has ended, since glibc
-    keeps it otherwise: the body of a thread."""
-    trim = _libc("malloc_trim")
-    time.sleep(0.1)                      # whoever waited for the start comes first
-    held = None
-    while trim is not None and not store.closed:
-        now = store.counters()["octets"]
-        if held is None or now < held - 4_000_000:
-            trim(0)
-            held = now
-        held = max(held, now)
-        time.sleep(2)
-
-
-def _wait_for_signal() -> None:
-    """Returns, or raises what a handler raises, once a signal came.
-
-    The system may hand a signal to any thread, and then it wakes no sleep of this one; what it
-    writes to the wake-up descriptor does.
-    """
-    told, teller = socket.socketpair()
-    teller.setblocking(False)
-    before = signal.set_wakeup_fd(teller.fileno())
-    try:
-        told.recv(1)
-    finally:
-        signal.set_wakeup_fd(before)
-        told.close()
-        teller.close()
-
-
-def _run(server: Mailtest, options: argparse.Namespace) -> int:
-    """Says that the ports answer, then waits for the end."""
-    ready = {"smtp": server.smtp, "http": server.url}
-    if server.smtps_port is not None:
-        ready["smtps"] = f"{server.smtp.rpartition(':')[0]}:{server.smtps_port}"
-    print(json.dumps(ready), flush=True)
-    gc.freeze()                          # what is here stays; and mail makes no cycles, so
-    gc.set_threshold(10_000, 20, 100)    # looking for them often finds nothing
-    threading.Thread(target=_give_back_memory, args=(server.store,), daemon=True).start()
-    local = options.host in ("::1", "localhost") or options.host.startswith("127.")
-    if not local and not options.api_key:
-        print(f"mailtest: anyone who reaches {options.host} can read and delete this mail; "
-              "--api-key closes it", file=sys.stderr, flush=True)
-    while not options.exit_after:
-        _wait_for_signal()
-    until = time.monotonic() + (options.timeout or float("inf"))
-    found: List[Message] = []
-    while True:                          # in steps: Windows delivers Ctrl-C between them
-        left = max(0.0, min(1.0, until - time.monotonic()))
-        number = found[-1].number if found else 0
-        found += server.wait_for(options.exit_after - len(found), left, number)[::-1]
-        if len(found) >= options.exit_after:
-            server.let_quit(0.5)
-            print("[" + ",\n".join(map(server.json, found)) + "]", flush=True)
-            return 0
-        if time.monotonic() >= until:
-            print(f"mailtest: expected {options.exit_after} messages within "
-                  f"{options.timeout:g} s, got {len(found)}", file=sys.stderr)
-            return 1
-
-
 # -- the sendmail stand-in
 
 _EX_OK, _EX_USAGE, _EX_NOUSER, _EX_UNAVAILABLE, _EX_TEMPFAIL = 0, 64, 67, 69, 75   # sysexits.h
-
-
-def sendmail(arguments: List[str]) -> int:
-    """Takes a mail on standard input to a catcher, as /usr/sbin/sendmail would; exit status by
-    sysexits.h.  The catcher: -S HOST:PORT, or MAILTEST_SMTP, or 127.0.0.1:2525."""
-    try:
-        flags, recipients = _sendmail_flags(arguments)
-        if "m" in flags:                 # with -s and -m the whole mail is on the command line
-            from email.header import Header
-            subject = Header(flags.get("s", ""), "utf-8" if not flags.get("s", "").isascii() else
-                             "us-ascii").encode()
-            octets = f"Subject: {subject}\n\n{flags['m']}\n".encode("utf-8", "surrogateescape")
-        else:
-            octets = sys.stdin.buffer.read()
-        octets, named = _completed(octets, flags, recipients)
-    except ValueError as error:
-        print(f"sendmail: {error}", file=sys.stderr)
-        return _EX_USAGE
-    recipients = recipients + (named if "t" in flags else [])
-    if not recipients:
-        print("sendmail: expected a recipient: as an argument, or with -t in To, Cc or Bcc",
-              file=sys.stderr)
-        return _EX_USAGE
-    return _hand_over(flags, list(dict.fromkeys(map(_qualified, recipients))), octets)
 
 
 def _line(text: str) -> str:
@@ -8579,6 +8421,166 @@ def _hand_over(flags: Dict[str, str], recipients: List[str], octets: bytes) -> i
     if not refused:
         return _EX_OK
     return _EX_TEMPFAIL if any(code < 500 for code, _ in refused.values()) else _EX_NOUSER
+
+
+def sendmail(arguments: List[str]) -> int:
+    """Takes a mail on standard input to a catcher, as /usr/sbin/sendmail would; exit status by
+    sysexits.h.  The catcher: -S HOST:PORT, or MAILTEST_SMTP, or 127.0.0.1:2525."""
+    try:
+        flags, recipients = _sendmail_flags(arguments)
+        if "m" in flags:                 # with -s and -m the whole mail is on the command line
+            from email.header import Header
+            subject = Header(flags.get("s", ""), "utf-8" if not flags.get("s", "").isascii() else
+                             "us-ascii").encode()
+            octets = f"Subject: {subject}\n\n{flags['m']}\n".encode("utf-8", "surrogateescape")
+        else:
+            octets = sys.stdin.buffer.read()
+        octets, named = _completed(octets, flags, recipients)
+    except ValueError as error:
+        print(f"sendmail: {error}", file=sys.stderr)
+        return _EX_USAGE
+    recipients = recipients + (named if "t" in flags else [])
+    if not recipients:
+        print("sendmail: expected a recipient: as an argument, or with -t in To, Cc or Bcc",
+              file=sys.stderr)
+        return _EX_USAGE
+    return _hand_over(flags, list(dict.fromkeys(map(_qualified, recipients))), octets)
+
+
+# -- running
+
+def _interrupt(*_: Any) -> None:
+    raise KeyboardInterrupt
+
+
+@contextlib.contextmanager
+def _signals(handler: Any) -> Iterator[None]:
+    """Handles what ends the program, and puts back what handled it before."""
+    known = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGBREAK")
+             if hasattr(signal, name)]               # the last on Windows
+    before = [signal.signal(each, handler) for each in known]
+    try:
+        yield
+    finally:
+        for each, old in zip(known, before):
+            signal.signal(each, old if old is not None else signal.SIG_DFL)
+
+
+def _libc(name: str) -> Any:
+    """A function of the C library, None where it has none of that name."""
+    try:
+        import ctypes
+        return getattr(ctypes.CDLL(None), name, None)
+    except (ImportError, OSError, TypeError):        # a Python without ctypes; Windows
+        return None
+
+
+_M_ARENA_MAX = -8                        # malloc.h of glibc
+
+
+def _share_one_heap() -> None:
+    """Lets all threads allocate from the main heap, which glibc grows by 128 kB; it grows that of
+    a thread page by page, and asking for each costs 4 % of the speed."""
+    mallopt = _libc("mallopt")
+    if mallopt is not None:
+        mallopt(_M_ARENA_MAX, 1)
+
+
+def _give_back_memory(store: Store) -> None:
+    """Returns memory to the system after the start and after much mail has ended, since glibc
+    keeps it otherwise: the body of a thread."""
+    trim = _libc("malloc_trim")
+    time.sleep(0.1)                      # whoever waited for the start comes first
+    held = None
+    while trim is not None and not store.closed:
+        now = store.counters()["octets"]
+        if held is None or now < held - 4_000_000:
+            trim(0)
+            held = now
+        held = max(held, now)
+        time.sleep(2)
+
+
+def _wait_for_signal() -> None:
+    """Returns, or raises what a handler raises, once a signal came.
+
+    The system may hand a signal to any thread, and then it wakes no sleep of this one; what it
+    writes to the wake-up descriptor does.
+    """
+    told, teller = socket.socketpair()
+    teller.setblocking(False)
+    before = signal.set_wakeup_fd(teller.fileno())
+    try:
+        told.recv(1)
+    finally:
+        signal.set_wakeup_fd(before)
+        told.close()
+        teller.close()
+
+
+def _run(server: Mailtest, options: argparse.Namespace) -> int:
+    """Says that the ports answer, then waits for the end."""
+    ready = {"smtp": server.smtp, "http": server.url}
+    if server.smtps_port is not None:
+        ready["smtps"] = f"{server.smtp.rpartition(':')[0]}:{server.smtps_port}"
+    print(json.dumps(ready), flush=True)
+    gc.freeze()                          # what is here stays; and mail makes no cycles, so
+    gc.set_threshold(10_000, 20, 100)    # looking for them often finds nothing
+    threading.Thread(target=_give_back_memory, args=(server.store,), daemon=True).start()
+    local = options.host in ("::1", "localhost") or options.host.startswith("127.")
+    if not local and not options.api_key:
+        print(f"mailtest: anyone who reaches {options.host} can read and delete this mail; "
+              "--api-key closes it", file=sys.stderr, flush=True)
+    while not options.exit_after:
+        _wait_for_signal()
+    until = time.monotonic() + (options.timeout or float("inf"))
+    found: List[Message] = []
+    while True:                          # in steps: Windows delivers Ctrl-C between them
+        left = max(0.0, min(1.0, until - time.monotonic()))
+        number = found[-1].number if found else 0
+        found += server.wait_for(options.exit_after - len(found), left, number)[::-1]
+        if len(found) >= options.exit_after:
+            server.let_quit(0.5)
+            print("[" + ",\n".join(map(server.json, found)) + "]", flush=True)
+            return 0
+        if time.monotonic() >= until:
+            print(f"mailtest: expected {options.exit_after} messages within "
+                  f"{options.timeout:g} s, got {len(found)}", file=sys.stderr)
+            return 1
+
+
+def main(arguments: Optional[List[str]] = None) -> int:
+    """Runs the program; returns its exit status."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if arguments[:1] == ["sendmail"]:
+        return sendmail(arguments[1:])
+    LOG_SETTINGS.update(stream=sys.stderr, format="mailtest: %(message)s")
+    parser = _options()
+    options = parser.parse_args(arguments)
+    limits = _limits(options)
+    if limits.max_size + limits.message_cost + limits.inbox_cost > limits.max_memory:
+        parser.error(f"expected --max-memory to hold a mail of --max-size, got "
+                     f"{limits.max_memory} and {limits.max_size} octets")
+    if options.timeout and not options.exit_after:
+        parser.error("--timeout needs --exit-after")
+    server = None
+    with _signals(_interrupt):
+        try:
+            server = _mailtest(options)
+            _share_one_heap()
+            server.start()
+            return _run(server, options)
+        except ValueError as error:
+            parser.error(str(error))
+        except OSError as error:
+            print(f"mailtest: {_why_not(error, options)}", file=sys.stderr)
+            return 1
+        except KeyboardInterrupt:
+            return 0 if not options.exit_after else 1
+        finally:
+            with _signals(signal.SIG_IGN):           # a second one must not break the stop
+                if server is not None:
+                    server.stop()
 
 
 def _late_main() -> None:
