@@ -2895,7 +2895,7 @@ class Transaction:
     def __init__(self, mail: _Mail):
         self.mail = mail
         self.forward_paths: List[str] = []
-        self.data: Optional[MailData] = None         # once DATA or BDAT was said
+        self.data: Optional[MailData] = None         # what came of its octets, if not all at once
 
 
 class Session:
@@ -2951,7 +2951,8 @@ class Session:
     @property
     def in_data(self) -> bool:
         """Mail data is arriving: a stop should wait for its end."""
-        return self.transaction is not None and self.transaction.data is not None
+        return self._take is Session._take_data or (
+            self.transaction is not None and self.transaction.data is not None)
 
     # -- what the server calls
 
@@ -2998,7 +2999,8 @@ class Session:
             return
         self.ended = self.halted = True
         if self.in_data:
-            how += f", {self.transaction.data.size} octets into the mail data"
+            data = self.transaction.data
+            how += f", {data.size if data is not None else 0} octets into the mail data"
         self.cut_off = how != "quit" or bool(self._buffer)
         self._reset()
         self._buffer = b""
@@ -3096,10 +3098,11 @@ class Session:
     def _take_data(self) -> Optional[Reply]:
         """Takes mail data up to CRLF.CRLF, and nothing else ends it (RFC 5321 4.1.1.4)."""
         octets, tail, data = self._buffer, self._tail, self.transaction.data
-        if octets.endswith(_END) and data.size == 0 and (
-                octets.rfind(b"\r\n.", 0, -3) < 0 and octets[0] != 46):
-            self._buffer = b""           # as a rule: the whole mail, and no dot was doubled
-            return self._finish(octets[:-3], len(octets) - 3)
+        if data is None:
+            if octets.endswith(_END) and octets.rfind(b"\r\n.", 0, -3) < 0 and octets[0] != 46:
+                self._buffer = b""       # as a rule: the whole mail, and no dot was doubled
+                return self._finish(octets[:-3], len(octets) - 3)
+            data = self.transaction.data = MailData(self.store)
         at = (tail + octets[:4]).find(_END)
         if at >= 0:
             end = at + 5 - len(tail)
@@ -3141,11 +3144,11 @@ class Session:
     def _finish(self, octets: bytes, size: int) -> Reply:
         """Ends the transaction: the message is stored before its 250 is made.  `size`: of what
         was sent."""
-        transaction, dialogue = self.transaction, self._part()
+        transaction, data, dialogue = self.transaction, self.transaction.data, self._part()
         self._lines.append(b"C: (%d octets of mail data)\r\n" % size)
         try:
-            if transaction.data.refusal is not None:
-                raise transaction.data.refusal
+            if data is not None and data.refusal is not None:
+                raise data.refusal
             if len(octets) > self.store.limits.max_size:     # RFC 1870 3: without stuffed dots
                 raise _too_large(self.store.limits)
             if self.store.scripts:
@@ -3292,7 +3295,6 @@ class Session:
     def _data(self, argument: str) -> Reply:
         if self.transaction.data is not None:
             raise Refuse(503, "5.5.1", "Expected BDAT: this transaction began with it")
-        self.transaction.data = MailData(self.store)
         self._take, self._tail = Session._take_data, b"\r\n"    # as if after a line's end
         return _DATA_OK
 
