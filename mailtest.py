@@ -2759,10 +2759,7 @@ _envelope = functools.lru_cache(maxsize=256)(Envelope)         # one for mails t
 
 def _without_stuffing(octets: bytes) -> bytes:
     """Mail data as it was before the client doubled leading dots (RFC 5321 4.5.2)."""
-    if octets.startswith(b"."):
-        octets = octets[1:]
-    # From the end, because there a miss costs less than half of what `in` and find() take.
-    return octets if octets.rfind(b"\r\n.") < 0 else octets.replace(b"\r\n.", b"\r\n")
+    return octets[octets.startswith(b"."):].replace(b"\r\n.", b"\r\n")
 
 
 def _without_secret(line: bytes) -> bytes:
@@ -2839,13 +2836,14 @@ def _too_large(limits: Limits) -> Refuse:
 class MailData:
     """The octets of one message while they arrive: bounded, and counted in the Store."""
 
-    __slots__ = ("_store", "_chunks", "_reserved", "size", "refusal")
+    __slots__ = ("_store", "_chunks", "_reserved", "size", "dots", "refusal")
 
     def __init__(self, store: Store):
         self._store = store
         self._chunks: List[bytes] = []
         self._reserved = 0
         self.size = 0
+        self.dots = False                # some line may begin with a dot
         self.refusal: Optional[Refuse] = None        # from then on octets are counted, not kept
 
     def add(self, octets: bytes) -> None:
@@ -3103,12 +3101,19 @@ class Session:
                 self._buffer = b""       # as a rule: the whole mail, and no dot was doubled
                 return self._finish(octets[:-3], len(octets) - 3)
             data = self.transaction.data = MailData(self.store)
-        at = (tail + octets[:4]).find(_END)
-        if at >= 0:
+        seam = tail + octets[:4]
+        dots = octets.rfind(b"\r\n.") >= 0           # a miss costs less than half of find()'s
+        at = seam.find(_END)
+        if at >= 0:                      # the dot of the end is none of the mail's
             end = at + 5 - len(tail)
-        elif octets.rfind(_END) >= 0:    # faster than find(), as in _without_stuffing()
-            end = octets.find(_END) + 5
+            dots, seam = False, seam[:at + 2]
+        elif dots and (at := octets.find(_END)) >= 0:
+            end = at + 5
+            dots = octets.rfind(b"\r\n.", 0, at + 2) >= 0
         else:
+            end = 0
+        data.dots = data.dots or dots or b"\r\n." in seam
+        if not end:
             data.add(octets)
             self._tail = (tail + octets)[-4:]
             self._buffer = b""
@@ -3117,8 +3122,8 @@ class Session:
         cut = max(0, 3 - end)            # of the final ".CRLF", what came before
         if end > 3:                      # the CRLF belongs to the last line; ".CRLF" does not
             data.add(octets[:end - 3])
-        size = data.size - cut
-        return self._finish(_without_stuffing(data.take(cut)), size)
+        size, octets = data.size - cut, data.take(cut)
+        return self._finish(_without_stuffing(octets) if data.dots else octets, size)
 
     def _take_chunk(self) -> Optional[Reply]:
         """Takes octets of a BDAT chunk (RFC 3030 2), also of one that is refused."""
