@@ -131,7 +131,7 @@ class Limits(NamedTuple):
     waiters: int = 500                # requests that wait at once; more get 503
     followers: int = 50               # event streams at once; each mail wakes them all
     sending: int = 250_000_000        # octets of large answers that are under way at once
-    events: int = 2_000               # events kept for those who resume
+    events: int = 2_000               # kept beside the arrivals of mail; given in one answer
     kept: int = 4_000_000             # octets of JSON kept ready
     rate: int = 0                     # requests a minute and client to the Mailtest service
     rate_clients: int = 10_000        # client addresses whose requests are counted
@@ -1831,21 +1831,18 @@ class SessionRecord(NamedTuple):
     transcript: bytes
 
 
-@functools.lru_cache(maxsize=4096)
 def inbox_key(address: str) -> str:
     """Under which an address is kept: domains compare without case (RFC 5321 2.4), and so do
     local-parts, as everyone's mail system does in practice."""
     return address.lower()
 
 
-@functools.lru_cache(maxsize=4096)
 def untagged(key: str) -> str:
     """The key without `+tag`: local+tag@domain -> local@domain."""
     local, at, domain = key.rpartition("@")
     return local.partition("+")[0] + at + domain if at and not key.startswith('"') else key
 
 
-@functools.lru_cache(maxsize=4096)
 def servers_of(key: str) -> Tuple[str, ...]:
     """The server ids of an address: the first label of its domain, and the whole domain."""
     domain = key.rpartition("@")[2] if "@" in key else ""    # an outbox or a telephone has none
@@ -1943,8 +1940,8 @@ class Store:
             maxlen=limits.sessions)
         self._session_count = 0
         self._accepted = {"Email": 0, "SMS": 0}
-        self._hours: Dict[int, Dict[str, int]] = {}            # the same before an hour since 1970
-        self._hour_ends = 0.0                                  # the latest one of these
+        self._hours: Dict[int, Dict[str, int]] = {}            # hour since 1970: what _accepted
+        self._hour_ends = 0.0                                  # was then; when the latest ends
         self._kept: Dict[str, Message] = {}                    # whose JSON is kept, oldest first
         self._kept_octets = 0
         self._polls: "collections.OrderedDict[Any, float]" = collections.OrderedDict()
@@ -2119,7 +2116,7 @@ class Store:
                 heapq.merge(arrivals, reversed(self._events), reverse=True)),
                 self.limits.events + 1))
             lost = after < self._forgotten or len(found) > self.limits.events
-        return found[self.limits.events - 1::-1], lost
+        return found[:self.limits.events][::-1], lost
 
     @property
     def number(self) -> int:
@@ -2288,7 +2285,8 @@ class Store:
     def transactions(self) -> List[Tuple[float, int, int]]:
         """The last 24 hours, newest first: when each began, mails and SMS accepted in it."""
         with self._lock:
-            this, after, found = int(self.wall() // 3600), self._accepted, []
+            this = int(max(self.wall(), self._latest_time) // 3600)
+            after, found = self._accepted, []
             for hour in range(this, this - 24, -1):
                 before = self._hours.get(hour, after)          # nothing came in it
                 found.append((hour * 3600.0, after["Email"] - before["Email"],
@@ -2460,6 +2458,8 @@ class Store:
     def _drop(self, message: Message) -> None:
         """Forgets a message that no inbox holds any longer."""
         del self._messages[message.id]
+        if not self._messages:           # else what asks for the last one looks at each gap
+            self._messages.clear()
         self._octets -= message.cost
         self._forget(message.id)
         for server in message.servers:
@@ -2478,9 +2478,10 @@ class Store:
 
     def _happened(self, kind: str, data: Dict[str, Any]) -> None:
         self._number += 1
+        event = Event(self._number, kind, data)
         if len(self._events) == self.limits.events:
-            self._forgotten = self._events[0].number
-        self._events.append(Event(self._number, kind, data))
+            self._forgotten = (self._events or [event])[0].number
+        self._events.append(event)
         if self.following:
             self._changed.notify_all()
 
@@ -2843,7 +2844,7 @@ class MailData:
         self._chunks: List[bytes] = []
         self._reserved = 0
         self.size = 0
-        self.dots = False                # some line may begin with a dot
+        self.dots = False                # some line of DATA may begin with a dot
         self.refusal: Optional[Refuse] = None        # from then on octets are counted, not kept
 
     def add(self, octets: bytes) -> None:
@@ -2893,7 +2894,7 @@ class Transaction:
     def __init__(self, mail: _Mail):
         self.mail = mail
         self.forward_paths: List[str] = []
-        self.data: Optional[MailData] = None         # what came of its octets, if not all at once
+        self.data: Optional[MailData] = None         # pieces of DATA, or chunks of BDAT
 
 
 class Session:
@@ -2942,15 +2943,16 @@ class Session:
         self._bounds = store.limits.transcript_lines, store.limits.transcript_line
         self._opening: Optional[bytes] = None        # the transcript up to the first MAIL,
         self._lines: List[bytes] = []                # since the latest one, and the last lines
-        self._past: List[bytes] = []                 # in between, or a few more
+        self._past: List[bytes] = []                 # in between, up to twice as many
 
     # -- facts
 
     @property
     def in_data(self) -> bool:
         """Mail data is arriving: a stop should wait for its end."""
+        transaction = self.transaction   # once: the thread that stops the server asks, too
         return self._take is Session._take_data or (
-            self.transaction is not None and self.transaction.data is not None)
+            transaction is not None and transaction.data is not None)
 
     # -- what the server calls
 
@@ -2968,6 +2970,7 @@ class Session:
                 reply = take(self)
             except Refuse as refusal:
                 reply = self._refused_with(refusal.reply)
+                refusal.__traceback__ = None         # else it leads to itself, see _read()
             except Drop as drop:
                 if drop.reply is not None:
                     replies.append(self._say(self._refused_with(drop.reply)))
@@ -3187,8 +3190,8 @@ class Session:
             line.argument = found.read(rest.decode("utf-8"))
         except UnicodeDecodeError:       # RFC 6531 3.1: what is not ASCII is UTF-8
             line.run, line.argument = _raise, Refuse(501, "5.5.2", "Expected ASCII or UTF-8")
-        except Refuse as refusal:
-            line.run, line.argument = _raise, refusal
+        except Refuse as refusal:        # what leads to it would lead to the line: a cycle
+            line.run, line.argument = _raise, refusal.with_traceback(None)
         if found is COMMANDS[b"AUTH"]:
             line.noted = b"C: %b\r\n" % _without_secret(octets[:-2])
         elif len(octets) <= _REMEMBERED and line.run is not _raise:
@@ -3821,9 +3824,10 @@ class Listener:
 
     def _rounds(self) -> None:
         """Leads, until this thread steps down or the listener stops."""
-        me, ready = threading.get_ident(), self.ready
+        me, ready, spin = threading.get_ident(), self.ready, 0.0
         while not self.stopping.is_set():
-            for found in self._next():
+            for found in self._next(spin):
+                spin = _SPIN
                 if found.__class__ is Connection:
                     self._turn(found, ready)
                 elif found == self._accept:
@@ -3856,12 +3860,12 @@ class Listener:
         self.step_down(connection)
         self.stuck(connection, rest)
 
-    def _next(self) -> List[Any]:
-        """What is ready, waited for.  It looks for some microseconds before it sleeps: a client
-        on another core answers sooner than a sleeping thread wakes."""
+    def _next(self, spin: float) -> List[Any]:
+        """What is ready, waited for.  After a turn it looks for some microseconds before it
+        sleeps: a client on another core answers sooner than a sleeping thread wakes."""
         found: List[Any] = []
-        if len(self._connections) <= 2:
-            until = time.perf_counter() + _SPIN
+        if spin and len(self._connections) <= 2:
+            until = time.perf_counter() + spin
             while not found and time.perf_counter() < until:
                 found = self._poller.ready(0)
         found = found or self._poller.ready(1.0)
@@ -5146,9 +5150,10 @@ def receive_sms(api: Api, request: Request, sid: str) -> Response:
         if not value:
             raise ApiError(400, "bad_request", f"A '{name}' is required: expected form fields "
                            "From, To and Body", name, code=21604, message=f"'{name}' is required")
-        if name != "Body" and not re.fullmatch(r"[^\x00-\x20\x7f]{1,100}( [^\x00-\x20\x7f]+)*",
-                                               value):
-            raise _bad(name, "a telephone number or sender id (a + is sent as %2B)", value)
+        if name != "Body" and (len(value) > 100 or not re.fullmatch(
+                r"[^\x00-\x20\x7f]+( [^\x00-\x20\x7f]+)*", value)):
+            raise _bad(name, "a telephone number or sender id of at most 100 characters (a + is "
+                             "sent as %2B)", value)
     message = Message(new_id(), text.encode("utf-8", "replace"),
                       Envelope(sender, (to,), None, request.client), kind="SMS")
     api.store.deliver(message)

@@ -15,6 +15,7 @@ import datetime
 import email.message
 import errno
 import functools
+import gc
 import hmac
 import http.client
 import http.server
@@ -1549,6 +1550,14 @@ def test_arrivals_are_events_as_long_as_the_message_is_there():
     assert ([event.kind for event in events], lost) == (["inbox", "inbox", "message"], False)
     events, lost = store.events(0, 0.0)
     assert ([event.number for event in events], lost) == ([2, 3, 4], True)
+
+
+def test_no_event_need_be_kept():
+    _, store = store_on_clock(events=0)
+    store.acquire()
+    assert store.events(0, 0.0) == ([], True)
+    delivered(store, "a@x.example")
+    assert store.events(1, 0.0) == ([], True)
 
 
 def test_no_events_are_lost_before_the_first():
@@ -3822,6 +3831,28 @@ def test_exception_in_a_session_is_answered_and_costs_one_connection_alone(monke
             assert another.lines(4) == TRANSACTION_OK + QUEUED_OK
 
 
+# -- what it costs
+
+def test_refusals_leave_nothing_to_the_garbage_collector():
+    _, _, session = new_session()
+    say(session, "EHLO x", "MAIL FROM:<a@b.example> X=1", "RCPT TO:nobody", "FOO")
+    gc.collect()
+    say(session, "MAIL FROM:<a@b.example> X=2", "RCPT TO:no-one", "BAR")
+    assert gc.collect() == 0
+
+
+def test_http_does_not_spin_for_what_another_thread_serves(monkeypatch):
+    looks = []
+    ready = mailtest.Poller.ready
+    monkeypatch.setattr(mailtest.Poller, "ready", lambda poller, seconds: (
+        looks.append((poller, seconds)), ready(poller, seconds))[1])
+    with mailtest.Mailtest() as server:
+        for _ in range(3):
+            urllib.request.urlopen(server.url + "/healthz").close()
+        poller = server._servers[1]._poller
+    assert {seconds for each, seconds in looks if each is poller} == {1.0}
+
+
 # -- how connections end
 
 def session_end(store):
@@ -5361,6 +5392,10 @@ def test_usage_counts_what_was_accepted():
     delivered(api.store, "a@x.example")
     items = got(api, "/api/usage/transactions")["items"]
     assert [item["email"] for item in items] == [1] + 23 * [0]
+    clock.now -= 3_600                   # somebody sets the clock: mail stays in its hour
+    delivered(api.store, "a@x.example")
+    assert got(api, "/api/usage/transactions")["items"][0] == {
+        "timestamp": "2026-11-22T03:00:00.000000+00:00", "email": 2, "sms": 0}
 
 
 SPAMMY = mail("x", "<form><script></script><iframe></iframe><embed><object></object></form>"
@@ -5497,13 +5532,13 @@ def test_sms_from_a_messaging_service_needs_no_number():
     assert ask(api, "POST", TWILIO, b"To=%2B49&MessagingServiceSid=MG1&Body=b").status == 201
 
 
-@pytest.mark.parametrize("to", ["a%0d%0ab", "%00", "x" * 101, "+49"])
+@pytest.mark.parametrize("to", ["a%0d%0ab", "%00", "x" * 101, "x" * 99 + "%20x", "+49"])
 def test_sms_to_what_is_no_number_is_refused(to):
     _, api = api_on_clock()
     status, value = said(ask(api, "POST", TWILIO, f"To={to}&From=a&Body=b".encode()))
     assert (status, value["error"]) == (400, "bad_request")
     assert value["detail"].startswith("Expected To to be a telephone number or sender id "
-        "(a + is sent as %2B), got ")
+        "of at most 100 characters (a + is sent as %2B), got ")
 
 
 # -- the Mailtest service
