@@ -49,7 +49,7 @@ import errno
 import functools
 import gc
 import heapq
-import html
+import html.entities
 import http.client
 import http.server
 import itertools
@@ -318,7 +318,7 @@ _CHARSET_LABELS = {
     "_": "", "unknown": "", "x_unknown": "", "default": "", "8bit": "", "unknown_8bit": "",
     "binary": "", "none": "", "ansi": "cp1252", "ansi_x3_110_1983": "cp1252",
     "iso_8859_8_i": "iso8859_8", "x_gbk": "gbk", "gb_2312_80": "gbk", "gb_2312": "gbk",
-    "cn_big5": "big5", "x_x_big5": "big5", "x_sjis": "cp932", "x_euc_jp": "euc_jp",
+    "cn_big5": "big5", "x_x_big5": "big5", "x_sjis": "cp932", "31j": "cp932", "x_euc_jp": "euc_jp",
     "cp50220": "iso2022_jp", "cp50221": "iso2022_jp", "ks_c_5601_1989": "euc_kr", "koi8": "koi8_r",
     "koi8_ru": "koi8_u", "x_mac_roman": "mac_roman", "x_mac_cyrillic": "mac_cyrillic",
     "utf8mb4": "utf_8", "unicode_1_1_utf_8": "utf_8", "unicode_1_1_utf_7": "utf_7",
@@ -327,7 +327,7 @@ _CHARSET_LABELS = {
 # What senders of these charsets write in fact (as in the WHATWG Encoding standard).
 _LARGER_CHARSETS = {
     "latin_1": "cp1252", "iso8859_9": "cp1254", "iso8859_11": "cp874", "tis_620": "cp874",
-    "gb2312": "gb18030", "gbk": "gb18030", "big5": "big5hkscs", "shift_jis": "cp932",
+    "gb2312": "gb18030", "gbk": "gb18030", "big5": "cp950", "shift_jis": "cp932",
     "iso2022_jp": "iso2022_jp_ext", "euc_kr": "cp949",
 }
 # Only these reach `bytes.decode`: an unknown name would be looked for as a module on the disk
@@ -362,6 +362,33 @@ def decode_octets(octets: bytes) -> str:
         return octets.decode("latin-1").translate(_C1_AS_CP1252)
 
 
+_JIS_RUN = _Pattern(rb"\x1b\$(?:[@B]|\(B)([^\x1b]*)|\x1b\(I([^\x1b]*)|\x1b\([BHJ]")
+_JIS_PAIR = _Pattern(rb"[!-~]{2}")
+_EUC_PAIR = _Pattern(rb"[\xa1-\xfe]{2}|\x8e([\xa1-\xdf])")
+
+
+def _shift_pair(match) -> bytes:
+    row, cell = (octet & 0x7F for octet in match.group())
+    return bytes(((row - 0x21 >> 1) + (0x81 if row < 0x5F else 0xC1),
+                  cell + (0x1F + (cell >= 0x60) if row & 1 else 0x7E)))
+
+
+def _shift_jis_run(match) -> bytes:
+    if match.group(1) is not None:
+        return _JIS_PAIR.sub(_shift_pair, match.group(1))
+    return bytes(octet | 0x80 if octet > 0x20 else octet for octet in match.group(2) or b"")
+
+
+def _in_larger_codec(octets: bytes, codec: str) -> Tuple[bytes, str]:
+    """The same text for a codec with more characters: ISO-2022-JP and EUC-JP as Shift_JIS, since
+    Python has those that NEC and IBM added in cp932 alone."""
+    if codec == "iso2022_jp_ext":
+        return _JIS_RUN.sub(_shift_jis_run, octets), "cp932"
+    if codec == "euc_jp" and _EUC_PAIR.sub(b"", octets).isascii():
+        return _EUC_PAIR.sub(lambda match: match.group(1) or _shift_pair(match), octets), "cp932"
+    return octets, "big5hkscs" if codec == "cp950" else codec
+
+
 def decode_charset(octets: bytes, label: str) -> Tuple[str, str]:
     """(text, problem) of octets said to be in the charset `label`; "" is no problem.
 
@@ -379,8 +406,10 @@ def decode_charset(octets: bytes, label: str) -> Tuple[str, str]:
     try:
         text = octets.decode(codec)
     except UnicodeError:
+        octets, codec = _in_larger_codec(octets, codec)
         text = octets.decode(codec, "replace")
-        problem = "says charset %s but is not valid in it" % label[:60]
+        if "\ufffd" in text:
+            problem = "says charset %s but is not valid in it" % label[:60]
     if codec != "utf_8":    # utf-7 can spell half a surrogate pair
         text = text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
     return text, problem
@@ -685,8 +714,9 @@ def read_addresses(value: str) -> List[Address]:
 
 # Parameters
 
-_PARAMETER = _Pattern(
-    r';\s*([^\s=;"]{1,100})\s*=\s*(?:"((?:[^"\\]|\\.)*)(?:"|$)|([^;]*))', re.DOTALL)
+_MAIN_VALUE = _Pattern(r"[^\s;,]*")
+_PARAMETER = _Pattern(       # some forget the ";" before it
+    r'(?<=[\s;,"])([^\s=;,"]{1,100})\s*=\s*(?:"((?:[^"\\]|\\.)*)(?:"|$)|([^;]*))', re.DOTALL)
 _SECTION = _Pattern(r"([^*]+)(?:\*([0-9]{1,4}))?(\*)?$")
 _COMMENT = _Pattern(r"\([^()]*\)")
 
@@ -712,7 +742,11 @@ def _parameters(value: str, warnings: _Warnings) -> Tuple[str, Dict[str, str]]:
 
     Names are lower case. `name*=` wins over `name*0=`, that over `name=`; of two alike the first.
     """
-    main, _, rest = value.partition(";")
+    value = value.strip()
+    main = _MAIN_VALUE.match(value).group()
+    if "=" in main:          # it is missing
+        main = ""
+    rest = value[len(main):]
     plain: Dict[str, str] = {}
     sections: Dict[str, Dict[int, Tuple[bool, str]]] = {}
     for count, match in enumerate(_PARAMETER.finditer(";" + rest if rest else "")):
@@ -723,8 +757,10 @@ def _parameters(value: str, warnings: _Warnings) -> Tuple[str, Dict[str, str]]:
         name, quoted, token = match.groups()
         if quoted is not None:
             text = _QUOTED_PAIR.sub(r"\1", quoted)
-        else:
+        elif name.lower() in ("name", "filename"):
             text = token.strip()
+        else:
+            text = _COMMENT.sub("", token).strip()
         parsed = _SECTION.match(name.lower())
         if not parsed or (parsed.group(2) is None and not parsed.group(3)):
             plain.setdefault(name.lower(), text)
@@ -737,7 +773,7 @@ def _parameters(value: str, warnings: _Warnings) -> Tuple[str, Dict[str, str]]:
         joined = _join_sections(numbered)
         if joined or key not in plain:
             plain[key] = joined
-    return main.strip(), plain
+    return main.strip('"'), plain
 
 
 # Structure
@@ -752,6 +788,8 @@ class _Part(NamedTuple):
     file_name: str
     content_id: Optional[str]
     encoding: str            # a key of _DECODERS
+    named: bool              # Content-Type has a name: a file, even if it is shown inline
+    joins: bool              # delsp=yes: a blank at the end of a line joins it with the next
     parent: str = ""         # subtype of the multipart around it, "" for the mail itself
     first: bool = True       # the first part of that multipart
     start: int = 0           # octets[start:end] is the encoded body
@@ -797,7 +835,8 @@ def _part(fields: List[Tuple[str, str]], default: str, warnings: _Warnings) -> _
     return _Part(content_type, parameters.get("charset", ""),
                  parameters.get("boundary", "").rstrip().encode("utf-8", "replace"),
                  disposition.lower(), name[:MESSAGE_LIMITS.file_name], content_id or None,
-                 _encoding(first.get("content-transfer-encoding", ""), warnings))
+                 _encoding(first.get("content-transfer-encoding", ""), warnings),
+                 "name" in parameters, parameters.get("delsp", "").lower() == "yes")
 
 
 def _delimiter(line: bytes, active: Dict[bytes, int]) -> Optional[Tuple[int, bool]]:
@@ -906,10 +945,15 @@ def _split(octets: bytes, part: _Part, warnings: _Warnings) -> List[_Part]:
 
 def _is_body(part: _Part) -> bool:
     """Whether a leaf is shown as a body, after RFC 8621 4.1.4: text that is not said to be an
-    attachment; in multipart/related only its first part."""
-    return (part.content_type in ("text/plain", "text/html")
-            and not part.disposition.startswith("attachment")
-            and (part.first or part.parent != "related"))
+    attachment (RFC 2183 2.8: any word but "inline" says so); beside the first part not what has a
+    name, and in multipart/related HTML alone, which its start parameter may put behind images."""
+    if (part.content_type not in ("text/plain", "text/html")
+            or part.disposition not in ("", "inline")):
+        return False
+    if part.first or part.parent == "alternative":
+        return True
+    return not part.named and (part.parent != "related" or (
+        part.content_type == "text/html" and not part.disposition))
 
 
 def _decoded(octets: bytes, part) -> bytes:
@@ -935,6 +979,7 @@ def _attachment(octets: bytes, part: _Part, warnings: _Warnings) -> Attachment:
                       part.disposition.startswith("inline"), part.encoding, part.start, part.end)
 
 
+_FLOWED_BREAK = _Pattern("(?<!^--) \n", re.M)           # RFC 3676 4.1; "-- " begins a signature
 _META_CHARSET = _Pattern(rb"<meta[^>]{1,200}charset\s{0,9}=\s{0,9}[\"']?([\w.:-]{2,40})", re.I)
 
 
@@ -955,7 +1000,7 @@ def _text(octets: bytes, part: _Part, warnings: _Warnings) -> str:
         warnings.add("%s part has NUL octets" % part.content_type)
     if "\r" in text:     # CR CR LF: quoted-printable made of CRLF twice, as Ruby's mail does
         text = text.replace("\r\r\n", "\n").replace("\r\n", "\n").replace("\r", "\n")
-    return text
+    return _FLOWED_BREAK.sub("", text) if part.joins else text
 
 
 # Text
@@ -967,13 +1012,14 @@ _TEXT_LINK = _Pattern(
 _BRACKETS = {")": "(", "]": "[", "}": "{"}
 
 
-def _trim_url(url: str) -> str:
-    """A URL without the punctuation of the sentence around it; brackets stay where they pair."""
+def _trim_url(url: str, before: str) -> str:
+    """A URL without the punctuation of the sentence around it; brackets stay where they pair, and
+    "*", "_" and "~" belong to it unless it is set between two of them: tokens end so."""
     surplus = {close: url.count(close) - url.count(open_) for close, open_ in _BRACKETS.items()}
     end = len(url)
     while end:
         last = url[end - 1]
-        if last in ".,;:!?'*_~|\u2019\u2026":
+        if last in ".,;:!?'|\u2019\u2026" or last in "*_~" and last == before:
             end -= 1
         elif surplus.get(last, 0) > 0:
             surplus[last] -= 1
@@ -987,7 +1033,7 @@ def find_text_links(text: str) -> Tuple[Link, ...]:
     """The URLs of plain text: http, https, mailto, and bare `www.` names (href with http://)."""
     links: List[Link] = []
     for match in _TEXT_LINK.finditer(text[:MESSAGE_LIMITS.text_characters]):
-        url = _trim_url(match.group())
+        url = _trim_url(match.group(), text[match.start() - 1:match.start()])
         if url[-1:] not in ":/" or url.count("/") > 2:
             links.append(Link("http://" + url if url[:4].lower() == "www." else url, url))
         if len(links) >= MESSAGE_LIMITS.links:
@@ -997,12 +1043,13 @@ def find_text_links(text: str) -> Tuple[Link, ...]:
 
 # What makes a code a code, in the languages that mail is written in.
 _CUE = _Pattern(
-    r"(?<!post)(?<!zip)(?<!bar)(?<!uni)(?<!qr )(?<!qr-)(?<!source )(?<!dress )(?<!de)(?<!en)"
-    r"(?:codes?|c[oó]digo|codice|kod[eiu]?|k[oó]d|koodi|код|κωδικ)(?![a-z])"
+    r"(?<!post)(?<!zip)(?<!bar)(?<!uni)(?<!qr )(?<!qr-)(?<!source )(?<!dress )(?<!\bde)(?<!\ben)"
+    r"(?:codes?|c[oó]digo|codice|koo?d[aeiu]?s?|kód|koodi|код|κωδικ)(?![a-z])"
     r"|\b(?:pin|t?otp|2fa|mfa|tan|token|passcode|password|passwort|kennwort|clave|contraseña"
-    r"|senha|mot de passe|wachtwoord|lösenord|has[lł]o|parola|[sş]ifre)\b"
+    r"|senha|mot de passe|wachtwoord|lösenord|has[lł]o|parola|[sş]ifre(?:niz)?)\b"
     r"|verif|confirmation|authenti[ck]|authentifi|one[- ]?time|einmal|bestätigung|парол|подтвержд"
-    r"|验证码|驗證碼|コード|確認|인증|رمز|קוד|รหัส|mã xác", re.I)
+    r"|验证码|驗證碼|校验码|动态密码|動態密碼|コード|確認|認証|パスワード|인증|코드"
+    r"|رمز|קוד|รหัส|mã xác", re.I)
 # What makes a number something else, if it stands right before it.
 _NO_CODE_BEFORE = _Pattern(
     r"(?:\b(?:order|bestell\w*|auftrag\w*|invoice|rechnung\w*|facture|factura|fattura|receipt"
@@ -1011,7 +1058,8 @@ _NO_CODE_BEFORE = _Pattern(
     r"|http|tel(?:ephone|efon|éphone)?|phone|fax|hotline|room|suite|flight|build|version|release"
     r"|port|serial|model|sku|artikel\w*|article|page|seite|box|vat|iban|bic|tax|isbn|total|amount"
     r"|price|copyright|©|rfc|iso|cve|issue|pull request|job|bug|extension|ext"
-    r"|ending(?: in| with)?)"
+    r"|ending(?: in| with)?|hrb|bestel\w*|vertrag\w*|objednávk\w*|zamówieni\w*|sipariş|заказ\w*)"
+    r"|№|(?<!認証)(?<!確認)番号|[订訂编編单單]号|單號|編號|(?<!인증)번호"
     r"|\b(?:account|acct|customer|client|member(?:ship)?|transaction|booking|reservation|case"
     r"|item|mobile|contract|policy|student|employee)[\s-]*(?:number|num|no|nr|nummer|id|#))"
     r"(?:[\s:.#-]|code|number|num|no|nr|n°|nummer|id|is|ist|est){0,12}$", re.I)
@@ -1038,10 +1086,12 @@ _CODE = _Pattern(
 _ADDRESSES_AND_URLS = _Pattern(
     r"(?:[a-z][a-z0-9+.-]{1,20}://|www\.|mailto:)[^\s<>\"]*|[^\s@<>\"]{1,64}@[^\s<>\"]+", re.I)
 _IS = r"(?:is|ist|lautet|est|es|è|é|jest|er|är)\b"
-_LEADS_TO = _Pattern(r"\w{0,10}[\s:=\"'*_()>#-]*(?:%s)?[\s:=\"'*_()>-]*" % _IS, re.I)
+_LEADS_TO = _Pattern(r"\w{0,10}(?:\s(?:tempor|provis)\w{1,8})?[\s:=\"'*_()>#-]*(?:%s)?"
+                     r"[\s:=\"'*_()>-]*" % _IS, re.I)
 _COLON = _Pattern(r"(?:[:=]|\b%s)[\s*_\"'(]*$" % _IS, re.I)
 _COPULA = _Pattern(r"[\s*_\"')]{0,3}(?:%s|[\u2e80-\uffff])" % _IS, re.I)
 _BREAK = _Pattern(r"[0-9]|[.!?](?=\s)")
+_OR = _Pattern(r"(?<=\w)[\s,;/|(]{1,5}(?:(?:or|and|oder|und|ou|et|o|y|e|of|en|lub)\s{1,2})?[(]?")
 _HYPHENS = {0x2010: "-", 0x2011: "-", 0xA0: " ", 0x2007: " ", 0x2009: " ", 0x202F: " ",
             0x200B: None, 0xAD: None, 0x2060: None, 0xFEFF: None}
 
@@ -1069,7 +1119,7 @@ def _cue(text: str, start: int, end: int) -> int:
     cue = _CUE.search(after)
     if cue and not _BREAK.search(after[:cue.start()]):
         return int(text[start:end].isdigit() or _COPULA.match(after) is not None)
-    return 0
+    return -1 if _NO_CODE_BEFORE.search(before) else 0       # "Order number" may be a line above
 
 
 _WORD_START = _Pattern(r"(?:^|\s)[\"'(\[<*_]*$")
@@ -1131,7 +1181,7 @@ def find_codes(text: str, subject: str) -> Tuple[str, ...]:
         return ()
     text = _ADDRESSES_AND_URLS.sub("\ufffc", text)
     codes: List[str] = []
-    about_codes, last = None, -100
+    about_codes, last = None, 0
     for match in _CODE.finditer(text):
         code = match.group("code")
         if not _DIGIT.search(code):
@@ -1139,7 +1189,7 @@ def find_codes(text: str, subject: str) -> Tuple[str, ...]:
         cue = _cue(text, match.start(), match.end())
         if cue < 0:
             continue
-        if not cue and match.start() - last < 20:       # "482 913 or 123-456"
+        if not cue and _OR.fullmatch(text, last, match.start()):     # "482 913 or 123-456"
             cue = 1
         if not cue and _alone(text, match.start(), match.end()):
             if about_codes is None:
@@ -1192,8 +1242,9 @@ _BLOCKS = frozenset(
     " thead tr ul".split())
 _CELLS = frozenset(("td", "th"))
 _VOID = frozenset("area base br col embed hr img input link meta param source track wbr".split())
+# Not font-size: templates set it to 0 around everything, and what is inside to what it should be.
 _HIDDEN_STYLE = _Pattern(
-    r"display\s*:\s*none|visibility\s*:\s*hidden|(?:font-size|max-height|opacity)\s*:\s*0"
+    r"display\s*:\s*none|visibility\s*:\s*hidden|(?<![\w-])(?:max-height|opacity)\s*:\s*0"
     r"(?:\.0*)?(?:px|pt|em|%)?\s*(?:;|!|$)", re.I)
 _LONG_ENTITY = _Pattern(r"&#(?:[0-9]{9}[0-9]*|[xX][0-9a-fA-F]{9}[0-9a-fA-F]*);?")
 _BLANKS = _Pattern(r"\s+")
@@ -1207,6 +1258,18 @@ def _unescape(text: str) -> str:
     if "&#" in text:
         text = _LONG_ENTITY.sub("\ufffd", text)
     return html.unescape(text)
+
+
+_REFERENCE = _Pattern("&(?:#[0-9]+;?|#[xX][0-9a-fA-F]+;?|[A-Za-z][A-Za-z0-9]{1,31}"
+                      "(?:;|(?![A-Za-z0-9=])))")
+
+
+def _unescape_attribute(text: str) -> str:
+    """The same for an attribute, where &copy=1 and &region are none (HTML 13.2.5.73): what is in
+    a link is often written so."""
+    return text if "&" not in text else _REFERENCE.sub(lambda found: (
+        _unescape(found.group()) if found.group()[1] == "#"
+        else html.entities.html5.get(found.group()[1:], found.group())), text)
 
 
 _ATTRIBUTES = frozenset(("href", "src", "alt", "style", "hidden"))
@@ -1270,7 +1333,7 @@ class _HtmlReader:
             key = found.group(2).lower()
             if key in _ATTRIBUTES:
                 value = found.group(3) or found.group(4) or found.group(5) or ""
-                attributes.setdefault(key, _unescape(value))
+                attributes.setdefault(key, _unescape_attribute(value))
         if closing:
             self.end(name)
         else:

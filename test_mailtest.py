@@ -303,6 +303,13 @@ PART_NAMES = {
     "a folder is kept": ("Content-Disposition: attachment; filename=Resources/dog.png",
                          "Resources/dog.png"),
     "the first of two counts": ("Content-Disposition: attachment; filename=a; filename=b", "a"),
+    "without a disposition": ('Content-Type: x/y\nContent-Disposition: filename="a.pdf"', "a.pdf"),
+    "a comma in place of the semicolon":
+        ('Content-Disposition: attachment, filename="a.pdf"', "a.pdf"),
+    "nothing in place of the semicolon": ('Content-Type: application/pdf name="a.pdf"', "a.pdf"),
+    "nothing after a quoted parameter": ('Content-Type: x/y; x="y" name="a.pdf"', "a.pdf"),
+    "brackets are no comment":
+        ("Content-Disposition: attachment; filename=a (1).pdf", "a (1).pdf"),
     "line ends are dropped":
         ("Content-Disposition: attachment; filename*=utf-8''a%0D%0AX-Injected:%201",
          "a X-Injected: 1"),
@@ -338,6 +345,37 @@ STRUCTURES = {
         (multipart("mixed", (PLAIN, "", "hi"),
                    (PLAIN, "Content-Disposition: attachment; filename=a.txt", "", "x")),
          ("hi", None, [("text/plain", "a.txt", None, b"x")])),
+    "text with a name behind the first is an attachment":
+        (multipart("mixed", (PLAIN, "", "hi"),
+                   (PLAIN + "; name=a.txt", "Content-Disposition: inline", "", "x")),
+         ("hi", None, [("text/plain", "a.txt", None, b"x")])),
+    "names of alternatives say nothing":
+        (multipart("alternative", (PLAIN + "; name=a.txt", "", "hi"),
+                   (HTML + "; name=a.html", "", "<p>hi")), ("hi", "<p>hi", [])),
+    "an unknown disposition is an attachment":
+        (multipart("mixed", (PLAIN, "", "hi"), (PLAIN, "Content-Disposition: file", "", "x")),
+         ("hi", None, [("text/plain", "", None, b"x")])),
+    "a quoted disposition":
+        (multipart("mixed", (PLAIN, "", "hi"),
+                   (PLAIN, 'Content-Disposition: "attachment"', "", "x")),
+         ("hi", None, [("text/plain", "", None, b"x")])),
+    "HTML behind its images is a body":
+        (multipart("related", IMAGE, (HTML, "", "<p>")),
+         (None, "<p>", [("image/png", "", "i@x", b"png")])),
+    "a comment behind the boundary":
+        (crlf("Content-Type: multipart/mixed; boundary=b (a comment)", "", "--b", "", "hi",
+              "--b--"), ("hi", None, [])),
+    "a boundary without its semicolon":
+        (crlf('Content-Type: multipart/mixed; charset="utf-8" boundary="b"', "", "--b", "", "hi",
+              "--b--"), ("hi", None, [])),
+    "a boundary after the type alone":
+        (crlf("Content-Type: multipart/mixed boundary=b", "", "--b", "", "hi", "--b--"),
+         ("hi", None, [])),
+    "a quoted type": (crlf('Content-Type: "text/html"; charset=utf-8', "", "<p>"),
+                      (None, "<p>\n", [])),
+    "blanks at line ends that join lines":
+        (crlf(PLAIN + "; format=flowed; delsp=yes", "", "one ", "two", "-- ", "me"),
+         ("onetwo\n-- \nme\n", None, [])),
     "a calendar in an alternative is an attachment":
         (multipart("alternative", (PLAIN, "", "hi"), ("Content-Type: text/calendar", "", "BEGIN")),
          ("hi", None, [("text/calendar", "", None, b"BEGIN")])),
@@ -447,6 +485,16 @@ CHARSETS = {
     "gbk": (("GBK", "日本".encode("gbk")), "日本"),
     "big5": (("big5", "日本".encode("big5")), "日本"),
     "shift_jis is cp932": (("Shift_JIS", "①".encode("cp932")), "①"),
+    "big5 with the euro sign": (("big5", b"\xa3\xe1"), "€"),
+    "big5 of Hong Kong": (("big5", "嘅".encode("big5hkscs")), "嘅"),
+    "windows-31j": (("windows-31j", b"\x87@"), "①"),
+    "iso-2022-jp with more characters":
+        (("iso-2022-jp", b"x\x1b$B-!-j-b|bF|\x1b(B y"), "x①㈱№髙日 y"),
+    "iso-2022-jp with half-width kana": (("iso-2022-jp", b"\x1b(I1\x1b$B-!\x1b(B"), "ｱ①"),
+    "euc-jp with more characters": (("euc-jp", b"\xad\xa1\xc6\xfc\x8e\xb1x"), "①日ｱx"),
+    "euc-jp with rare ones": (("euc-jp", "丂".encode("euc_jp")), "丂"),
+    "a damaged euc-jp": (("euc-jp", b"\xc6\xfc\xff"), "日\ufffd"),
+    "a charset with a comment": (("iso-8859-2 (Central)", b"\xf8"), "ř"),
     "iso-2022-jp": (("iso-2022-jp", "日本".encode("iso-2022-jp")), "日本"),
     "euc-kr is cp949": (("ks_c_5601-1987", "똠".encode("cp949")), "똠"),
     "koi8-r": (("koi8-r", "да".encode("koi8-r")), "да"),
@@ -486,6 +534,9 @@ HTML_LINKS = {
     "single quotes, no quotes, capitals": ("<A HREF='x y'>1</A><a href=z>2</a>",
                                            ([("x y", "1"), ("z", "2")], [])),
     "entities": ('<a href="x?a=1&amp;b=2">&lt;y&gt;</a>', ([("x?a=1&b=2", "<y>")], [])),
+    "no entities without their semicolon":
+        ('<a href="x?a=1&copy=2&region=3&notit;&amp;lt=4&#38;&lt;">y</a><img src="i?&reg&times">',
+         ([("x?a=1&copy=2&region=3&notit;&lt=4&<", "y")], [("i?®×", None)])),
     "text is what is seen": ("<a href=x> a <b>b</b>\n c </a>", ([("x", "a b c")], [])),
     "an image has no text": ("<a href=x><img src=i alt=pic></a>", ([("x", None)], [("i", "pic")])),
     "blanks have no text": ("<a href=x> &nbsp; </a>", ([("x", None)], [])),
@@ -532,6 +583,8 @@ TEXT_LINKS = {
     "mailto": ("mailto:a@x.example", [("mailto:a@x.example",) * 2]),
     "twice is two": ("http://a.x http://a.x", [("http://a.x",) * 2] * 2),
     "a word is none": ("invalid awww.x http://", []),
+    "a token may end in an underscore": ("http://x.example/a_", [("http://x.example/a_",) * 2]),
+    "it may be set in asterisks": ("*http://x.example/a*", [("http://x.example/a",) * 2]),
 }
 
 
@@ -560,6 +613,12 @@ CODES = {
     "French": ("Votre code : 12345", ["12345"]),
     "Russian": ("Ваш код: 4711", ["4711"]),
     "Chinese": ("您的验证码是1234，", ["1234"]),
+    "Japanese": ("認証番号: 4829\n注文番号: 482913", ["4829"]),
+    "Korean": ("인증번호 482913\n주문번호 482914", ["482913"]),
+    "a German word that ends so": ("Anmeldecode: 4829", ["4829"]),
+    "a verb that ends so": ("We decode: 4829", []),
+    "an adjective behind the word": ("Mot de passe temporaire : x7k2p9", ["x7k2p9"]),
+    "not what merely follows": ("Your code is 482913.\n\nAcme, 1600 Main St", ["482913"]),
     "in brackets, quotes and asterisks":
         ('(code: 9182) code "9183" code *9184*', ["9182", "9183", "9184"]),
     "a year that is said to be one": ("Your code is 2024", ["2024"]),
@@ -595,7 +654,10 @@ HTML_CODES = {
         ("<style>.A1B2C3{color:#123456}</style><script>123456</script><!-- 123456 -->", []),
     "not in attributes": ('<p id=123456><a href="http://x/123456">x</a>', []),
     "not hidden": ('<div style="display: none">code 123456<div>123456</div>123456</div>', []),
-    "not hidden otherwise": ('<p hidden>123456</p><p style="font-size:0px">123456</p>', []),
+    "not hidden otherwise": ('<p hidden>123456</p><p style="max-height:0px">123456</p>', []),
+    "in what a template sets to no size":
+        ('<td style="font-size:0px"><b style="font-size:13px">123456</b></td>', ["123456"]),
+    "not under what says that it is none": ("<p>Order number</p><p>123456</p>", []),
     "after what is hidden": ('<div style="display:none">x</div><p>123456</p>', ["123456"]),
 }
 
