@@ -163,6 +163,7 @@ class MessageLimits(NamedTuple):
     parts: int = 1_000                  # leaves and multiparts together; postal-mime: unlimited
     nesting: int = 200                  # multiparts in multiparts; Postfix stops at 100
     base64_runs: int = 10_000           # pieces between "=" that are decoded one by one
+    shifted_octets: int = 1_000_000     # of Japanese text that needs another codec: 0.6 s
     html_characters: int = 1_000_000    # of HTML scanned for links; Gmail clips at 102,400
     text_characters: int = 1_000_000    # of text scanned for links
     code_characters: int = 100_000      # of text scanned for codes
@@ -382,6 +383,8 @@ def _shift_jis_run(match) -> bytes:
 def _in_larger_codec(octets: bytes, codec: str) -> Tuple[bytes, str]:
     """The same text for a codec with more characters: ISO-2022-JP and EUC-JP as Shift_JIS, since
     Python has those that NEC and IBM added in cp932 alone."""
+    if len(octets) > MESSAGE_LIMITS.shifted_octets:
+        return octets, codec
     if codec == "iso2022_jp_ext":
         return _JIS_RUN.sub(_shift_jis_run, octets), "cp932"
     if codec == "euc_jp" and _EUC_PAIR.sub(b"", octets).isascii():
