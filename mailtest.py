@@ -2000,6 +2000,7 @@ class Store:
         self._reserved = 0                                     # of mail data still arriving
         self._number = 0
         self._latest_time = 0.0                                # no two messages have one time
+        self._ahead = wall() - clock()                         # of the clock that only grows
         self._events: "collections.deque[Event]" = collections.deque(maxlen=limits.events)
         self._forgotten = 0                                    # the latest event that is not kept
         self._sessions: "collections.deque[SessionRecord]" = collections.deque(
@@ -2028,7 +2029,8 @@ class Store:
                 name = _random_name(11)
                 address = f"test-{name}@{self.domain}"
             inbox = self._open(inbox_key(address), address, failures, acquired=True)
-            self._happened("inbox", {"address": address, "expires": self._when(inbox.expires)})
+            self._happened("inbox", {
+                "address": address, "expires": iso_time(self._when(inbox.expires))})
             return self._view(inbox)
 
     def inbox(self, address: str) -> InboxView:
@@ -2453,7 +2455,11 @@ class Store:
                                for failure in inbox.failures))
 
     def _when(self, due: float) -> float:
-        return self.wall() + due - self._clock()
+        """Seconds since 1970, the same whenever it is asked for, unless somebody sets the time."""
+        ahead = self.wall() - self._clock()
+        if abs(ahead - self._ahead) > 0.05:
+            self._ahead = ahead
+        return self._ahead + due
 
     def _folder(self, server: str) -> Dict[Any, Message]:
         return self._messages if server == DEFAULT_SERVER else self._servers.get(server, {})
@@ -4933,6 +4939,8 @@ def create_message(api: Api, request: Request) -> Response:
     if not server:
         raise ApiError(400, "bad_request", "Expected server=ID: where to create the message",
                        "server")
+    if not re.fullmatch(r"[^\x00-\x20\x7f/@\\<>\"]{1,255}", server):
+        raise _bad("server", "a server id: a label or a whole domain", server)
     to, cc = _mailboxes(values, "to"), _mailboxes(values, "cc")
     send = values.get("send")
     if send is not None and not isinstance(send, bool):
@@ -5452,6 +5460,12 @@ def _segment_text(segment: str) -> str:
                                            f"{segment[:80]!r}", "path") from None
 
 
+def _methods(route: Route) -> Tuple[str, ...]:
+    """Those that a route takes: HEAD asks for what GET would, unless that makes an inbox."""
+    return ("GET", "HEAD") if route.method == "GET" and route.run is not acquire else (
+        route.method,)
+
+
 def find_route(method: str, path: str) -> Tuple[Route, List[str]]:
     """The route of a request and the values of its path; ApiError 404 or 405."""
     segments = _segments(path)
@@ -5461,19 +5475,17 @@ def find_route(method: str, path: str) -> Tuple[Route, List[str]]:
             continue
         if route.path == "/{address}" and "@" not in path and "%40" not in path:
             continue
-        if route.method == method or method == "HEAD" and route.method == "GET":
+        if method in _methods(route):
             return route, [_segment_text(given) for known, given in zip(pattern, segments)
                            if known[:1] == "{"]
-        allowed.append(route.method)
-    if allowed:                          # /api/messages/search is itself, and no {id}
-        allowed = [route.method for pattern, route in _BY_LENGTH[len(segments)]
-                   if pattern == segments] or allowed
-    else:
+        allowed.extend(_methods(route))
+    if not allowed:
         raise ApiError(404, "not_found", f"No endpoint {path[:80]!r}: see GET /openapi.json")
-    if "GET" in allowed:
-        allowed.append("HEAD")
+    exact = [each for pattern, route in _BY_LENGTH[len(segments)] for each in _methods(route)
+             if pattern == segments]     # /api/messages/search is itself, and no {id}
+    allowed = sorted(dict.fromkeys(exact or allowed), key="HEAD".__eq__)
     raise ApiError(405, "method_not_allowed", f"Expected {' or '.join(allowed)}, got {method!r}",
-                   headers=(("Allow", ", ".join(dict.fromkeys(allowed + ["OPTIONS"]))),))
+                   headers=(("Allow", ", ".join(allowed + ["OPTIONS"])),))
 
 
 def body_limit(limits: Limits, method: str, path: str) -> int:
@@ -5539,8 +5551,10 @@ def _check_origin(request: Request, route: Route) -> None:
     site = request.headers.get("sec-fetch-site", "same-origin")
     if (origin is not None and origin.partition("://")[2] != request.headers.get("host")
             or site not in ("same-origin", "none")):
+        seen = [f"{name} {request.headers[name.lower()][:80]!r}"
+                for name in ("Origin", "Sec-Fetch-Site") if name.lower() in request.headers]
         raise ApiError(403, "foreign_origin", "Expected a request from this origin or from no "
-                       f"page, got Origin {str(origin)[:80]!r}, Sec-Fetch-Site {site[:20]!r}")
+                       f"page, got {' and '.join(seen)}")
 
 
 def _check_access(api: Api, request: Request, route: Route) -> None:
@@ -5626,7 +5640,7 @@ class HttpHandler(http.server.BaseHTTPRequestHandler):
 
     def handle_one_request(self) -> None:
         """Reads a request, answers it."""
-        self.command, self.version = "GET", b"HTTP/1.1"
+        self.command, self._target, self.version = "GET", "/", b"HTTP/1.1"
         try:
             head = self._read_head()
             if head is None:
@@ -5639,7 +5653,8 @@ class HttpHandler(http.server.BaseHTTPRequestHandler):
             body = self._read_body()
         except ApiError as error:        # after that the framing cannot be trusted
             self.close_connection = True
-            self._send(_error(Request(self.command, "/"), error))
+            path = self._target.partition("?")[0]
+            self._send(_error(Request(self.command, path), error))
             self.request.linger()
             return
         path, _, query = self._target.partition("?")
@@ -5679,7 +5694,7 @@ class HttpHandler(http.server.BaseHTTPRequestHandler):
         if len(words) != 3 or not _TOKEN.fullmatch(words[0]) or not _TARGET.fullmatch(words[1]):
             raise ApiError(400, "bad_request", "Expected METHOD TARGET HTTP/1.1, got "
                                                f"{_seen(lines[0].decode('latin-1'))}")
-        self.version = words[2]
+        self._target, self.version = words[1].decode("ascii"), words[2]
         if not re.fullmatch(rb"HTTP/1\.[0-9]", words[2]):
             known = re.fullmatch(rb"HTTP/[0-9]\.[0-9]", words[2])
             raise ApiError(505 if known else 400, "bad_version", "Expected HTTP/1.1 or HTTP/1.0")
@@ -5688,7 +5703,6 @@ class HttpHandler(http.server.BaseHTTPRequestHandler):
                            f"{self.server.limits.http_target} octets")
         self.command = words[0].decode("ascii")
         self.headers = self._parse_fields(lines[1:])
-        self._target = words[1].decode("ascii")
         if words[2] != b"HTTP/1.0" and "host" not in self.headers:
             raise ApiError(400, "bad_request", "Expected a Host field")
         if self._target[:1] != "/" and self.command != "CONNECT":
@@ -7770,6 +7784,7 @@ class Inbox:
 
     def __init__(self, store: Store, address: str):
         self._store = store
+        self._since = store.wall()       # earlier sessions are none of its test's
         self.address = address
 
     def __repr__(self) -> str:
@@ -7828,9 +7843,33 @@ class Inbox:
 
     def _collect(self, count: int, subject: str, sender: str, body: str, timeout: float,
                  after: Optional[Mail]) -> List[Message]:
-        number = after.number if after is not None else 0
-        return collect(self._store, Place(self.address), criteria(sender, "", subject, body).match,
-                       count, timeout, number)
+        """See collect(); NoMail if the inbox or the catcher has ended, since then nothing can
+        come, and silence proves nothing."""
+        __tracebackhide__ = True
+        if not isinstance(count, int) or count < 1:
+            raise ValueError(f"expected count to be 1 or more, got {count!r}")
+        if not isinstance(timeout, (int, float)) or not 0 <= timeout < float("inf"):
+            raise ValueError(f"expected timeout to be seconds, 0 or more, got {timeout!r}")
+        if not (after is None or isinstance(after, Mail)):
+            raise TypeError(f"expected after to be a Mail, got {after!r}")
+        for name, text in (("subject", subject), ("sender", sender), ("body", body)):
+            if not isinstance(text, str):
+                raise TypeError(f"expected {name} to be text, got {text!r}")
+        try:
+            try:
+                self._store.inbox(self.address)
+            except Unknown as unknown:
+                if isinstance(unknown, Ended):       # else its first mail may come
+                    raise
+            found = collect(self._store, Place(self.address),
+                            criteria(sender, "", subject, body).match, count, timeout,
+                            after.number if after is not None else 0)
+        except Unknown as ended:
+            raise NoMail(f"no mail for {self.address} can come: {ended}") from None
+        if len(found) < count and self._store.closed:
+            raise NoMail(f"no mail for {self.address} can come: the catcher was stopped\n"
+                         f"{self.report()}")
+        return found
 
     def report(self) -> str:
         """What the inbox got, and the last session that was refused, for a failed test."""
@@ -7843,7 +7882,8 @@ class Inbox:
         for mail in mails[:20]:
             lines.append(f"  {mail.received:%H:%M:%S.%f} {mail!r}")
             lines.extend(f"    warning: {warning}" for warning in mail.warnings)
-        refused = [record for record in self._store.sessions() if record.refused]
+        refused = [record for record in self._store.sessions()
+                   if record.refused and record.ended >= self._since]
         if refused:
             lines.append(f"last refused SMTP session ({refused[0].refused}):")
             lines.extend("  " + line for line in
@@ -8159,7 +8199,8 @@ def _pytest_plugin(pytest: Any) -> Any:
         """Adds to a failure what the test's inbox received."""
         outcome = yield
         inbox = getattr(item, "mailtest_inbox", None)
-        if call.excinfo is not None and call.when != "teardown" and isinstance(inbox, Inbox):
+        if (call.excinfo is not None and call.when != "teardown" and isinstance(inbox, Inbox)
+                and not isinstance(call.excinfo.value, NoMail)):         # whose text has it
             outcome.get_result().sections.append(("mailtest", inbox.report()))
 
     plugin = types.ModuleType("mailtest_fixtures")   # pytest wants fixtures in no class
@@ -8312,18 +8353,11 @@ def _limits(options: argparse.Namespace) -> Limits:
     return limits._replace(**{name: value for name, value in given.items() if value is not None})
 
 
-def _temporary_folder() -> str:
-    """A folder that is gone when the program ends."""
-    import atexit
-    import shutil
-    import tempfile
-    folder = tempfile.mkdtemp(prefix="mailtest-")
-    atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    return folder
+def _tls(options: argparse.Namespace, ends: contextlib.ExitStack) -> Optional[ssl.SSLContext]:
+    """The TLS settings that the options ask for; OSError or ValueError says what is wrong.
 
-
-def _tls(options: argparse.Namespace) -> Optional[ssl.SSLContext]:
-    """The TLS settings that the options ask for; OSError or ValueError says what is wrong."""
+    What is made for them is removed when `ends` does.
+    """
     certificate, key = options.tls_cert, options.tls_key
     if key and not certificate:
         raise ValueError("--tls-key needs --tls-cert")
@@ -8331,7 +8365,9 @@ def _tls(options: argparse.Namespace) -> Optional[ssl.SSLContext]:
         names = ["localhost", "127.0.0.1", "::1", options.domain, "mailosaur.com"]
         names += [name for name in [options.host] + options.allow_host
                   if name not in ("0.0.0.0", "::", "")]
-        certificate, key = make_certificate(_temporary_folder(), names)
+        import tempfile
+        folder = ends.enter_context(tempfile.TemporaryDirectory(prefix="mailtest-"))
+        certificate, key = make_certificate(folder, names)
         print(f"mailtest: clients must trust {certificate}", file=sys.stderr, flush=True)
     if not certificate:
         if options.smtps is not None or options.https:
@@ -8348,12 +8384,12 @@ def _tls(options: argparse.Namespace) -> Optional[ssl.SSLContext]:
                          ) from None
 
 
-def _mailtest(options: argparse.Namespace) -> Mailtest:
+def _mailtest(options: argparse.Namespace, ends: contextlib.ExitStack) -> Mailtest:
     policy = ApiPolicy(options.api_key or "", options.hosted, options.trust_proxy,
                        tuple(name.lower() for name in options.allow_host + [options.domain]))
     return Mailtest(options.host, options.smtp, options.http, options.smtps, options.domain,
                     options.strict or options.hosted, _limits(options), policy, options.auth,
-                    _tls(options), options.https, options.save, options.webhook)
+                    _tls(options, ends), options.https, options.save, options.webhook)
 
 
 def _why_not(error: OSError, options: argparse.Namespace) -> str:
@@ -8642,9 +8678,9 @@ def main(arguments: Optional[List[str]] = None) -> int:
     if options.timeout and not options.exit_after:
         parser.error("--timeout needs --exit-after")
     server = None
-    with _signals(_interrupt):
+    with contextlib.ExitStack() as ends, _signals(_interrupt):
         try:
-            server = _mailtest(options)
+            server = _mailtest(options, ends)
             _share_one_heap()
             server.start()
             return _run(server, options)

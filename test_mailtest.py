@@ -8,7 +8,6 @@ test.  Sessions and requests are played in memory; sockets appear where the sock
 """
 
 import ast
-import atexit
 import base64
 import contextlib
 import datetime
@@ -1289,6 +1288,22 @@ def test_released_octets_make_room():
     assert store.counters()["octets"] == 1_000
 
 
+def test_expiry_is_said_alike_whenever_it_is_asked_for():
+    ticks = itertools.count(1000.0, 0.000_1)         # time passes between two looks at it
+    clock = lambda: next(ticks)                      # noqa: E731
+    store = mailtest.Store(clock=clock, wall=lambda: next(ticks) + 1e9)
+    address = store.acquire().address
+    assert len({store.inbox(address).expires for _ in range(40)}) == 1
+
+
+def test_expiry_follows_a_wall_clock_that_is_set():
+    wall = FakeClock()
+    store = mailtest.Store(clock=FakeClock(), wall=wall)
+    address = store.acquire().address
+    wall.now += 3_600
+    assert store.inbox(address).expires == wall.now + 600
+
+
 def test_expiry_makes_room_without_a_request():
     clock, store = store_on_clock(max_memory=3_000)
     delivered(store, "a@x.example", octets=b"x" * 600)
@@ -1552,7 +1567,8 @@ def test_events_are_numbered_from_one_and_tell_what_happened():
     address = store.acquire().address
     message = delivered(store, address)
     other = delivered(store, "b@x.example")
-    opened = mailtest.Event(1, "inbox", {"address": address, "expires": 1600.0})
+    opened = mailtest.Event(1, "inbox", {"address": address,
+                                         "expires": "1970-01-01T00:26:40.000000+00:00"})
     assert store.events(0, 0.0) == ([
         opened,
         mailtest.Event(2, "message", {"id": message.id}),
@@ -5175,6 +5191,16 @@ BAD_CREATES = {
 }
 
 
+@pytest.mark.parametrize("server", ["a/../b", "a%0A", "a%20b", "a@b", "x" * 256])
+def test_created_message_needs_a_server_that_can_be_one(server):
+    _, api = api_on_clock()
+    status, value = said(ask(api, "POST", f"/api/messages?server={server}", {"subject": "x"}))
+    assert (status, value["errors"][0]["field"]) == (400, "server")
+    assert value["message"].startswith(
+        "Expected server to be a server id: a label or a whole domain, got ")
+    assert api.store.counters()["messages"] == 0
+
+
 @pytest.mark.parametrize("body, field", rows(BAD_CREATES))
 def test_bad_message_is_not_created(body, field):
     _, api = api_on_clock()
@@ -6131,7 +6157,7 @@ ORIGINS = {
 }
 CHANGES = (("DELETE", "/api/messages?server=x", 204), ("POST", "/api/servers", 200),
            ("PUT", "/api/servers/mailtest", 200), ("POST", "/api/messages?server=x", 200),
-           ("GET", "/v1/acquire", 200), ("GET", "/aquire", 200), ("HEAD", "/acquire", 200),
+           ("GET", "/v1/acquire", 200), ("GET", "/aquire", 200),
            ("DELETE", "/v1/get/b@x.example", 204))
 READS = ("/", "/healthz", "/api/messages", "/v1/load/a@x.example", "/v1/inboxes")
 
@@ -6152,13 +6178,14 @@ def test_origin(fields, ours):
 
 def test_foreign_origin_is_told_what_was_expected():
     _, api = api_on_clock()
-    text = ("Expected a request from this origin or from no page, got Origin 'http://evil.example'"
-            ", Sec-Fetch-Site 'same-origin'")
+    text = "Expected a request from this origin or from no page, got Origin 'http://evil.example'"
     assert said(ask(api, "GET", "/v1/acquire", origin="http://evil.example"))[1]["error"] == (
         "foreign_origin")
     assert said(ask(api, "DELETE", "/api/messages", origin="http://evil.example")) == (403, {
         "type": "Error", "message": text,
         "errors": [{"field": "", "detail": [{"description": text}]}]})
+    assert said(ask(api, "GET", "/v1/acquire", origin="null", sec_fetch_site="cross-site"))[1][
+        "detail"].endswith("got Origin 'null' and Sec-Fetch-Site 'cross-site'")
 
 
 @pytest.mark.parametrize("target", [
@@ -6177,7 +6204,7 @@ def test_no_get_deletes_anything(target):
 ALLOWED = {
     "/": "GET, HEAD, OPTIONS", "/healthz": "GET, HEAD, OPTIONS",
     "/page.js": "GET, HEAD, OPTIONS", "/openapi.json": "GET, HEAD, OPTIONS",
-    "/v1/acquire": "GET, HEAD, OPTIONS", "/v1/get/a@x.example": "GET, DELETE, HEAD, OPTIONS",
+    "/v1/acquire": "GET, OPTIONS", "/v1/get/a@x.example": "GET, DELETE, HEAD, OPTIONS",
     "/v1/load/a@x.example": "GET, HEAD, OPTIONS", "/a@x.example": "GET, HEAD, OPTIONS",
     "/api/messages": "GET, POST, DELETE, HEAD, OPTIONS",
     "/api/messages/": "GET, POST, DELETE, HEAD, OPTIONS",
@@ -6199,6 +6226,12 @@ def test_method_that_is_not_allowed(path, allowed):
     detail = f"Expected {' or '.join(allowed.split(', ')[:-1])}, got 'BREW'"
     value = said(response)[1]
     assert value.get("detail", value.get("message")) == detail
+
+
+def test_head_makes_no_inbox():
+    _, api = api_on_clock()
+    assert ask(api, "HEAD", "/v1/acquire").status == 405
+    assert api.store.inboxes() == []
 
 
 @pytest.mark.parametrize("path, allowed", ALLOWED.items())
@@ -6360,7 +6393,7 @@ def test_events_say_what_happened_since():
     assert [event.split("\n")[:2] for event in events] == [
         ["id: 1", "event: inbox"], ["id: 2", "event: message"], ["id: 4", "event: deleted"]]
     data = [json.loads(event.split("\n")[2][len("data: "):]) for event in events]
-    assert data == [{"address": address, "expires": NOVEMBER + 600},
+    assert data == [{"address": address, "expires": mailtest.iso_time(NOVEMBER + 600)},
                     {**item, "direction": "Received"}, {"id": gone}]
     assert item["inboxes"] == [address.lower()] and data[1]["id"] == id
 
@@ -6864,11 +6897,15 @@ def test_empty_line_between_two_requests_is_ignored(server):
 
 
 def test_errors_of_framing_say_what_was_seen_and_close(server):
+    detail = "Expected Content-Length: digits, got '-1'"
     (status, fields, body), = responses(over_socket(server, posted("Content-Length: -1")))
     assert (status, fields["connection"], fields["content-type"]) == (
         400, "close", "application/json")
-    assert json.loads(body) == {"error": "bad_request",
-                                "detail": "Expected Content-Length: digits, got '-1'"}
+    assert json.loads(body)["errors"] == [         # Mailosaur's shape under /api/
+        {"field": "", "detail": [{"description": detail}]}]
+    (status, fields, body), = responses(over_socket(server, request(
+        "DELETE /v1/get/a@x.example HTTP/1.1", "Content-Length: -1")))
+    assert json.loads(body) == {"error": "bad_request", "detail": detail}
 
 
 def test_connection_field_says_whether_it_is_kept(server):
@@ -8009,7 +8046,7 @@ def test_report_lists_warnings_and_the_last_refused_session():
     delivered(store, inbox.address, octets=b"From: s@x.example\r\nSubject: a\r\n\r\nx\r\n")
     for refused in ("", "550 5.1.1 Expected another", "451 4.0.0 Later", ""):
         store.add_session(mailtest.SessionRecord(
-            0, "127.0.0.1", "c", "", False, 0.0, 0.0, 0, refused, "quit",
+            0, "127.0.0.1", "c", "", False, 0.0, 1000.0, 0, refused, "quit",
             b"C: QUIT\r\nS: " + refused.encode() + b"\r\n"))
     assert inbox.report() == (
         f"{inbox.address} got 1 mail:\n"
@@ -8019,6 +8056,62 @@ def test_report_lists_warnings_and_the_last_refused_session():
         "last refused SMTP session (451 4.0.0 Later):\n"
         "  C: QUIT\n"
         "  S: 451 4.0.0 Later")
+
+
+def test_report_knows_nothing_of_sessions_before_the_inbox():
+    _, store, inbox = inbox_on_clock()
+    store.add_session(mailtest.SessionRecord(
+        0, "127.0.0.1", "c", "", False, 0.0, 999.0, 0, "451 4.0.0 Later", "quit", b""))
+    assert inbox.report() == f"{inbox.address} got 0 mails"
+
+
+# how an inbox ends, what NoMail says of it
+ENDED_INBOXES = {
+    "deleted": (lambda clock, store, inbox: inbox.delete(),
+                "the inbox '<inbox>' was deleted at 1970-01-01T00:16:40.000000+00:00; acquire a "
+                "new one"),
+    "expired": (lambda clock, store, inbox: setattr(clock, "now", clock.now + 600),
+                "the inbox '<inbox>' expired at 1970-01-01T00:26:40.000000+00:00; acquire a new "
+                "one"),
+    "stopped": (lambda clock, store, inbox: store.close(),
+                "the catcher was stopped\n<inbox> got 0 mails"),
+}
+
+
+@pytest.mark.parametrize("end, expected", rows(ENDED_INBOXES))
+@pytest.mark.parametrize("wait", [mailtest.Inbox.wait, mailtest.Inbox.expect_none])
+def test_nothing_is_waited_for_in_an_inbox_that_has_ended(wait, end, expected):
+    clock, store = store_on_clock()
+    inbox = mailtest.Inbox(store, store.acquire().address.lower())
+    end(clock, store, inbox)
+    with pytest.raises(mailtest.NoMail) as no_mail:
+        wait(inbox, timeout=60)
+    assert str(no_mail.value) == (f"no mail for {inbox.address} can come: "
+                                  + expected.replace("<inbox>", inbox.address))
+
+
+def test_inbox_that_nobody_acquired_may_get_mail_again():
+    clock, store = store_on_clock()
+    delivered(store, "a@x.example")
+    clock.now += 600
+    assert mailtest.Inbox(store, "a@x.example").expect_none(timeout=0) is None
+
+
+@pytest.mark.parametrize("arguments, expected", [
+    ({"timeout": float("nan")}, "expected timeout to be seconds, 0 or more, got nan"),
+    ({"timeout": float("inf")}, "expected timeout to be seconds, 0 or more, got inf"),
+    ({"timeout": -1}, "expected timeout to be seconds, 0 or more, got -1"),
+    ({"timeout": None}, "expected timeout to be seconds, 0 or more, got None"),
+    ({"timeout": "5"}, "expected timeout to be seconds, 0 or more, got '5'"),
+    ({"subject": 5}, "expected subject to be text, got 5"),
+    ({"after": "5d0f"}, "expected after to be a Mail, got '5d0f'"),
+    ({"count": 0}, "expected count to be 1 or more, got 0"),
+], ids=str)
+def test_wait_says_what_it_expected(arguments, expected):
+    _, _, inbox = inbox_on_clock()
+    with pytest.raises((ValueError, TypeError)) as refused:
+        inbox.wait_all(**{"count": 1, **arguments})
+    assert str(refused.value) == expected
 
 
 def test_report_is_of_bounded_length():
@@ -8990,7 +9083,10 @@ def test_listening_on_all_addresses_without_a_key_is_warned_of(program):
 @pytest.mark.skipif(not shutil.which("openssl"), reason="there is no openssl program")
 def test_tls_makes_a_certificate_that_a_client_can_check(program, tmp_path, monkeypatch):
     def ready(line):
-        context = ssl.create_default_context(cafile=str(next(tmp_path.glob("*/*-cert.pem"))))
+        nonlocal key_mode
+        files.extend(sorted(tmp_path.glob("*/*.pem")))
+        key_mode = files[1].stat().st_mode
+        context = ssl.create_default_context(cafile=str(files[0]))
         host, port = line["smtps"].split(":")
         with smtplib.SMTP_SSL(host, int(port), "client.example", context=context) as client:
             seen.append(client.noop()[0])
@@ -9001,14 +9097,13 @@ def test_tls_makes_a_certificate_that_a_client_can_check(program, tmp_path, monk
             seen.append(response.status)
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     monkeypatch.setenv("no_proxy", "*")
-    seen = []
+    seen, files, key_mode = [], [], 0
     status, out, err = program(*BRIEF, "--tls", "--smtps", "0", "--https", ready=ready)
     assert (status, seen) == (1, [250, 220, 200])
-    certificate = next(tmp_path.glob("*/*-cert.pem"))
-    key = next(tmp_path.glob("*/*-key.pem"))
+    certificate, key = files
     assert err.splitlines()[0] == f"mailtest: clients must trust {certificate}"
-    if os.name != "nt":
-        assert key.stat().st_mode & 0o077 == 0
+    assert os.name == "nt" or key_mode & 0o077 == 0
+    assert os.listdir(tmp_path) == []    # no key is left behind
     line = json.loads(out)
     assert (sorted(line), line["http"].partition(":")[0]) == (["http", "smtp", "smtps"], "https")
 
@@ -9023,16 +9118,15 @@ def test_tls_without_the_openssl_program(program, tmp_path, monkeypatch):
 
 
 def test_folder_of_the_certificate_is_removed_in_the_end(program, tmp_path, monkeypatch):
-    at_exit = []
-    monkeypatch.setattr(atexit, "register", lambda *call, **options: at_exit.append(
-        functools.partial(*call, **options)))
+    seen = []
+
+    def make(folder, names):
+        seen.extend(os.listdir(tmp_path))
+        raise OSError("no program")
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    monkeypatch.setattr(shutil, "which", lambda name: None)
-    program(*BRIEF, "--tls")
-    assert len(os.listdir(tmp_path)) == 1
-    for call in at_exit:
-        call()
-    assert os.listdir(tmp_path) == []
+    monkeypatch.setattr(mailtest, "make_certificate", make)
+    assert program(*BRIEF, "--tls")[0] == 1
+    assert (len(seen), os.listdir(tmp_path)) == (1, [])
 
 
 # -- memory
