@@ -2062,7 +2062,7 @@ class Store:
             if inbox is not None:
                 inbox.attempts += 1
             if self.strict and (inbox is None or not inbox.acquired):
-                return str(self._unknown(key) or "no such inbox")
+                return str(self._unknown(key) or "no such inbox; acquire it first (--strict)")
         return ""
 
     def scripted(self, stage: str, address: str) -> Optional[Failure]:
@@ -2435,7 +2435,8 @@ class Store:
         inbox = None if key.startswith(_OUTBOX) else self._inboxes.get(key)
         if inbox is None:
             raise self._unknown(key) or NeverSeen(
-                f"no inbox {address[:320]!r}; acquire one, or send mail to it first")
+                f"no inbox {address[:320]!r}; acquire one"
+                f"{'' if self.strict else ', or send mail to it first'}")
         return inbox
 
     def _unknown(self, key: str) -> Optional[Unknown]:
@@ -6437,12 +6438,14 @@ dialog p { margin-bottom: 18px; overflow-wrap: anywhere; }
     grid-template-columns: minmax(0, 1fr); grid-template-areas: "head" "strip" "side" "list";
   }
   header { flex-wrap: wrap; padding: 8px 10px; }
-  #smtp, #help { display: none; }
+  #help { display: none; }
   #theme { margin-left: auto; }
   #acquire { order: 2; }
   #find { order: 1; max-width: none; margin: 0; }
   header::after { content: ""; order: 0; flex-basis: 100%; }
-  #theme, #status { order: -1; }
+  #theme, #status, #smtp { order: -1; }
+  #smtp { padding: 0; font-size: 12px; }
+  #smtp .icon { display: none; }
   h1 { order: -2; }
   button { min-height: 36px; }
   button.square { width: 36px; }
@@ -6457,7 +6460,8 @@ dialog p { margin-bottom: 18px; overflow-wrap: anywhere; }
   .title .back-button { display: inline-flex; margin-left: -8px; }
   [role=tabpanel] { flex: 1 0 auto; min-height: 65vh; padding: 12px 14px; }
   [data-tab=preview] { padding: 0; }
-  .title h2, .parties, .files { max-height: none; }
+  .title h2 { max-height: 10.8em; }
+  .parties, .files { max-height: none; }
   .bar { padding: 7px 14px; }
   .widths { margin-left: 0; }
   .headers { grid-template-columns: minmax(0, 1fr); }
@@ -6966,6 +6970,7 @@ function showInbox(key, why) {
   $("scroller").scrollTop = 0;
   loadMessages().catch(() => {});
   renderCounts();
+  if (!state.message) renderMessage();           // the manual names the inbox
 }
 
 /** Forgets that messages were read that are no longer there. */
@@ -7499,12 +7504,13 @@ const place = (term, text) => el("div", {}, el("dt", {}, term),
   el("dd", {}, el("span", {}, text), copyButton(text, term)));
 
 function catcherManual() {
-  const [host, port] = smtpAddress(), base = location.origin;
+  const [host, port] = smtpAddress(), base = location.origin, {ttl, strict} = state.health;
+  const {address} = state.inboxes.get(state.inbox) || {};
   return [el("h2", {}, "Send mail here"),
-    el("p", {}, "Whatever is sent to this SMTP server, to any address, appears here at once and "
-      + `goes no further. After ${duration(state.health.ttl)} it is deleted.`),
-    el("dl", {class: "places"}, place("SMTP host", host), place("SMTP port", port),
-      place("HTTP API", base)),
+    el("p", {}, `What is sent to this SMTP server, to ${strict ? "an acquired" : "any"} address, `
+      + `appears here at once and goes no further. After ${duration(ttl)} it is deleted.`),
+    el("dl", {class: "places"}, address && place("Address", address), place("SMTP host", host),
+      place("SMTP port", port), place("HTTP API", base)),
     el("div", {class: "actions"},
       !state.own && el("button", {class: "primary", "data-testid": "sample", onclick: sendSample},
         "Send me a sample mail"),
@@ -7517,7 +7523,8 @@ curl -s "${base}/v1/get/$to?timeout=10"`),
     el("h3", {}, "In Python"),
     block(`import smtplib
 with smtplib.SMTP("${host}", ${port}) as smtp:
-    smtp.sendmail("me@example.com", "jane@example.com", "Subject: Hello\\n\\nIt works")`)];
+    smtp.sendmail("me@example.com", "${address || (strict ? "an acquired address" :
+      "jane@example.com")}", "Subject: Hello\\n\\nIt works")`)];
 }
 
 function serviceManual() {
@@ -8658,8 +8665,9 @@ def _run(server: Mailtest, options: argparse.Namespace) -> int:
             print("[" + ",\n".join(map(server.json, found)) + "]", flush=True)
             return 0
         if time.monotonic() >= until:
-            print(f"mailtest: expected {options.exit_after} messages within "
-                  f"{options.timeout:g} s, got {len(found)}", file=sys.stderr)
+            print(f"mailtest: expected {options.exit_after} "
+                  f"message{'s' * (options.exit_after > 1)} within {options.timeout:g} s, "
+                  f"got {len(found)}", file=sys.stderr)
             return 1
 
 

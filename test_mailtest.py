@@ -1471,7 +1471,9 @@ def test_strict_store_takes_mail_for_acquired_inboxes_alone():
     clock, store = store_on_clock(strict=True)
     address = store.acquire().address
     assert store.refusal(address.upper()) == store.refusal(address.replace("@", "+tag@")) == ""
-    assert store.refusal("a@x.example") == "no such inbox"
+    assert store.refusal("a@x.example") == "no such inbox; acquire it first (--strict)"
+    with pytest.raises(mailtest.NeverSeen, match="no inbox 'a@x.example'; acquire one$"):
+        store.inbox("a@x.example")
     clock.now += 600.0
     assert store.refusal(address) == (f"the inbox {address.lower()!r} expired at "
                                       "1970-01-01T00:26:40.000000+00:00; acquire a new one")
@@ -3224,9 +3226,9 @@ def test_strict_mode_refuses_who_was_not_acquired():
     address = store.acquire().address
     session.receive(b"EHLO x\r\nMAIL FROM:<>\r\n")
     assert session.receive(b"RCPT TO:<b@x.example>\r\n") == (
-        b"550 5.1.1 'b@x.example': no such inbox\r\n")
+        b"550 5.1.1 'b@x.example': no such inbox; acquire it first (--strict)\r\n")
     assert session.receive(b"RCPT TO:<Postmaster>\r\n") == (
-        b"550 5.1.1 'Postmaster': no such inbox\r\n")
+        b"550 5.1.1 'Postmaster': no such inbox; acquire it first (--strict)\r\n")
     assert session.receive(f"RCPT TO:<{address.upper()}>\r\n".encode()) == b"250 2.1.5 Ok\r\n"
     clock.now += 600.0
     assert session.receive(f"RCPT TO:<{address}>\r\n".encode()) == (
@@ -7458,6 +7460,8 @@ def test_page_acquires_an_address_and_its_mail_appears_by_itself(page, catcher):
     page.click("[data-testid=acquire]")
     address = page.wait(ACQUIRED)
     assert page.wait("navigator.clipboard.readText()") == address
+    page.wait("document.querySelector('[data-testid=empty]').innerText.includes("
+              f"'\"me@example.com\", \"{address}\"')")      # how to send to it
     send(catcher, a_mail("Not for it"), a_mail("Confirm: code 482 913", "code 482 913", address))
     (row,) = page_rows(page, 1)                           # the acquired inbox is selected
     assert "Confirm" in row and "482913" in row and "a@b.example" in row
@@ -8876,7 +8880,7 @@ def test_first_line_is_json_with_both_addresses_once_they_answer(program):
 
 def test_exit_after_with_time_out(program):
     status, out, err = program(*BRIEF)
-    assert (status, err) == (1, "mailtest: expected 1 messages within 0.001 s, got 0\n")
+    assert (status, err) == (1, "mailtest: expected 1 message within 0.001 s, got 0\n")
     assert out.count("\n") == 1
 
 
