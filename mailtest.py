@@ -5221,10 +5221,10 @@ def receive_sms(api: Api, request: Request, sid: str) -> Response:
     fields = Query(request.body.decode("utf-8", "replace"))
     sender, to = fields.text("From") or fields.text("MessagingServiceSid"), fields.text("To")
     text = fields.text("Body")
-    for name, value in (("To", to), ("From", sender), ("Body", text)):
+    for name, value, code in (("To", to, 21604), ("From", sender, 21603), ("Body", text, 21602)):
         if not value:
             raise ApiError(400, "bad_request", f"A '{name}' is required: expected form fields "
-                           "From, To and Body", name, code=21604, message=f"'{name}' is required")
+                           "From, To and Body", name, code=code, message=f"'{name}' is required")
         if name != "Body" and (len(value) > 100 or not re.fullmatch(
                 r"[^\x00-\x20\x7f]+( [^\x00-\x20\x7f]+)*", value)):
             raise _bad(name, "a telephone number or sender id of at most 100 characters (a + is "

@@ -5614,7 +5614,8 @@ def test_sms_that_lacks_something_is_refused_as_twilio_does(form, field):
     _, api = api_on_clock()
     assert said(ask(api, "POST", TWILIO, form)) == (400, {
         "error": "bad_request", "detail": f"A '{field}' is required: expected form fields From, "
-        "To and Body", "code": 21604, "message": f"'{field}' is required"})
+        "To and Body", "code": {"To": 21604, "From": 21603, "Body": 21602}[field],
+        "message": f"'{field}' is required"})
 
 
 def test_sms_from_a_messaging_service_needs_no_number():
