@@ -1022,7 +1022,7 @@ def _trim_url(url: str, before: str) -> str:
     end = len(url)
     while end:
         last = url[end - 1]
-        if last in ".,;:!?'|\u2019\u2026" or last in "*_~" and last == before:
+        if last in ".,;:!?'|\u2019\u2026\u060c\u0964\u200b" or last in "*_~" and last == before:
             end -= 1
         elif surplus.get(last, 0) > 0:
             surplus[last] -= 1
@@ -1238,7 +1238,7 @@ _ATTRIBUTE = _Pattern(
     r"[\s/]*(?:(>)|([^\s/>][^\s/>=]*)"
     r"(?:\s*=\s*(?:\"([^\"]*)(?:\"|\Z)|'([^']*)(?:'|\Z)|([^\s>]*)))?)")
 _RAW_TEXT = {name: _Pattern("</%s(?=[\\s/>])" % name, re.I) for name in (
-    "script", "style", "title", "textarea", "xmp", "iframe", "noembed", "noframes", "noscript")}
+    "script", "style", "title", "textarea", "xmp", "iframe", "noembed", "noframes")}
 _BLOCKS = frozenset(
     "address article aside blockquote body br center dd div dl dt fieldset figure footer form"
     " h1 h2 h3 h4 h5 h6 head header hr html li main nav ol option p pre section table tbody tfoot"

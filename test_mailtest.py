@@ -537,6 +537,7 @@ HTML_LINKS = {
         ('<a href="x?a=1&copy=2&region=3&notit;&amp;lt=4&#38;&lt;">y</a><img src="i?&reg&times">',
          ([("x?a=1&copy=2&region=3&notit;&lt=4&<", "y")], [("i?®×", None)])),
     "text is what is seen": ("<a href=x> a <b>b</b>\n c </a>", ([("x", "a b c")], [])),
+    "without scripts": ("<noscript><a href=x>y</a></noscript>", ([("x", "y")], [])),
     "an image has no text": ("<a href=x><img src=i alt=pic></a>", ([("x", None)], [("i", "pic")])),
     "blanks have no text": ("<a href=x> &nbsp; </a>", ([("x", None)], [])),
     "line ends in href": ('<a href=" http://x/\n  y ">z</a>', ([("http://x/  y", "z")], [])),
@@ -583,6 +584,9 @@ TEXT_LINKS = {
     "twice is two": ("http://a.x http://a.x", [("http://a.x",) * 2] * 2),
     "a word is none": ("invalid awww.x http://", []),
     "a token may end in an underscore": ("http://x.example/a_", [("http://x.example/a_",) * 2]),
+    "nor are those of other scripts, nor what is not seen":
+        ("http://x.example/a\u060c http://x.example/b\u0964\u200b",
+         [("http://x.example/a",) * 2, ("http://x.example/b",) * 2]),
     "it may be set in asterisks": ("*http://x.example/a*", [("http://x.example/a",) * 2]),
 }
 
