@@ -4414,6 +4414,10 @@ class Query:
         for name, value in pairs:
             self._values.setdefault(name, []).append(value)
 
+    def names(self) -> List[str]:
+        """The parameters that were given."""
+        return list(self._values)
+
     def all(self, name: str) -> List[str]:
         """Every value of a parameter that may be repeated."""
         return self._values.get(name, [])
@@ -5576,6 +5580,17 @@ def _check_access(api: Api, request: Request, route: Route) -> None:
                            headers=(("WWW-Authenticate", 'Basic realm="mailtest"'),))
 
 
+def _check_query(request: Request, route: Route) -> None:
+    """Refuses what the Mailtest service does not know: a mistyped filter would match any mail.
+    (Mailosaur ignores it, so its endpoints do.)"""
+    if route.access == "inbox" and request.query:
+        known = route.query.split()
+        for name in Query(request.query).names():
+            if name not in known:
+                raise ApiError(400, "bad_request", f"Unknown parameter {_seen(name)}: expected "
+                               f"{', '.join(known) or 'none'}", name[:80])
+
+
 def answer(api: Api, request: Request) -> Response:
     """The response to a request, whatever it is."""
     try:
@@ -5583,6 +5598,7 @@ def answer(api: Api, request: Request) -> Response:
         route, values = find_route(request.method, request.path)
         _check_origin(request, route)
         _check_access(api, request, route)
+        _check_query(request, route)
         return route.run(api, request, *values)
     except ApiError as error:
         if error.status == 405 and request.method == "OPTIONS":

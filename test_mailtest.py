@@ -5638,6 +5638,26 @@ def test_sms_to_what_is_no_number_is_refused(to):
 
 # -- the Mailtest service
 
+@pytest.mark.parametrize("target, detail", [
+    ("/v1/get/a@x.example?timeout=1&subjekt=x", "Unknown parameter 'subjekt': expected timeout, "
+     "count, subject, from, body, after, expect"),
+    ("/v1/acquire?fale=rcpt:451", "Unknown parameter 'fale': expected fail"),
+    ("/a@x.example?Count=2", "Unknown parameter 'Count': expected timeout, count, subject, from, "
+     "body, after, expect"),
+], ids=["a filter", "a script", "another case"])
+def test_mistyped_parameter_is_refused(target, detail):
+    _, api = api_on_clock()
+    delivered(api.store, "a@x.example")
+    assert said(ask(api, "GET", target)) == (400, {"error": "bad_request", "detail": detail})
+    assert len(api.store.inboxes()) == 1             # and none was made
+
+
+def test_parameters_of_the_others_are_free():
+    _, api = api_on_clock()
+    assert ask(api, "GET", "/api/messages?server=x&x=1").status == 200
+    assert ask(api, "GET", "/healthz?x=1").status == 200
+
+
 @pytest.mark.parametrize("path", ["/v1/acquire", "/v1/register", "/acquire", "/aquire",
                                   "/v1/acquire/"])
 def test_acquire_gives_an_address_and_a_newline(path):
