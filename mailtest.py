@@ -3730,8 +3730,9 @@ def _bind(host: str, port: int, backlog: int) -> socket.socket:
             sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
         sock.bind(address)
         sock.listen(backlog)
-    except OSError:
+    except OSError as error:
         sock.close()
+        error.filename = f"{host}:{port}"            # so that its text names it
         raise
     return sock
 
@@ -8419,8 +8420,7 @@ def _why_not(error: OSError, options: argparse.Namespace) -> str:
     ports = [name for name in ("smtp", "http", "smtps") if getattr(options, name) is not None]
     shown = ", ".join(f"--{name} {getattr(options, name)}" for name in ports)
     if error.errno == errno.EADDRINUSE:
-        return (f"a port of {shown} on {options.host} is in use; choose another, or 0 for a "
-                "free one")
+        return f"{error.filename} is in use ({shown}); choose another port, or 0 for a free one"
     if error.errno in (errno.EACCES, errno.EPERM):
         return f"not allowed: {error}; ports below 1024 need privileges ({shown})"
     return f"cannot start with --host {options.host} {shown}: {error}"

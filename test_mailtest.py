@@ -8570,6 +8570,7 @@ def test_start_opens_all_ports_or_none(name):
         with pytest.raises(OSError) as error:
             server.start()
         assert error.value.errno == errno.EADDRINUSE
+        assert str(error.value).endswith(f": '127.0.0.1:{port}'")
     assert set(threading.enumerate()) == before
     assert not answers(server.smtp_port) and not answers(server.http_port)
 
@@ -8867,8 +8868,8 @@ def test_port_in_use(option, program):
         ports = {"smtp": 0, "http": 0, option: port}
         shown = f"--smtp {ports['smtp']}, --http {ports['http']}"
         assert program("--exit-after", "1", "--timeout", "0.001", *shown.replace(",", "").split()
-                       ) == (1, "", f"mailtest: a port of {shown} on 127.0.0.1 is in use; choose "
-                                    "another, or 0 for a free one\n")
+                       ) == (1, "", f"mailtest: 127.0.0.1:{port} is in use ({shown}); choose "
+                                    "another port, or 0 for a free one\n")
 
 
 def test_address_that_is_not_of_this_machine(program):
