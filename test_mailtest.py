@@ -1605,21 +1605,14 @@ RESUMED = {
 }
 
 
+# arrivals are events by themselves, the others are kept for their own sake
 @pytest.mark.parametrize("after, numbers, lost", rows(RESUMED))
-def test_events_resume(after, numbers, lost):
+@pytest.mark.parametrize("happen", [lambda store: delivered(store, "a@x.example"),
+                                    mailtest.Store.acquire], ids=["arrivals", "inboxes"])
+def test_events_resume(happen, after, numbers, lost):
     _, store = store_on_clock(events=3)
     for _ in range(6):
-        delivered(store, "a@x.example")
-    events, was_lost = store.events(after, 0.0)
-    assert ([event.number for event in events], was_lost) == (numbers, lost)
-
-
-# the same where inboxes were opened: what they are told by is kept for its own sake
-@pytest.mark.parametrize("after, numbers, lost", rows(RESUMED))
-def test_events_other_than_arrivals_resume(after, numbers, lost):
-    _, store = store_on_clock(events=3)
-    for _ in range(6):
-        store.acquire()
+        happen(store)
     events, was_lost = store.events(after, 0.0)
     assert ([event.number for event in events], was_lost) == (numbers, lost)
 
