@@ -26,9 +26,9 @@ The sections, each of which uses only those above it:
     SMTP server    drives a session over a connection
     HTTP API       requests in, responses out; no sockets
     HTTP server    drives the API over a connection
-    Web page       HTML, CSS and JavaScript, as three strings
     Mailtest       wires all that; the pytest fixtures
     Command line   options, signals, the sendmail stand-in
+    Web page       HTML, CSS and JavaScript, as three strings
 
 (PYTEST_DONT_REWRITE: there is no assert here for pytest to explain.)
 """
@@ -5969,9 +5969,1002 @@ class HttpServer(Listener):
         return self._date[1]
 
 
+# ---- Mailtest --------------------------------------------------------------
+# Wires store, servers and page; what a Python test holds in its hands.
+
+class NoMail(AssertionError):
+    """The mail that was waited for did not come, or one came that should not; the text tells
+    what did arrive and which session was refused last."""
+
+
+class MailAttachment(NamedTuple):
+    """An attachment with its octets."""
+
+    file_name: str
+    content_type: str
+    content_id: Optional[str]
+    content: bytes
+
+
+class Mail:
+    """A message as a test asserts on it.  `content` has all that was read (see Content)."""
+
+    def __init__(self, message: Message):
+        self._message = message
+        self.content = message.content()
+        self.id = message.id
+        self.number = message.number                 # of its arrival
+        self.octets = message.octets                 # exactly as received
+        self.envelope = message.envelope
+        self.received = datetime.datetime.fromtimestamp(message.received, datetime.timezone.utc)
+        self.subject = self.content.subject
+        self.from_ = self.content.from_              # addresses have .name and .email
+        self.to = self.content.to
+        self.cc = self.content.cc
+        self.bcc = message.bcc(self.content)
+        self.text = self.content.text.body or ""
+        self.html = self.content.html.body or ""
+        self.links = [link.href for link in self.content.html.links or self.content.text.links]
+        self.codes = list(self.content.text.codes or self.content.html.codes)
+        self.headers = self.content.headers          # (name, value) in order
+        self.warnings = self.content.warnings
+        self.transcript = message.transcript().decode("utf-8", "replace")
+
+    @property
+    def attachments(self) -> List[MailAttachment]:
+        """The attachments with their octets."""
+        return [MailAttachment(part.file_name, part.content_type, part.content_id,
+                               attachment_octets(self.octets, part))
+                for part in self.content.attachments]
+
+    def header(self, name: str, default: str = "") -> str:
+        """The value of the first header field of that name."""
+        return next((value for field, value in self.headers if field.lower() == name.lower()),
+                    default)
+
+    def __repr__(self) -> str:
+        sender = self.from_[0].email if self.from_ else ""
+        return (f"<Mail {self.subject!r} from {sender!r} to "
+                f"{', '.join(self.envelope.forward_paths)}>")
+
+
+class Inbox:
+    """A temporary address, and the mail that it got."""
+
+    def __init__(self, store: Store, address: str):
+        self._store = store
+        self._since = store.wall()       # earlier sessions are none of its test's
+        self.address = address
+
+    def __repr__(self) -> str:
+        return f"<Inbox {self.address}>"
+
+    @property
+    def messages(self) -> List[Mail]:
+        """Its mail, newest first; Unknown once it has expired."""
+        seen, found = self._store.arrivals(Place(self.address))
+        if seen == NOT_YET:
+            with contextlib.suppress(NeverSeen):
+                self._store.inbox(self.address)
+        return [Mail(message) for message in found]
+
+    @property
+    def attempts(self) -> int:
+        """How many times a client asked to send to it (RCPT), refused or not."""
+        return self._store.inbox(self.address).attempts
+
+    @property
+    def expires(self) -> datetime.datetime:
+        """When it and its mail will be gone."""
+        return datetime.datetime.fromtimestamp(self._store.inbox(self.address).expires,
+                                               datetime.timezone.utc)
+
+    def delete(self) -> None:
+        """Ends it now."""
+        self._store.drop_inbox(self.address)
+
+    def wait(self, subject: str = "", sender: str = "", body: str = "", timeout: float = 5.0,
+             after: Optional[Mail] = None) -> Mail:
+        """The newest mail that matches, at once or when it arrives; NoMail after `timeout`
+        seconds.  Match: a part of the subject, the sender's full address, a part of a body."""
+        __tracebackhide__ = True
+        return self.wait_all(1, subject, sender, body, timeout, after)[0]
+
+    def wait_all(self, count: int, subject: str = "", sender: str = "", body: str = "",
+                 timeout: float = 5.0, after: Optional[Mail] = None) -> List[Mail]:
+        """At least `count` mails that match, newest first."""
+        __tracebackhide__ = True         # pytest then shows the line that waits
+        found = self._collect(count, subject, sender, body, timeout, after)
+        if len(found) < count:
+            wanted = ", ".join(f"{name}={value!r}" for name, value in
+                               (("subject", subject), ("sender", sender), ("body", body)) if value)
+            raise NoMail(f"expected {count} mail{'s' * (count > 1)} for {self.address}"
+                         f"{' with ' * bool(wanted)}{wanted} within {timeout:g} s, "
+                         f"got {len(found)}\n{self.report()}")
+        return [Mail(message) for message in found]
+
+    def expect_none(self, timeout: float = 1.0, subject: str = "", sender: str = "",
+                    body: str = "", after: Optional[Mail] = None) -> None:
+        """Returns after `timeout` seconds of silence; NoMail once a matching mail is there."""
+        __tracebackhide__ = True
+        if self._collect(1, subject, sender, body, timeout, after):
+            raise NoMail(f"expected no mail for {self.address}\n{self.report()}")
+
+    def _collect(self, count: int, subject: str, sender: str, body: str, timeout: float,
+                 after: Optional[Mail]) -> List[Message]:
+        """See collect(); NoMail if the inbox or the catcher has ended, since then nothing can
+        come, and silence proves nothing."""
+        __tracebackhide__ = True
+        if not isinstance(count, int) or count < 1:
+            raise ValueError(f"expected count to be 1 or more, got {count!r}")
+        if not isinstance(timeout, (int, float)) or not 0 <= timeout < float("inf"):
+            raise ValueError(f"expected timeout to be seconds, 0 or more, got {timeout!r}")
+        if not (after is None or isinstance(after, Mail)):
+            raise TypeError(f"expected after to be a Mail, got {after!r}")
+        for name, text in (("subject", subject), ("sender", sender), ("body", body)):
+            if not isinstance(text, str):
+                raise TypeError(f"expected {name} to be text, got {text!r}")
+        try:
+            found = collect(self._store, Place(self.address),
+                            criteria(sender, "", subject, body).match, count, timeout,
+                            after.number if after is not None else 0)
+        except Unknown as ended:
+            raise NoMail(f"no mail for {self.address} can come: {ended}") from None
+        if len(found) < count and self._store.closed:
+            raise NoMail(f"no mail for {self.address} can come: the catcher was stopped\n"
+                         f"{self.report()}")
+        return found
+
+    def report(self) -> str:
+        """What the inbox got, and the last session that was refused, for a failed test."""
+        try:
+            mails = self.messages
+        except Unknown as unknown:
+            return f"nothing arrived: {unknown}"
+        lines = [f"{self.address} got {len(mails)} mail{'s' * (len(mails) != 1)}"
+                 f"{':' * bool(mails)}"]
+        for mail in mails[:20]:
+            lines.append(f"  {mail.received:%H:%M:%S.%f} {mail!r}")
+            lines.extend(f"    warning: {warning}" for warning in mail.warnings)
+        refused = [record for record in self._store.sessions()
+                   if record.refused and record.ended >= self._since]
+        if refused:
+            lines.append(f"last refused SMTP session ({refused[0].refused}):")
+            lines.extend("  " + line for line in
+                         refused[0].transcript.decode("utf-8", "replace").splitlines()[-20:])
+        return "\n".join(lines)
+
+
+class Saver:
+    """Writes each message as <time>-<id>.eml.  A reader never sees half a file."""
+
+    def __init__(self, folder: str):
+        self.folder = folder
+        self._saved = 0
+        self._failed = 0
+        self._error = ""
+        try:
+            os.makedirs(folder, exist_ok=True)
+        except OSError as error:
+            raise ValueError(f"--save: cannot make the folder {folder!r}: {error.strerror}"
+                             ) from None
+
+    def save(self, message: Message) -> None:
+        """Writes one message; a full disk is reported, and the mail stays in memory."""
+        when = datetime.datetime.fromtimestamp(message.received, datetime.timezone.utc)
+        name = f"{when:%Y%m%dT%H%M%S.%fZ}-{message.id}"
+        unfinished = os.path.join(self.folder, f".{name}.part")
+        try:
+            with open(unfinished, "wb") as file:
+                file.write(message.octets)
+            os.replace(unfinished, os.path.join(self.folder, name + ".eml"))
+            self._saved += 1
+            self._error = ""
+        except OSError as error:
+            self._failed += 1
+            self._error = error.strerror or type(error).__name__
+            log_error("--save: %s was not written: %s", name, error)
+            with contextlib.suppress(OSError):
+                os.remove(unfinished)
+
+    def state(self) -> Dict[str, Any]:
+        """For /healthz."""
+        return {"folder": self.folder, "saved": self._saved, "failed": self._failed,
+                "error": self._error or None}
+
+
+class Webhook:
+    """POSTs each message as JSON to a URL, in order, in a thread of its own."""
+
+    def __init__(self, url: str, api: Api, base: str):
+        try:
+            parts = urllib.parse.urlsplit(url)
+            known = (parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
+                     and url.isascii())
+        except ValueError:               # no port, or brackets that do not match
+            known = False
+        if not known:
+            raise ValueError(f"expected --webhook http://host/path, got {url!r}")
+        self._parts = parts
+        self._api = api
+        self._base = base
+        self._limits = api.store.limits
+        self._queue: "collections.deque[str]" = collections.deque()    # of message ids
+        self._connection: Any = None     # of the POST that is under way
+        self._added = threading.Event()
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="webhook", daemon=True)
+        self._sent = 0
+        self._dropped = 0
+        self._error = ""
+
+    def add(self, message: Message) -> None:
+        """Queues a message; never waits."""
+        if len(self._queue) >= self._limits.webhook_queue:
+            self._drop(message.id, "too many are waiting")
+        else:
+            self._queue.append(message.id)
+            self._added.set()
+
+    def start(self) -> None:
+        """Begins to send."""
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Lets the queue run dry if that works at once; gives up what is left."""
+        until = time.monotonic() + self._limits.stop_time
+        while (self._queue or self._connection) and not self._error and time.monotonic() < until:
+            self._stop.wait(0.02)
+        self._stop.set()
+        self._added.set()
+        with contextlib.suppress(AttributeError, OSError):       # none is under way
+            self._connection.sock.shutdown(socket.SHUT_RDWR)
+        self._thread.join(self._limits.stop_time)
+        if self._queue:
+            log_error("--webhook: %d messages were not sent before the stop", len(self._queue))
+
+    def state(self) -> Dict[str, Any]:
+        """For /healthz."""
+        return {"sent": self._sent, "waiting": len(self._queue), "dropped": self._dropped,
+                "error": self._error or None}
+
+    def _run(self) -> None:
+        while not self._stop.is_set():
+            self._added.wait()
+            self._added.clear()
+            while self._queue and not self._stop.is_set():
+                id = self._queue.popleft()
+                try:
+                    self._send(self._api.store.message(id))
+                except Unknown as unknown:
+                    self._drop(id, str(unknown))
+                except Exception:        # the edge of a thread: the next message is sent
+                    log_error("--webhook failed", trace=True)
+                    self._drop(id, "of a defect")
+
+    def _send(self, message: Message) -> None:
+        """Tries until the other side answers 2xx, with pauses that double."""
+        pause, self._error = self._limits.webhook_pause, ""
+        for left in range(self._limits.webhook_tries - 1, -1, -1):
+            self._error = self._post(rendered(self._api, message, self._base))
+            if not self._error:
+                self._sent += 1
+                return
+            if left == self._limits.webhook_tries - 1:
+                log_error("--webhook: %s; trying again", self._error)
+            if not left or self._stop.wait(pause):
+                break
+            pause = min(30.0, pause * 2)
+        self._drop(message.id, self._error)
+
+    def _post(self, octets: bytes) -> str:
+        """"" when it was taken, else why not."""
+        parts = self._parts
+        kind = http.client.HTTPSConnection if parts.scheme == "https" else (
+            http.client.HTTPConnection)
+        connection = self._connection = kind(parts.hostname, parts.port, timeout=10)
+        try:
+            connection.request("POST", (parts.path or "/") + ("?" + parts.query) * bool(
+                parts.query), octets, {"Content-Type": "application/json"})
+            status = connection.getresponse().status
+            return "" if 200 <= status < 300 else f"answered {status}"
+        except (OSError, http.client.HTTPException) as error:
+            return getattr(error, "strerror", None) or type(error).__name__
+        finally:
+            self._connection = None
+            connection.close()
+
+    def _drop(self, id: str, why: str) -> None:
+        self._dropped += 1
+        log_error("--webhook: message %s was not sent: %s", id, why)
+
+
+class Mailtest:
+    """A mail catcher in this process.  Ports are free ones unless given; see the README.
+
+        with Mailtest() as server:
+            inbox = server.acquire()
+
+    `tls` is a server's SSLContext (see tls_context); smtps_port None: no port with implicit TLS.
+    """
+
+    page: Dict[str, Tuple[str, bytes]] = {}          # see ApiPolicy.files; from section Web page
+
+    def __init__(self, host: str = "127.0.0.1", smtp_port: int = 0, http_port: int = 0,
+                 smtps_port: Optional[int] = None, domain: str = "mailtest.example",
+                 strict: bool = False, limits: Limits = Limits(),
+                 policy: ApiPolicy = ApiPolicy(), auth: Optional[Tuple[str, str]] = None,
+                 tls: Optional[ssl.SSLContext] = None, https: bool = False, save: str = "",
+                 webhook: str = ""):
+        if tls is None and (smtps_port is not None or https):
+            raise ValueError("smtps_port and https need tls, see tls_context()")
+        self.host = host
+        self.smtp_port, self.http_port, self.smtps_port = smtp_port, http_port, smtps_port
+        self.store = Store(limits, domain, strict)
+        self._policy = policy._replace(password=auth[1] if auth else "", files=self.page,
+                                       state=self._state)
+        self._auth = auth
+        self._tls = tls
+        self._https = https
+        self._save = save
+        self._webhook_url = webhook
+        self._api: Optional[Api] = None
+        self._saver: Optional[Saver] = None
+        self._webhook: Optional[Webhook] = None
+        self._servers: List[Any] = []
+        self._expiry: Optional[threading.Thread] = None
+
+    def start(self) -> "Mailtest":
+        """Opens the ports, once; OSError if one cannot be had, and then none is."""
+        if self.store.closed:
+            raise RuntimeError("a Mailtest starts once; make another")
+        rules = SmtpPolicy(self.store.domain, self._tls is not None, self._auth)
+        try:
+            self.smtp_port = self._open(SmtpServer, self.smtp_port, self.store, rules, self._tls)
+            if self.smtps_port is not None:
+                self.smtps_port = self._open(SmtpServer, self.smtps_port, self.store, rules,
+                                             self._tls, True)
+            api = self._api = Api(self.store, self._policy._replace(smtp=self._at(self.smtp_port)))
+            self.http_port = self._open(HttpServer, self.http_port, api, self._tls, self._https)
+            self._follow(api)
+            expiry = threading.Thread(target=self.store.keep_expiring, name="expiry", daemon=True)
+            expiry.start()
+            self._expiry = expiry
+            for server in self._servers:
+                server.start()
+        except (OSError, ValueError, RuntimeError):  # RuntimeError: no thread could be had
+            self.stop()
+            raise
+        return self
+
+    def stop(self) -> None:
+        """Closes everything.  Mail data that is arriving may end first; no thread is left."""
+        for server in self._servers:     # SMTP first: what it accepts wakes who waits
+            if isinstance(server, HttpServer):
+                self.store.close()
+            server.stop()
+        self.store.close()
+        self._servers = []
+        if self._webhook is not None:
+            self._webhook.stop()
+        if self._expiry is not None:
+            self._expiry.join()
+
+    def __enter__(self) -> "Mailtest":
+        return self.start()
+
+    def __exit__(self, *exception: Any) -> None:
+        self.stop()
+
+    @property
+    def url(self) -> str:
+        """Where HTTP answers, without a trailing slash."""
+        return f"http{'s' * self._https}://{self._at(self.http_port)}"
+
+    @property
+    def smtp(self) -> str:
+        """Where SMTP answers, as host:port."""
+        return self._at(self.smtp_port)
+
+    def acquire(self, *fail: str) -> Inbox:
+        """A new inbox; each `fail` is STAGE:ACTION[*TIMES], see parse_failure."""
+        failures = tuple(parse_failure(text, self.store.limits) for text in fail)
+        return Inbox(self.store, self.store.acquire(failures).address)
+
+    def inbox(self, address: str) -> Inbox:
+        """The inbox of any address, also of one that has got no mail yet."""
+        return Inbox(self.store, address)
+
+    @property
+    def messages(self) -> List[Mail]:
+        """All mail, newest first."""
+        return [Mail(message) for message in self.store.newest(DEFAULT_SERVER)]
+
+    def let_quit(self, seconds: float) -> None:
+        """Waits a little for SMTP clients to end by themselves: some take a 421 in place of
+        QUIT's 221 for a mail that was not taken."""
+        until = time.monotonic() + seconds
+        while time.monotonic() < until and any(
+                server.connection_count() for server in self._servers
+                if isinstance(server, SmtpServer)):
+            time.sleep(0.01)
+
+    def json(self, message: Message) -> str:
+        """A message as the HTTP API gives it."""
+        return rendered(self._api, message, self.url).decode("utf-8")
+
+    def wait_for(self, count: int, timeout: float, after: int = 0) -> List[Message]:
+        """The messages with a number above `after`, newest first, once there are `count`, else
+        those there are after `timeout` seconds."""
+        return collect(self.store, Place(server=DEFAULT_SERVER), lambda message: True, count,
+                       timeout, after)
+
+    def _open(self, kind: Callable[..., Any], port: int, *rest: Any) -> int:
+        server = kind(self.host, port, *rest)
+        self._servers.append(server)
+        return server.port
+
+    def _follow(self, api: Api) -> None:
+        if self._save:
+            self._saver = Saver(self._save)
+            self.store.keepers.append(self._saver.save)
+        if self._webhook_url:
+            webhook = Webhook(self._webhook_url, api, self.url)
+            webhook.start()
+            self._webhook = webhook
+            self.store.keepers.append(webhook.add)
+
+    def _at(self, port: int) -> str:
+        host = {"0.0.0.0": "127.0.0.1", "": "127.0.0.1", "::": "[::1]"}.get(self.host, self.host)
+        return f"[{host}]:{port}" if ":" in host and host[0] != "[" else f"{host}:{port}"
+
+    def _state(self) -> Dict[str, Any]:
+        followers = (("save", self._saver), ("webhook", self._webhook))
+        return {name: follower.state() for name, follower in followers if follower is not None}
+
+
+def _pytest_plugin(pytest: Any) -> Any:
+    """A plugin with the fixtures, and the report of a failed test."""
+
+    @pytest.fixture(scope="session")
+    def mailtest_server():
+        """A mail catcher for the whole run (with pytest-xdist: for each worker)."""
+        with Mailtest() as server:
+            yield server
+
+    @pytest.fixture
+    def inbox(request, mailtest_server):
+        """A fresh address for each test."""
+        inbox = request.node.mailtest_inbox = mailtest_server.acquire()
+        yield inbox
+        with contextlib.suppress(Unknown):           # the test has deleted it
+            inbox.delete()
+
+    @pytest.hookimpl(hookwrapper=True)
+    def pytest_runtest_makereport(item, call):
+        """Adds to a failure what the test's inbox received."""
+        outcome = yield
+        inbox = getattr(item, "mailtest_inbox", None)
+        if (call.excinfo is not None and call.when != "teardown" and isinstance(inbox, Inbox)
+                and not isinstance(call.excinfo.value, NoMail)):         # whose text has it
+            outcome.get_result().sections.append(("mailtest", inbox.report()))
+
+    plugin = types.ModuleType("mailtest_fixtures")   # pytest wants fixtures in no class
+    plugin.mailtest_server = mailtest_server
+    plugin.inbox = inbox
+    plugin.pytest_runtest_makereport = pytest_runtest_makereport
+    return plugin
+
+
+def pytest_configure(config: Any) -> None:
+    """Makes `pytest_plugins = ["mailtest"]` bring the fixtures mailtest_server and inbox.
+
+    pytest is running, so it need not be imported; without pytest nobody calls this.
+    """
+    config.pluginmanager.register(_pytest_plugin(sys.modules["pytest"]), "mailtest-fixtures")
+
+
+# ---- Command line ----------------------------------------------------------
+# Options in, exit status out.  Standard output carries JSON for programs, the
+# ready line first; everything else goes to standard error.
+
+_UNITS = {"": 1, "s": 1, "m": 60, "min": 60, "h": 3600, "d": 86400}
+_SIZES = {"": 1, "k": 1_000, "m": 1_000_000, "g": 1_000_000_000}
+
+
+def duration(text: str) -> float:
+    """Seconds of 90, 90s, 10m, 1h, 1d."""
+    match = re.fullmatch(r"([0-9]{1,9}(?:\.[0-9]{1,3})?)\s*(s|m|min|h|d)?", text.strip(), re.I)
+    seconds = float(match.group(1)) * _UNITS[(match.group(2) or "").lower()] if match else 0
+    if not 0 < seconds <= 36_500 * 86_400:           # a hundred years
+        raise argparse.ArgumentTypeError(f"expected a time such as 90s, 10m or 1h, got {text!r}")
+    return seconds
+
+
+def octets(text: str) -> int:
+    """Octets of 200000, 200k, 25M, 2G (decimal)."""
+    match = re.fullmatch(r"([0-9]{1,15})\s*([kmg]?)b?", text.strip(), re.I)
+    if not match or not int(match.group(1)):
+        raise argparse.ArgumentTypeError(f"expected a size such as 200k, 25M or 1G, got {text!r}")
+    return int(match.group(1)) * _SIZES[match.group(2).lower()]
+
+
+def port(text: str) -> int:
+    """A port number; 0 lets the system choose."""
+    if not re.fullmatch(r"[0-9]{1,5}", text) or int(text) > 65535:
+        raise argparse.ArgumentTypeError(f"expected a port from 0 to 65535, got {text!r}")
+    return int(text)
+
+
+def whole(text: str) -> int:
+    """A whole number from 1."""
+    if not re.fullmatch(r"[0-9]{1,9}", text) or not int(text):
+        raise argparse.ArgumentTypeError(f"expected a whole number from 1, got {text!r}")
+    return int(text)
+
+
+def user_and_password(text: str) -> Tuple[str, str]:
+    """USER:PASSWORD."""
+    user, colon, password = text.partition(":")
+    if not colon or not user:
+        raise argparse.ArgumentTypeError("expected USER:PASSWORD")
+    return user, password
+
+
+def key(text: str) -> str:
+    """An API key.  An empty one would open what was meant to be closed."""
+    if not text:
+        raise argparse.ArgumentTypeError("expected a key, got an empty one")
+    return text
+
+
+def address(text: str) -> str:
+    """An address to listen on."""
+    if not text:
+        raise argparse.ArgumentTypeError("expected an address such as 127.0.0.1, or 0.0.0.0")
+    return text
+
+
+def host_name(text: str) -> str:
+    """A name in Host header fields, without a port."""
+    if not _is_domain(text):
+        raise argparse.ArgumentTypeError(f"expected a name such as mail.example, without scheme "
+                                         f"and port, got {text!r}")
+    return text.lower()
+
+
+def domain_name(text: str) -> str:
+    """A domain for acquired addresses."""
+    if not _is_domain(text) or text.startswith("["):
+        raise argparse.ArgumentTypeError(f"expected a domain such as a.example, got {text!r}")
+    return text.lower()
+
+
+def _options() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="mailtest.py", usage="mailtest.py [--smtp PORT] [--http PORT] [options]\n"
+                                  "       mailtest.py sendmail [-t] [-i] [-f ADDRESS] [RECIPIENT]",
+        description="Catches mail for tests: SMTP in, JSON out.",
+        allow_abbrev=False,
+        epilog="The first line on standard output is JSON with both addresses, once they answer.",
+        formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=30, width=96))
+    add = parser.add_argument_group("where to listen").add_argument
+    add("--smtp", type=port, default=2525, metavar="PORT",
+        help="SMTP port, 0 for a free one (2525)")
+    add("--http", type=port, default=8080, metavar="PORT",
+        help="HTTP port, 0 for a free one (8080)")
+    add("--host", type=address, default="127.0.0.1", metavar="ADDRESS",
+        help="address to listen on; 0.0.0.0 or :: for all (127.0.0.1)")
+    add = parser.add_argument_group("inboxes").add_argument
+    add("--domain", type=domain_name, default="mailtest.example",
+        help="of acquired addresses (mailtest.example)")
+    add("--ttl", type=duration, metavar="TIME", help="how long an inbox lives (10m)")
+    add("--strict", action="store_true", help="refuse mail to addresses that were not acquired")
+    add("--max-size", type=octets, metavar="SIZE", help="of a message (25M; hosted 200k)")
+    add("--max-memory", type=octets, metavar="SIZE", help="of all messages together (512M)")
+    add = parser.add_argument_group("TLS and authentication").add_argument
+    add("--tls", action="store_true", help="offer STARTTLS, with a certificate made by openssl")
+    add("--tls-cert", metavar="FILE", help="offer STARTTLS, with this certificate (PEM)")
+    add("--tls-key", metavar="FILE", help="its key, if not in the same file")
+    add("--smtps", type=port, metavar="PORT",
+        help="SMTP with TLS from the start, on this port too")
+    add("--https", action="store_true", help="speak TLS on the HTTP port")
+    add("--auth", type=user_and_password, metavar="USER:PASS",
+        help="the only SMTP credentials taken; without it any are")
+    add("--api-key", type=key, metavar="KEY", default=os.environ.get("MAILTEST_API_KEY") or None,
+        help="demand it on all but the Mailtest service (or MAILTEST_API_KEY)")
+    add = parser.add_argument_group("on a network").add_argument
+    add("--hosted", action="store_true",
+        help="a public service: --strict, --max-size 200k, --rate 10, lists only with the API key")
+    add("--rate", type=whole, metavar="N",
+        help="requests a minute and client to the Mailtest service")
+    add("--trust-proxy", action="store_true",
+        help="take the client's address from X-Forwarded-For")
+    add("--allow-host", type=host_name, action="append", default=[], metavar="NAME",
+        help="a Host header to answer to, beside addresses and local names; repeatable")
+    add = parser.add_argument_group("in scripts").add_argument
+    add("--save", metavar="DIR", default="", help="also write each message to DIR/<time>-<id>.eml")
+    add("--webhook", metavar="URL", default="", help="also POST each message as JSON to URL")
+    add("--exit-after", type=whole, metavar="N",
+        help="leave after N messages, printed as JSON; status 1 if they do not come")
+    add("--timeout", type=duration, metavar="TIME", help="how long --exit-after waits (no end)")
+    parser.add_argument("--version", action="version", version=f"mailtest {__version__}")
+    return parser
+
+
+def _limits(options: argparse.Namespace) -> Limits:
+    limits = Limits(max_size=200_000, rate=10) if options.hosted else Limits()
+    given = {"ttl": options.ttl, "max_size": options.max_size, "max_memory": options.max_memory,
+             "rate": options.rate}
+    return limits._replace(**{name: value for name, value in given.items() if value is not None})
+
+
+def _tls(options: argparse.Namespace, ends: contextlib.ExitStack) -> Optional[ssl.SSLContext]:
+    """The TLS settings that the options ask for; OSError or ValueError says what is wrong.
+
+    What is made for them is removed when `ends` does.
+    """
+    certificate, key = options.tls_cert, options.tls_key
+    if key and not certificate:
+        raise ValueError("--tls-key needs --tls-cert")
+    if not certificate and options.tls:
+        names = ["localhost", "127.0.0.1", "::1", options.domain, "mailosaur.com"]
+        names += [name for name in [options.host] + options.allow_host
+                  if name not in ("0.0.0.0", "::", "")]
+        import tempfile
+        folder = ends.enter_context(tempfile.TemporaryDirectory(prefix="mailtest-"))
+        certificate, key = make_certificate(folder, names)
+        print(f"mailtest: clients must trust {certificate}", file=sys.stderr, flush=True)
+    if not certificate:
+        if options.smtps is not None or options.https:
+            raise ValueError("--smtps and --https need a certificate: give --tls, or --tls-cert")
+        return None
+    files = " and ".join(filter(None, (certificate, key)))
+    try:
+        return tls_context(certificate, key or "")
+    except ssl.SSLError as error:
+        raise ValueError(f"--tls-cert and --tls-key: expected a PEM certificate and its key in "
+                         f"{files}: {error.reason or error}") from None
+    except OSError as error:
+        raise ValueError(f"--tls-cert and --tls-key: cannot read {files}: {error.strerror}"
+                         ) from None
+
+
+def _mailtest(options: argparse.Namespace, ends: contextlib.ExitStack) -> Mailtest:
+    policy = ApiPolicy(options.api_key or "", options.hosted, options.trust_proxy,
+                       tuple(name.lower() for name in options.allow_host + [options.domain]))
+    return Mailtest(options.host, options.smtp, options.http, options.smtps, options.domain,
+                    options.strict or options.hosted, _limits(options), policy, options.auth,
+                    _tls(options, ends), options.https, options.save, options.webhook)
+
+
+def _why_not(error: OSError, options: argparse.Namespace) -> str:
+    ports = [name for name in ("smtp", "http", "smtps") if getattr(options, name) is not None]
+    shown = ", ".join(f"--{name} {getattr(options, name)}" for name in ports)
+    if error.errno == errno.EADDRINUSE:
+        return f"{error.filename} is in use ({shown}); choose another port, or 0 for a free one"
+    if error.errno in (errno.EACCES, errno.EPERM):
+        return f"not allowed: {error}; ports below 1024 need privileges ({shown})"
+    return f"cannot start with --host {options.host} {shown}: {error}"
+
+
+# -- the sendmail stand-in
+
+_EX_OK, _EX_USAGE, _EX_NOUSER, _EX_UNAVAILABLE, _EX_TEMPFAIL = 0, 64, 67, 69, 75   # sysexits.h
+
+
+def _line(text: str) -> str:
+    """The text, if it can stand in a header field."""
+    if re.search(r"[\r\n\0]", text) or re.search("[\ud800-\udfff]", text):
+        raise ValueError(f"expected one line of UTF-8, got {_seen(text)}")
+    return text
+
+
+def _add_flags(flags: Dict[str, str], word: str, words: Iterator[str]) -> None:
+    """Takes a word of flags apart: letters without a value may stand together, as in -ti."""
+    for at, letter in enumerate(word[1:], 1):
+        if letter in "frFSsmBNRLXCO":    # these take a value
+            value = word[at + 1:] or next(words, None)
+            if value is None:
+                raise ValueError(f"expected a value after -{letter}")
+            flags["f" if letter == "r" else letter] = value if letter == "m" else _line(value)
+            return
+        if letter in "obdqe":            # -oi, -oem, -bm ...: what follows belongs to it
+            if word[at:at + 2] in ("bs", "bd", "bp", "bv"):
+                raise ValueError(f"{word} is not implemented: expected a mail on standard input")
+            if word[at:at + 2] == "oi":
+                flags["i"] = ""
+            return
+        if letter not in "tinvUG":
+            raise ValueError(f"unknown flag -{letter} in {word!r}: expected -t, -i, -f ADDRESS, "
+                             "-F NAME, -o..., -s SUBJECT, -m TEXT, -S HOST:PORT")
+        flags[letter] = ""
+
+
+def _address_list(text: str) -> List[str]:
+    """The addresses of an argument, which may be several with commas."""
+    found = [address.email for address in read_addresses(_line(text))]
+    if not found or not all(found):
+        raise ValueError(f"expected an address, got {_seen(text)}")
+    return found
+
+
+def _sendmail_flags(arguments: List[str]) -> Tuple[Dict[str, str], List[str]]:
+    """Flags by letter, and recipients; ValueError for what sendmail does not know."""
+    flags: Dict[str, str] = {}
+    recipients: List[str] = []
+    words = iter(arguments)
+    for word in words:
+        if word == "--":
+            recipients.extend(itertools.chain.from_iterable(map(_address_list, words)))
+        elif not word.startswith("-") or word == "-":
+            recipients.extend(_address_list(word))
+        else:
+            _add_flags(flags, word, words)
+    return flags, recipients
+
+
+def _qualified(address: str) -> str:
+    """root -> root@localhost; the null reverse-path stays."""
+    return address if "@" in address or not address else address + "@localhost"
+
+
+def _user_address() -> str:
+    user = os.environ.get("USER") or os.environ.get("USERNAME") or "nobody"
+    return f"{re.sub(r'[^A-Za-z0-9._-]', '', user) or 'nobody'}@localhost"
+
+
+def _completed(octets: bytes, flags: Dict[str, str],
+               recipients: List[str]) -> Tuple[bytes, List[str]]:
+    """The mail with CRLF, without Bcc, with the header fields that sendmail adds; and whom it
+    names as recipients."""
+    octets = re.sub(rb"\AFrom .*\n", b"", octets)           # the separator line of an mbox
+    octets = re.sub(rb"\r?\n", b"\r\n", octets)
+    if not octets.endswith(b"\r\n"):
+        octets += b"\r\n"
+    if "i" not in flags and "m" not in flags:        # a lone dot ends the mail
+        octets = re.split(rb"(?m)^\.\r$\n?", octets, maxsplit=1)[0]
+    match = re.match(rb"(?:[!-9;-~]+[ \t]*:.*\r\n(?:[ \t].*\r\n)*)*", octets)
+    head, body = match.group(), octets[match.end():]
+    if not body.startswith(b"\r\n"):
+        body = b"\r\n" + body
+    mail = read_headers(head + b"\r\n")
+    named = [address.email for address in mail.to + mail.cc + mail.bcc if address.email]
+    head = re.sub(rb"(?im)^bcc[ \t]*:.*\r\n(?:[ \t].*\r\n)*", b"", head)
+    names = {name.lower() for name, _ in mail.headers}
+    sender = read_addresses(flags.get("f", ""))
+    if sender:                           # -f "Bob <bob@x.example>" is bob@x.example
+        flags["f"] = sender[0].email
+    flags.setdefault("f", mail.from_[0].email if mail.from_ else _user_address())
+    if "from" not in names:
+        sender = _qualified(flags["f"].strip("<>")) or _user_address()
+        head += f"From: {email.utils.formataddr((flags.get('F', ''), sender))}\r\n".encode()
+    if not names & {"to", "cc", "bcc"} and recipients:
+        head += f"To: {', '.join(map(_qualified, recipients))}\r\n".encode()
+    if "date" not in names:
+        head += f"Date: {email.utils.formatdate(localtime=True)}\r\n".encode()
+    if "message-id" not in names:
+        head += f"Message-ID: <{new_id()}@localhost>\r\n".encode()
+    return head + body, named
+
+
+def _hand_over(flags: Dict[str, str], recipients: List[str], octets: bytes) -> int:
+    import smtplib                       # here, since a catcher that runs does not need it
+    where = flags.get("S") or os.environ.get("MAILTEST_SMTP") or "127.0.0.1:2525"
+    host, _, number = where.rpartition(":")
+    if not host or not number.isdecimal() or int(number) > 65535:
+        print(f"sendmail: expected HOST:PORT in -S or MAILTEST_SMTP, got {where!r}",
+              file=sys.stderr)
+        return _EX_USAGE
+    sender = _qualified(flags["f"].strip("<>"))
+    wide = not all(address.isascii() for address in [sender] + recipients)
+    try:
+        client = smtplib.SMTP(host.strip("[]"), int(number), local_hostname="localhost",
+                              timeout=60)
+        refused = client.sendmail(sender, recipients, octets,
+                                  ["BODY=8BITMIME"] + ["SMTPUTF8"] * wide)
+        with contextlib.suppress(OSError, smtplib.SMTPException):    # the mail is taken already
+            client.quit()
+    except smtplib.SMTPRecipientsRefused as error:
+        refused = error.recipients
+    except smtplib.SMTPResponseException as error:
+        text = error.smtp_error.decode("utf-8", "replace")
+        print(f"sendmail: {where} answered {error.smtp_code} {text}", file=sys.stderr)
+        return _EX_TEMPFAIL if error.smtp_code < 500 else _EX_UNAVAILABLE
+    except (OSError, smtplib.SMTPException) as error:
+        print(f"sendmail: {where} does not take mail: {error}; is mailtest running there?",
+              file=sys.stderr)
+        return _EX_TEMPFAIL
+    for address, (code, text) in refused.items():
+        print(f"sendmail: {address}: {code} {text.decode('utf-8', 'replace')}", file=sys.stderr)
+    if not refused:
+        return _EX_OK
+    return _EX_TEMPFAIL if any(code < 500 for code, _ in refused.values()) else _EX_NOUSER
+
+
+def sendmail(arguments: List[str]) -> int:
+    """Takes a mail on standard input to a catcher, as /usr/sbin/sendmail would; exit status by
+    sysexits.h.  The catcher: -S HOST:PORT, or MAILTEST_SMTP, or 127.0.0.1:2525."""
+    try:
+        flags, recipients = _sendmail_flags(arguments)
+        if "m" in flags:                 # with -s and -m the whole mail is on the command line
+            from email.header import Header
+            subject = Header(flags.get("s", ""), "utf-8" if not flags.get("s", "").isascii() else
+                             "us-ascii").encode()
+            octets = f"Subject: {subject}\n\n{flags['m']}\n".encode("utf-8", "surrogateescape")
+        else:
+            octets = sys.stdin.buffer.read()
+        octets, named = _completed(octets, flags, recipients)
+    except ValueError as error:
+        print(f"sendmail: {error}", file=sys.stderr)
+        return _EX_USAGE
+    recipients = recipients + (named if "t" in flags else [])
+    if not recipients:
+        print("sendmail: expected a recipient: as an argument, or with -t in To, Cc or Bcc",
+              file=sys.stderr)
+        return _EX_USAGE
+    return _hand_over(flags, list(dict.fromkeys(map(_qualified, recipients))), octets)
+
+
+# -- running
+
+def _interrupt(*_: Any) -> None:
+    raise KeyboardInterrupt
+
+
+@contextlib.contextmanager
+def _signals(handler: Any) -> Iterator[None]:
+    """Handles what ends the program, and puts back what handled it before."""
+    known = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGBREAK")
+             if hasattr(signal, name)]               # the last on Windows
+    before = [signal.signal(each, handler) for each in known]
+    try:
+        yield
+    finally:
+        for each, old in zip(known, before):
+            signal.signal(each, old if old is not None else signal.SIG_DFL)
+
+
+def _libc(name: str) -> Any:
+    """A function of the C library, None where it has none of that name."""
+    try:
+        import ctypes
+        return getattr(ctypes.CDLL(None), name, None)
+    except (ImportError, OSError, TypeError):        # a Python without ctypes; Windows
+        return None
+
+
+_M_ARENA_MAX = -8                        # malloc.h of glibc
+
+
+def _share_one_heap() -> None:
+    """Lets all threads allocate from the main heap, which glibc grows by 128 kB; it grows that of
+    a thread page by page, and asking for each costs 4 % of the speed."""
+    mallopt = _libc("mallopt")
+    if mallopt is not None:
+        mallopt(_M_ARENA_MAX, 1)
+
+
+def _give_back_memory(store: Store) -> None:
+    """Returns memory to the system after the start and after much mail has ended, since glibc
+    keeps it otherwise: the body of a thread."""
+    trim = _libc("malloc_trim")
+    time.sleep(0.1)                      # whoever waited for the start comes first
+    held = None
+    while trim is not None and not store.closed:
+        now = store.counters()["octets"]
+        if held is None or now < held - 4_000_000:
+            trim(0)
+            held = now
+        held = max(held, now)
+        time.sleep(2)
+
+
+def _wait_for_signal() -> None:
+    """Returns, or raises what a handler raises, once a signal came.
+
+    The system may hand a signal to any thread, and then it wakes no sleep of this one; what it
+    writes to the wake-up descriptor does.
+    """
+    told, teller = socket.socketpair()
+    teller.setblocking(False)
+    before = signal.set_wakeup_fd(teller.fileno())
+    try:
+        told.recv(1)
+    finally:
+        signal.set_wakeup_fd(before)
+        told.close()
+        teller.close()
+
+
+def _run(server: Mailtest, options: argparse.Namespace) -> int:
+    """Says that the ports answer, then waits for the end."""
+    ready = {"smtp": server.smtp, "http": server.url}
+    if server.smtps_port is not None:
+        ready["smtps"] = f"{server.smtp.rpartition(':')[0]}:{server.smtps_port}"
+    print(json.dumps(ready), flush=True)
+    gc.freeze()                          # what is here stays; and mail makes no cycles, so
+    gc.set_threshold(10_000, 20, 100)    # looking for them often finds nothing
+    threading.Thread(target=_give_back_memory, args=(server.store,), daemon=True).start()
+    local = options.host in ("::1", "localhost") or options.host.startswith("127.")
+    if not local and not options.api_key:
+        print(f"mailtest: anyone who reaches {options.host} can read and delete this mail; "
+              "--api-key closes it", file=sys.stderr, flush=True)
+    while not options.exit_after:
+        _wait_for_signal()
+    until = time.monotonic() + (options.timeout or float("inf"))
+    found: List[Message] = []
+    while True:                          # in steps: Windows delivers Ctrl-C between them
+        left = max(0.0, min(1.0, until - time.monotonic()))
+        number = found[-1].number if found else 0
+        found += server.wait_for(options.exit_after - len(found), left, number)[::-1]
+        if len(found) >= options.exit_after:
+            server.let_quit(0.5)
+            print("[" + ",\n".join(map(server.json, found)) + "]", flush=True)
+            return 0
+        if time.monotonic() >= until:
+            print(f"mailtest: expected {options.exit_after} "
+                  f"message{'s' * (options.exit_after > 1)} within {options.timeout:g} s, "
+                  f"got {len(found)}", file=sys.stderr)
+            return 1
+
+
+def main(arguments: Optional[List[str]] = None) -> int:
+    """Runs the program; returns its exit status."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if arguments[:1] == ["sendmail"]:
+        return sendmail(arguments[1:])
+    LOG_SETTINGS.update(stream=sys.stderr, format="mailtest: %(message)s")
+    parser = _options()
+    options = parser.parse_args(arguments)
+    limits = _limits(options)
+    if limits.max_size + limits.message_cost + limits.inbox_cost > limits.max_memory:
+        parser.error(f"expected --max-memory to hold a mail of --max-size, got "
+                     f"{limits.max_memory} and {limits.max_size} octets")
+    if options.timeout and not options.exit_after:
+        parser.error("--timeout needs --exit-after")
+    server = None
+    with contextlib.ExitStack() as ends, _signals(_interrupt):
+        try:
+            server = _mailtest(options, ends)
+            _share_one_heap()
+            server.start()
+            return _run(server, options)
+        except ValueError as error:
+            parser.error(str(error))
+        except OSError as error:
+            print(f"mailtest: {_why_not(error, options)}", file=sys.stderr)
+            return 1
+        except KeyboardInterrupt:
+            return 0 if not options.exit_after else 1
+        finally:
+            with _signals(signal.SIG_IGN):           # a second one must not break the stop
+                if server is not None:
+                    server.stop()
+
+
+def _late_main() -> None:
+    """Runs main() when Python is done with the script: as long as that runs Python keeps its
+    syntax tree, which takes 15 of 36 MB."""
+    try:
+        status = main()
+    except SystemExit as end:            # of argparse
+        status = end.code
+    except BaseException:
+        import traceback
+        traceback.print_exc()
+        status = 1
+    if status:
+        with contextlib.suppress(OSError, ValueError):       # closed by whoever listened
+            sys.stdout.flush()
+            sys.stderr.flush()
+        os._exit(status)                 # the interpreter's own is settled already
+
+
 # ---- Web page --------------------------------------------------------------
 # Three strings, served under URLs of their own, so that the page's policy
-# needs no inline script or style.
+# needs no inline script or style.  The last section: it is other languages,
+# and the sections above only know that there are files.
 
 PAGE_HTML = r"""<!doctype html>
 <html lang="en">
@@ -7740,995 +8733,7 @@ PAGE_FILES = {
         b'<path d="m5 10 11 8 11-8" fill="none" stroke="#fff" stroke-width="2.5"/></svg>')),
 }
 
-
-# ---- Mailtest --------------------------------------------------------------
-# Wires store, servers and page; what a Python test holds in its hands.
-
-class NoMail(AssertionError):
-    """The mail that was waited for did not come, or one came that should not; the text tells
-    what did arrive and which session was refused last."""
-
-
-class MailAttachment(NamedTuple):
-    """An attachment with its octets."""
-
-    file_name: str
-    content_type: str
-    content_id: Optional[str]
-    content: bytes
-
-
-class Mail:
-    """A message as a test asserts on it.  `content` has all that was read (see Content)."""
-
-    def __init__(self, message: Message):
-        self._message = message
-        self.content = message.content()
-        self.id = message.id
-        self.number = message.number                 # of its arrival
-        self.octets = message.octets                 # exactly as received
-        self.envelope = message.envelope
-        self.received = datetime.datetime.fromtimestamp(message.received, datetime.timezone.utc)
-        self.subject = self.content.subject
-        self.from_ = self.content.from_              # addresses have .name and .email
-        self.to = self.content.to
-        self.cc = self.content.cc
-        self.bcc = message.bcc(self.content)
-        self.text = self.content.text.body or ""
-        self.html = self.content.html.body or ""
-        self.links = [link.href for link in self.content.html.links or self.content.text.links]
-        self.codes = list(self.content.text.codes or self.content.html.codes)
-        self.headers = self.content.headers          # (name, value) in order
-        self.warnings = self.content.warnings
-        self.transcript = message.transcript().decode("utf-8", "replace")
-
-    @property
-    def attachments(self) -> List[MailAttachment]:
-        """The attachments with their octets."""
-        return [MailAttachment(part.file_name, part.content_type, part.content_id,
-                               attachment_octets(self.octets, part))
-                for part in self.content.attachments]
-
-    def header(self, name: str, default: str = "") -> str:
-        """The value of the first header field of that name."""
-        return next((value for field, value in self.headers if field.lower() == name.lower()),
-                    default)
-
-    def __repr__(self) -> str:
-        sender = self.from_[0].email if self.from_ else ""
-        return (f"<Mail {self.subject!r} from {sender!r} to "
-                f"{', '.join(self.envelope.forward_paths)}>")
-
-
-class Inbox:
-    """A temporary address, and the mail that it got."""
-
-    def __init__(self, store: Store, address: str):
-        self._store = store
-        self._since = store.wall()       # earlier sessions are none of its test's
-        self.address = address
-
-    def __repr__(self) -> str:
-        return f"<Inbox {self.address}>"
-
-    @property
-    def messages(self) -> List[Mail]:
-        """Its mail, newest first; Unknown once it has expired."""
-        seen, found = self._store.arrivals(Place(self.address))
-        if seen == NOT_YET:
-            with contextlib.suppress(NeverSeen):
-                self._store.inbox(self.address)
-        return [Mail(message) for message in found]
-
-    @property
-    def attempts(self) -> int:
-        """How many times a client asked to send to it (RCPT), refused or not."""
-        return self._store.inbox(self.address).attempts
-
-    @property
-    def expires(self) -> datetime.datetime:
-        """When it and its mail will be gone."""
-        return datetime.datetime.fromtimestamp(self._store.inbox(self.address).expires,
-                                               datetime.timezone.utc)
-
-    def delete(self) -> None:
-        """Ends it now."""
-        self._store.drop_inbox(self.address)
-
-    def wait(self, subject: str = "", sender: str = "", body: str = "", timeout: float = 5.0,
-             after: Optional[Mail] = None) -> Mail:
-        """The newest mail that matches, at once or when it arrives; NoMail after `timeout`
-        seconds.  Match: a part of the subject, the sender's full address, a part of a body."""
-        __tracebackhide__ = True
-        return self.wait_all(1, subject, sender, body, timeout, after)[0]
-
-    def wait_all(self, count: int, subject: str = "", sender: str = "", body: str = "",
-                 timeout: float = 5.0, after: Optional[Mail] = None) -> List[Mail]:
-        """At least `count` mails that match, newest first."""
-        __tracebackhide__ = True         # pytest then shows the line that waits
-        found = self._collect(count, subject, sender, body, timeout, after)
-        if len(found) < count:
-            wanted = ", ".join(f"{name}={value!r}" for name, value in
-                               (("subject", subject), ("sender", sender), ("body", body)) if value)
-            raise NoMail(f"expected {count} mail{'s' * (count > 1)} for {self.address}"
-                         f"{' with ' * bool(wanted)}{wanted} within {timeout:g} s, "
-                         f"got {len(found)}\n{self.report()}")
-        return [Mail(message) for message in found]
-
-    def expect_none(self, timeout: float = 1.0, subject: str = "", sender: str = "",
-                    body: str = "", after: Optional[Mail] = None) -> None:
-        """Returns after `timeout` seconds of silence; NoMail once a matching mail is there."""
-        __tracebackhide__ = True
-        if self._collect(1, subject, sender, body, timeout, after):
-            raise NoMail(f"expected no mail for {self.address}\n{self.report()}")
-
-    def _collect(self, count: int, subject: str, sender: str, body: str, timeout: float,
-                 after: Optional[Mail]) -> List[Message]:
-        """See collect(); NoMail if the inbox or the catcher has ended, since then nothing can
-        come, and silence proves nothing."""
-        __tracebackhide__ = True
-        if not isinstance(count, int) or count < 1:
-            raise ValueError(f"expected count to be 1 or more, got {count!r}")
-        if not isinstance(timeout, (int, float)) or not 0 <= timeout < float("inf"):
-            raise ValueError(f"expected timeout to be seconds, 0 or more, got {timeout!r}")
-        if not (after is None or isinstance(after, Mail)):
-            raise TypeError(f"expected after to be a Mail, got {after!r}")
-        for name, text in (("subject", subject), ("sender", sender), ("body", body)):
-            if not isinstance(text, str):
-                raise TypeError(f"expected {name} to be text, got {text!r}")
-        try:
-            found = collect(self._store, Place(self.address),
-                            criteria(sender, "", subject, body).match, count, timeout,
-                            after.number if after is not None else 0)
-        except Unknown as ended:
-            raise NoMail(f"no mail for {self.address} can come: {ended}") from None
-        if len(found) < count and self._store.closed:
-            raise NoMail(f"no mail for {self.address} can come: the catcher was stopped\n"
-                         f"{self.report()}")
-        return found
-
-    def report(self) -> str:
-        """What the inbox got, and the last session that was refused, for a failed test."""
-        try:
-            mails = self.messages
-        except Unknown as unknown:
-            return f"nothing arrived: {unknown}"
-        lines = [f"{self.address} got {len(mails)} mail{'s' * (len(mails) != 1)}"
-                 f"{':' * bool(mails)}"]
-        for mail in mails[:20]:
-            lines.append(f"  {mail.received:%H:%M:%S.%f} {mail!r}")
-            lines.extend(f"    warning: {warning}" for warning in mail.warnings)
-        refused = [record for record in self._store.sessions()
-                   if record.refused and record.ended >= self._since]
-        if refused:
-            lines.append(f"last refused SMTP session ({refused[0].refused}):")
-            lines.extend("  " + line for line in
-                         refused[0].transcript.decode("utf-8", "replace").splitlines()[-20:])
-        return "\n".join(lines)
-
-
-class Saver:
-    """Writes each message as <time>-<id>.eml.  A reader never sees half a file."""
-
-    def __init__(self, folder: str):
-        self.folder = folder
-        self._saved = 0
-        self._failed = 0
-        self._error = ""
-        try:
-            os.makedirs(folder, exist_ok=True)
-        except OSError as error:
-            raise ValueError(f"--save: cannot make the folder {folder!r}: {error.strerror}"
-                             ) from None
-
-    def save(self, message: Message) -> None:
-        """Writes one message; a full disk is reported, and the mail stays in memory."""
-        when = datetime.datetime.fromtimestamp(message.received, datetime.timezone.utc)
-        name = f"{when:%Y%m%dT%H%M%S.%fZ}-{message.id}"
-        unfinished = os.path.join(self.folder, f".{name}.part")
-        try:
-            with open(unfinished, "wb") as file:
-                file.write(message.octets)
-            os.replace(unfinished, os.path.join(self.folder, name + ".eml"))
-            self._saved += 1
-            self._error = ""
-        except OSError as error:
-            self._failed += 1
-            self._error = error.strerror or type(error).__name__
-            log_error("--save: %s was not written: %s", name, error)
-            with contextlib.suppress(OSError):
-                os.remove(unfinished)
-
-    def state(self) -> Dict[str, Any]:
-        """For /healthz."""
-        return {"folder": self.folder, "saved": self._saved, "failed": self._failed,
-                "error": self._error or None}
-
-
-class Webhook:
-    """POSTs each message as JSON to a URL, in order, in a thread of its own."""
-
-    def __init__(self, url: str, api: Api, base: str):
-        try:
-            parts = urllib.parse.urlsplit(url)
-            known = (parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
-                     and url.isascii())
-        except ValueError:               # no port, or brackets that do not match
-            known = False
-        if not known:
-            raise ValueError(f"expected --webhook http://host/path, got {url!r}")
-        self._parts = parts
-        self._api = api
-        self._base = base
-        self._limits = api.store.limits
-        self._queue: "collections.deque[str]" = collections.deque()    # of message ids
-        self._connection: Any = None     # of the POST that is under way
-        self._added = threading.Event()
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="webhook", daemon=True)
-        self._sent = 0
-        self._dropped = 0
-        self._error = ""
-
-    def add(self, message: Message) -> None:
-        """Queues a message; never waits."""
-        if len(self._queue) >= self._limits.webhook_queue:
-            self._drop(message.id, "too many are waiting")
-        else:
-            self._queue.append(message.id)
-            self._added.set()
-
-    def start(self) -> None:
-        """Begins to send."""
-        self._thread.start()
-
-    def stop(self) -> None:
-        """Lets the queue run dry if that works at once; gives up what is left."""
-        until = time.monotonic() + self._limits.stop_time
-        while (self._queue or self._connection) and not self._error and time.monotonic() < until:
-            self._stop.wait(0.02)
-        self._stop.set()
-        self._added.set()
-        with contextlib.suppress(AttributeError, OSError):       # none is under way
-            self._connection.sock.shutdown(socket.SHUT_RDWR)
-        self._thread.join(self._limits.stop_time)
-        if self._queue:
-            log_error("--webhook: %d messages were not sent before the stop", len(self._queue))
-
-    def state(self) -> Dict[str, Any]:
-        """For /healthz."""
-        return {"sent": self._sent, "waiting": len(self._queue), "dropped": self._dropped,
-                "error": self._error or None}
-
-    def _run(self) -> None:
-        while not self._stop.is_set():
-            self._added.wait()
-            self._added.clear()
-            while self._queue and not self._stop.is_set():
-                id = self._queue.popleft()
-                try:
-                    self._send(self._api.store.message(id))
-                except Unknown as unknown:
-                    self._drop(id, str(unknown))
-                except Exception:        # the edge of a thread: the next message is sent
-                    log_error("--webhook failed", trace=True)
-                    self._drop(id, "of a defect")
-
-    def _send(self, message: Message) -> None:
-        """Tries until the other side answers 2xx, with pauses that double."""
-        pause, self._error = self._limits.webhook_pause, ""
-        for left in range(self._limits.webhook_tries - 1, -1, -1):
-            self._error = self._post(rendered(self._api, message, self._base))
-            if not self._error:
-                self._sent += 1
-                return
-            if left == self._limits.webhook_tries - 1:
-                log_error("--webhook: %s; trying again", self._error)
-            if not left or self._stop.wait(pause):
-                break
-            pause = min(30.0, pause * 2)
-        self._drop(message.id, self._error)
-
-    def _post(self, octets: bytes) -> str:
-        """"" when it was taken, else why not."""
-        parts = self._parts
-        kind = http.client.HTTPSConnection if parts.scheme == "https" else (
-            http.client.HTTPConnection)
-        connection = self._connection = kind(parts.hostname, parts.port, timeout=10)
-        try:
-            connection.request("POST", (parts.path or "/") + ("?" + parts.query) * bool(
-                parts.query), octets, {"Content-Type": "application/json"})
-            status = connection.getresponse().status
-            return "" if 200 <= status < 300 else f"answered {status}"
-        except (OSError, http.client.HTTPException) as error:
-            return getattr(error, "strerror", None) or type(error).__name__
-        finally:
-            self._connection = None
-            connection.close()
-
-    def _drop(self, id: str, why: str) -> None:
-        self._dropped += 1
-        log_error("--webhook: message %s was not sent: %s", id, why)
-
-
-class Mailtest:
-    """A mail catcher in this process.  Ports are free ones unless given; see the README.
-
-        with Mailtest() as server:
-            inbox = server.acquire()
-
-    `tls` is a server's SSLContext (see tls_context); smtps_port None: no port with implicit TLS.
-    """
-
-    def __init__(self, host: str = "127.0.0.1", smtp_port: int = 0, http_port: int = 0,
-                 smtps_port: Optional[int] = None, domain: str = "mailtest.example",
-                 strict: bool = False, limits: Limits = Limits(),
-                 policy: ApiPolicy = ApiPolicy(), auth: Optional[Tuple[str, str]] = None,
-                 tls: Optional[ssl.SSLContext] = None, https: bool = False, save: str = "",
-                 webhook: str = ""):
-        if tls is None and (smtps_port is not None or https):
-            raise ValueError("smtps_port and https need tls, see tls_context()")
-        self.host = host
-        self.smtp_port, self.http_port, self.smtps_port = smtp_port, http_port, smtps_port
-        self.store = Store(limits, domain, strict)
-        self._policy = policy._replace(password=auth[1] if auth else "", files=PAGE_FILES,
-                                       state=self._state)
-        self._auth = auth
-        self._tls = tls
-        self._https = https
-        self._save = save
-        self._webhook_url = webhook
-        self._api: Optional[Api] = None
-        self._saver: Optional[Saver] = None
-        self._webhook: Optional[Webhook] = None
-        self._servers: List[Any] = []
-        self._expiry: Optional[threading.Thread] = None
-
-    def start(self) -> "Mailtest":
-        """Opens the ports, once; OSError if one cannot be had, and then none is."""
-        if self.store.closed:
-            raise RuntimeError("a Mailtest starts once; make another")
-        rules = SmtpPolicy(self.store.domain, self._tls is not None, self._auth)
-        try:
-            self.smtp_port = self._open(SmtpServer, self.smtp_port, self.store, rules, self._tls)
-            if self.smtps_port is not None:
-                self.smtps_port = self._open(SmtpServer, self.smtps_port, self.store, rules,
-                                             self._tls, True)
-            api = self._api = Api(self.store, self._policy._replace(smtp=self._at(self.smtp_port)))
-            self.http_port = self._open(HttpServer, self.http_port, api, self._tls, self._https)
-            self._follow(api)
-            expiry = threading.Thread(target=self.store.keep_expiring, name="expiry", daemon=True)
-            expiry.start()
-            self._expiry = expiry
-            for server in self._servers:
-                server.start()
-        except (OSError, ValueError, RuntimeError):  # RuntimeError: no thread could be had
-            self.stop()
-            raise
-        return self
-
-    def stop(self) -> None:
-        """Closes everything.  Mail data that is arriving may end first; no thread is left."""
-        for server in self._servers:     # SMTP first: what it accepts wakes who waits
-            if isinstance(server, HttpServer):
-                self.store.close()
-            server.stop()
-        self.store.close()
-        self._servers = []
-        if self._webhook is not None:
-            self._webhook.stop()
-        if self._expiry is not None:
-            self._expiry.join()
-
-    def __enter__(self) -> "Mailtest":
-        return self.start()
-
-    def __exit__(self, *exception: Any) -> None:
-        self.stop()
-
-    @property
-    def url(self) -> str:
-        """Where HTTP answers, without a trailing slash."""
-        return f"http{'s' * self._https}://{self._at(self.http_port)}"
-
-    @property
-    def smtp(self) -> str:
-        """Where SMTP answers, as host:port."""
-        return self._at(self.smtp_port)
-
-    def acquire(self, *fail: str) -> Inbox:
-        """A new inbox; each `fail` is STAGE:ACTION[*TIMES], see parse_failure."""
-        failures = tuple(parse_failure(text, self.store.limits) for text in fail)
-        return Inbox(self.store, self.store.acquire(failures).address)
-
-    def inbox(self, address: str) -> Inbox:
-        """The inbox of any address, also of one that has got no mail yet."""
-        return Inbox(self.store, address)
-
-    @property
-    def messages(self) -> List[Mail]:
-        """All mail, newest first."""
-        return [Mail(message) for message in self.store.newest(DEFAULT_SERVER)]
-
-    def let_quit(self, seconds: float) -> None:
-        """Waits a little for SMTP clients to end by themselves: some take a 421 in place of
-        QUIT's 221 for a mail that was not taken."""
-        until = time.monotonic() + seconds
-        while time.monotonic() < until and any(
-                server.connection_count() for server in self._servers
-                if isinstance(server, SmtpServer)):
-            time.sleep(0.01)
-
-    def json(self, message: Message) -> str:
-        """A message as the HTTP API gives it."""
-        return rendered(self._api, message, self.url).decode("utf-8")
-
-    def wait_for(self, count: int, timeout: float, after: int = 0) -> List[Message]:
-        """The messages with a number above `after`, newest first, once there are `count`, else
-        those there are after `timeout` seconds."""
-        return collect(self.store, Place(server=DEFAULT_SERVER), lambda message: True, count,
-                       timeout, after)
-
-    def _open(self, kind: Callable[..., Any], port: int, *rest: Any) -> int:
-        server = kind(self.host, port, *rest)
-        self._servers.append(server)
-        return server.port
-
-    def _follow(self, api: Api) -> None:
-        if self._save:
-            self._saver = Saver(self._save)
-            self.store.keepers.append(self._saver.save)
-        if self._webhook_url:
-            webhook = Webhook(self._webhook_url, api, self.url)
-            webhook.start()
-            self._webhook = webhook
-            self.store.keepers.append(webhook.add)
-
-    def _at(self, port: int) -> str:
-        host = {"0.0.0.0": "127.0.0.1", "": "127.0.0.1", "::": "[::1]"}.get(self.host, self.host)
-        return f"[{host}]:{port}" if ":" in host and host[0] != "[" else f"{host}:{port}"
-
-    def _state(self) -> Dict[str, Any]:
-        followers = (("save", self._saver), ("webhook", self._webhook))
-        return {name: follower.state() for name, follower in followers if follower is not None}
-
-
-def _pytest_plugin(pytest: Any) -> Any:
-    """A plugin with the fixtures, and the report of a failed test."""
-
-    @pytest.fixture(scope="session")
-    def mailtest_server():
-        """A mail catcher for the whole run (with pytest-xdist: for each worker)."""
-        with Mailtest() as server:
-            yield server
-
-    @pytest.fixture
-    def inbox(request, mailtest_server):
-        """A fresh address for each test."""
-        inbox = request.node.mailtest_inbox = mailtest_server.acquire()
-        yield inbox
-        with contextlib.suppress(Unknown):           # the test has deleted it
-            inbox.delete()
-
-    @pytest.hookimpl(hookwrapper=True)
-    def pytest_runtest_makereport(item, call):
-        """Adds to a failure what the test's inbox received."""
-        outcome = yield
-        inbox = getattr(item, "mailtest_inbox", None)
-        if (call.excinfo is not None and call.when != "teardown" and isinstance(inbox, Inbox)
-                and not isinstance(call.excinfo.value, NoMail)):         # whose text has it
-            outcome.get_result().sections.append(("mailtest", inbox.report()))
-
-    plugin = types.ModuleType("mailtest_fixtures")   # pytest wants fixtures in no class
-    plugin.mailtest_server = mailtest_server
-    plugin.inbox = inbox
-    plugin.pytest_runtest_makereport = pytest_runtest_makereport
-    return plugin
-
-
-def pytest_configure(config: Any) -> None:
-    """Makes `pytest_plugins = ["mailtest"]` bring the fixtures mailtest_server and inbox.
-
-    pytest is running, so it need not be imported; without pytest nobody calls this.
-    """
-    config.pluginmanager.register(_pytest_plugin(sys.modules["pytest"]), "mailtest-fixtures")
-
-
-# ---- Command line ----------------------------------------------------------
-# Options in, exit status out.  Standard output carries JSON for programs, the
-# ready line first; everything else goes to standard error.
-
-_UNITS = {"": 1, "s": 1, "m": 60, "min": 60, "h": 3600, "d": 86400}
-_SIZES = {"": 1, "k": 1_000, "m": 1_000_000, "g": 1_000_000_000}
-
-
-def duration(text: str) -> float:
-    """Seconds of 90, 90s, 10m, 1h, 1d."""
-    match = re.fullmatch(r"([0-9]{1,9}(?:\.[0-9]{1,3})?)\s*(s|m|min|h|d)?", text.strip(), re.I)
-    seconds = float(match.group(1)) * _UNITS[(match.group(2) or "").lower()] if match else 0
-    if not 0 < seconds <= 36_500 * 86_400:           # a hundred years
-        raise argparse.ArgumentTypeError(f"expected a time such as 90s, 10m or 1h, got {text!r}")
-    return seconds
-
-
-def octets(text: str) -> int:
-    """Octets of 200000, 200k, 25M, 2G (decimal)."""
-    match = re.fullmatch(r"([0-9]{1,15})\s*([kmg]?)b?", text.strip(), re.I)
-    if not match or not int(match.group(1)):
-        raise argparse.ArgumentTypeError(f"expected a size such as 200k, 25M or 1G, got {text!r}")
-    return int(match.group(1)) * _SIZES[match.group(2).lower()]
-
-
-def port(text: str) -> int:
-    """A port number; 0 lets the system choose."""
-    if not re.fullmatch(r"[0-9]{1,5}", text) or int(text) > 65535:
-        raise argparse.ArgumentTypeError(f"expected a port from 0 to 65535, got {text!r}")
-    return int(text)
-
-
-def whole(text: str) -> int:
-    """A whole number from 1."""
-    if not re.fullmatch(r"[0-9]{1,9}", text) or not int(text):
-        raise argparse.ArgumentTypeError(f"expected a whole number from 1, got {text!r}")
-    return int(text)
-
-
-def user_and_password(text: str) -> Tuple[str, str]:
-    """USER:PASSWORD."""
-    user, colon, password = text.partition(":")
-    if not colon or not user:
-        raise argparse.ArgumentTypeError("expected USER:PASSWORD")
-    return user, password
-
-
-def key(text: str) -> str:
-    """An API key.  An empty one would open what was meant to be closed."""
-    if not text:
-        raise argparse.ArgumentTypeError("expected a key, got an empty one")
-    return text
-
-
-def address(text: str) -> str:
-    """An address to listen on."""
-    if not text:
-        raise argparse.ArgumentTypeError("expected an address such as 127.0.0.1, or 0.0.0.0")
-    return text
-
-
-def host_name(text: str) -> str:
-    """A name in Host header fields, without a port."""
-    if not _is_domain(text):
-        raise argparse.ArgumentTypeError(f"expected a name such as mail.example, without scheme "
-                                         f"and port, got {text!r}")
-    return text.lower()
-
-
-def domain_name(text: str) -> str:
-    """A domain for acquired addresses."""
-    if not _is_domain(text) or text.startswith("["):
-        raise argparse.ArgumentTypeError(f"expected a domain such as a.example, got {text!r}")
-    return text.lower()
-
-
-def _options() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="mailtest.py", usage="mailtest.py [--smtp PORT] [--http PORT] [options]\n"
-                                  "       mailtest.py sendmail [-t] [-i] [-f ADDRESS] [RECIPIENT]",
-        description="Catches mail for tests: SMTP in, JSON out.",
-        allow_abbrev=False,
-        epilog="The first line on standard output is JSON with both addresses, once they answer.",
-        formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=30, width=96))
-    add = parser.add_argument_group("where to listen").add_argument
-    add("--smtp", type=port, default=2525, metavar="PORT",
-        help="SMTP port, 0 for a free one (2525)")
-    add("--http", type=port, default=8080, metavar="PORT",
-        help="HTTP port, 0 for a free one (8080)")
-    add("--host", type=address, default="127.0.0.1", metavar="ADDRESS",
-        help="address to listen on; 0.0.0.0 or :: for all (127.0.0.1)")
-    add = parser.add_argument_group("inboxes").add_argument
-    add("--domain", type=domain_name, default="mailtest.example",
-        help="of acquired addresses (mailtest.example)")
-    add("--ttl", type=duration, metavar="TIME", help="how long an inbox lives (10m)")
-    add("--strict", action="store_true", help="refuse mail to addresses that were not acquired")
-    add("--max-size", type=octets, metavar="SIZE", help="of a message (25M; hosted 200k)")
-    add("--max-memory", type=octets, metavar="SIZE", help="of all messages together (512M)")
-    add = parser.add_argument_group("TLS and authentication").add_argument
-    add("--tls", action="store_true", help="offer STARTTLS, with a certificate made by openssl")
-    add("--tls-cert", metavar="FILE", help="offer STARTTLS, with this certificate (PEM)")
-    add("--tls-key", metavar="FILE", help="its key, if not in the same file")
-    add("--smtps", type=port, metavar="PORT",
-        help="SMTP with TLS from the start, on this port too")
-    add("--https", action="store_true", help="speak TLS on the HTTP port")
-    add("--auth", type=user_and_password, metavar="USER:PASS",
-        help="the only SMTP credentials taken; without it any are")
-    add("--api-key", type=key, metavar="KEY", default=os.environ.get("MAILTEST_API_KEY") or None,
-        help="demand it on all but the Mailtest service (or MAILTEST_API_KEY)")
-    add = parser.add_argument_group("on a network").add_argument
-    add("--hosted", action="store_true",
-        help="a public service: --strict, --max-size 200k, --rate 10, lists only with the API key")
-    add("--rate", type=whole, metavar="N",
-        help="requests a minute and client to the Mailtest service")
-    add("--trust-proxy", action="store_true",
-        help="take the client's address from X-Forwarded-For")
-    add("--allow-host", type=host_name, action="append", default=[], metavar="NAME",
-        help="a Host header to answer to, beside addresses and local names; repeatable")
-    add = parser.add_argument_group("in scripts").add_argument
-    add("--save", metavar="DIR", default="", help="also write each message to DIR/<time>-<id>.eml")
-    add("--webhook", metavar="URL", default="", help="also POST each message as JSON to URL")
-    add("--exit-after", type=whole, metavar="N",
-        help="leave after N messages, printed as JSON; status 1 if they do not come")
-    add("--timeout", type=duration, metavar="TIME", help="how long --exit-after waits (no end)")
-    parser.add_argument("--version", action="version", version=f"mailtest {__version__}")
-    return parser
-
-
-def _limits(options: argparse.Namespace) -> Limits:
-    limits = Limits(max_size=200_000, rate=10) if options.hosted else Limits()
-    given = {"ttl": options.ttl, "max_size": options.max_size, "max_memory": options.max_memory,
-             "rate": options.rate}
-    return limits._replace(**{name: value for name, value in given.items() if value is not None})
-
-
-def _tls(options: argparse.Namespace, ends: contextlib.ExitStack) -> Optional[ssl.SSLContext]:
-    """The TLS settings that the options ask for; OSError or ValueError says what is wrong.
-
-    What is made for them is removed when `ends` does.
-    """
-    certificate, key = options.tls_cert, options.tls_key
-    if key and not certificate:
-        raise ValueError("--tls-key needs --tls-cert")
-    if not certificate and options.tls:
-        names = ["localhost", "127.0.0.1", "::1", options.domain, "mailosaur.com"]
-        names += [name for name in [options.host] + options.allow_host
-                  if name not in ("0.0.0.0", "::", "")]
-        import tempfile
-        folder = ends.enter_context(tempfile.TemporaryDirectory(prefix="mailtest-"))
-        certificate, key = make_certificate(folder, names)
-        print(f"mailtest: clients must trust {certificate}", file=sys.stderr, flush=True)
-    if not certificate:
-        if options.smtps is not None or options.https:
-            raise ValueError("--smtps and --https need a certificate: give --tls, or --tls-cert")
-        return None
-    files = " and ".join(filter(None, (certificate, key)))
-    try:
-        return tls_context(certificate, key or "")
-    except ssl.SSLError as error:
-        raise ValueError(f"--tls-cert and --tls-key: expected a PEM certificate and its key in "
-                         f"{files}: {error.reason or error}") from None
-    except OSError as error:
-        raise ValueError(f"--tls-cert and --tls-key: cannot read {files}: {error.strerror}"
-                         ) from None
-
-
-def _mailtest(options: argparse.Namespace, ends: contextlib.ExitStack) -> Mailtest:
-    policy = ApiPolicy(options.api_key or "", options.hosted, options.trust_proxy,
-                       tuple(name.lower() for name in options.allow_host + [options.domain]))
-    return Mailtest(options.host, options.smtp, options.http, options.smtps, options.domain,
-                    options.strict or options.hosted, _limits(options), policy, options.auth,
-                    _tls(options, ends), options.https, options.save, options.webhook)
-
-
-def _why_not(error: OSError, options: argparse.Namespace) -> str:
-    ports = [name for name in ("smtp", "http", "smtps") if getattr(options, name) is not None]
-    shown = ", ".join(f"--{name} {getattr(options, name)}" for name in ports)
-    if error.errno == errno.EADDRINUSE:
-        return f"{error.filename} is in use ({shown}); choose another port, or 0 for a free one"
-    if error.errno in (errno.EACCES, errno.EPERM):
-        return f"not allowed: {error}; ports below 1024 need privileges ({shown})"
-    return f"cannot start with --host {options.host} {shown}: {error}"
-
-
-# -- the sendmail stand-in
-
-_EX_OK, _EX_USAGE, _EX_NOUSER, _EX_UNAVAILABLE, _EX_TEMPFAIL = 0, 64, 67, 69, 75   # sysexits.h
-
-
-def _line(text: str) -> str:
-    """The text, if it can stand in a header field."""
-    if re.search(r"[\r\n\0]", text) or re.search("[\ud800-\udfff]", text):
-        raise ValueError(f"expected one line of UTF-8, got {_seen(text)}")
-    return text
-
-
-def _add_flags(flags: Dict[str, str], word: str, words: Iterator[str]) -> None:
-    """Takes a word of flags apart: letters without a value may stand together, as in -ti."""
-    for at, letter in enumerate(word[1:], 1):
-        if letter in "frFSsmBNRLXCO":    # these take a value
-            value = word[at + 1:] or next(words, None)
-            if value is None:
-                raise ValueError(f"expected a value after -{letter}")
-            flags["f" if letter == "r" else letter] = value if letter == "m" else _line(value)
-            return
-        if letter in "obdqe":            # -oi, -oem, -bm ...: what follows belongs to it
-            if word[at:at + 2] in ("bs", "bd", "bp", "bv"):
-                raise ValueError(f"{word} is not implemented: expected a mail on standard input")
-            if word[at:at + 2] == "oi":
-                flags["i"] = ""
-            return
-        if letter not in "tinvUG":
-            raise ValueError(f"unknown flag -{letter} in {word!r}: expected -t, -i, -f ADDRESS, "
-                             "-F NAME, -o..., -s SUBJECT, -m TEXT, -S HOST:PORT")
-        flags[letter] = ""
-
-
-def _address_list(text: str) -> List[str]:
-    """The addresses of an argument, which may be several with commas."""
-    found = [address.email for address in read_addresses(_line(text))]
-    if not found or not all(found):
-        raise ValueError(f"expected an address, got {_seen(text)}")
-    return found
-
-
-def _sendmail_flags(arguments: List[str]) -> Tuple[Dict[str, str], List[str]]:
-    """Flags by letter, and recipients; ValueError for what sendmail does not know."""
-    flags: Dict[str, str] = {}
-    recipients: List[str] = []
-    words = iter(arguments)
-    for word in words:
-        if word == "--":
-            recipients.extend(itertools.chain.from_iterable(map(_address_list, words)))
-        elif not word.startswith("-") or word == "-":
-            recipients.extend(_address_list(word))
-        else:
-            _add_flags(flags, word, words)
-    return flags, recipients
-
-
-def _qualified(address: str) -> str:
-    """root -> root@localhost; the null reverse-path stays."""
-    return address if "@" in address or not address else address + "@localhost"
-
-
-def _user_address() -> str:
-    user = os.environ.get("USER") or os.environ.get("USERNAME") or "nobody"
-    return f"{re.sub(r'[^A-Za-z0-9._-]', '', user) or 'nobody'}@localhost"
-
-
-def _completed(octets: bytes, flags: Dict[str, str],
-               recipients: List[str]) -> Tuple[bytes, List[str]]:
-    """The mail with CRLF, without Bcc, with the header fields that sendmail adds; and whom it
-    names as recipients."""
-    octets = re.sub(rb"\AFrom .*\n", b"", octets)           # the separator line of an mbox
-    octets = re.sub(rb"\r?\n", b"\r\n", octets)
-    if not octets.endswith(b"\r\n"):
-        octets += b"\r\n"
-    if "i" not in flags and "m" not in flags:        # a lone dot ends the mail
-        octets = re.split(rb"(?m)^\.\r$\n?", octets, maxsplit=1)[0]
-    match = re.match(rb"(?:[!-9;-~]+[ \t]*:.*\r\n(?:[ \t].*\r\n)*)*", octets)
-    head, body = match.group(), octets[match.end():]
-    if not body.startswith(b"\r\n"):
-        body = b"\r\n" + body
-    mail = read_headers(head + b"\r\n")
-    named = [address.email for address in mail.to + mail.cc + mail.bcc if address.email]
-    head = re.sub(rb"(?im)^bcc[ \t]*:.*\r\n(?:[ \t].*\r\n)*", b"", head)
-    names = {name.lower() for name, _ in mail.headers}
-    sender = read_addresses(flags.get("f", ""))
-    if sender:                           # -f "Bob <bob@x.example>" is bob@x.example
-        flags["f"] = sender[0].email
-    flags.setdefault("f", mail.from_[0].email if mail.from_ else _user_address())
-    if "from" not in names:
-        sender = _qualified(flags["f"].strip("<>")) or _user_address()
-        head += f"From: {email.utils.formataddr((flags.get('F', ''), sender))}\r\n".encode()
-    if not names & {"to", "cc", "bcc"} and recipients:
-        head += f"To: {', '.join(map(_qualified, recipients))}\r\n".encode()
-    if "date" not in names:
-        head += f"Date: {email.utils.formatdate(localtime=True)}\r\n".encode()
-    if "message-id" not in names:
-        head += f"Message-ID: <{new_id()}@localhost>\r\n".encode()
-    return head + body, named
-
-
-def _hand_over(flags: Dict[str, str], recipients: List[str], octets: bytes) -> int:
-    import smtplib                       # here, since a catcher that runs does not need it
-    where = flags.get("S") or os.environ.get("MAILTEST_SMTP") or "127.0.0.1:2525"
-    host, _, number = where.rpartition(":")
-    if not host or not number.isdecimal() or int(number) > 65535:
-        print(f"sendmail: expected HOST:PORT in -S or MAILTEST_SMTP, got {where!r}",
-              file=sys.stderr)
-        return _EX_USAGE
-    sender = _qualified(flags["f"].strip("<>"))
-    wide = not all(address.isascii() for address in [sender] + recipients)
-    try:
-        client = smtplib.SMTP(host.strip("[]"), int(number), local_hostname="localhost",
-                              timeout=60)
-        refused = client.sendmail(sender, recipients, octets,
-                                  ["BODY=8BITMIME"] + ["SMTPUTF8"] * wide)
-        with contextlib.suppress(OSError, smtplib.SMTPException):    # the mail is taken already
-            client.quit()
-    except smtplib.SMTPRecipientsRefused as error:
-        refused = error.recipients
-    except smtplib.SMTPResponseException as error:
-        text = error.smtp_error.decode("utf-8", "replace")
-        print(f"sendmail: {where} answered {error.smtp_code} {text}", file=sys.stderr)
-        return _EX_TEMPFAIL if error.smtp_code < 500 else _EX_UNAVAILABLE
-    except (OSError, smtplib.SMTPException) as error:
-        print(f"sendmail: {where} does not take mail: {error}; is mailtest running there?",
-              file=sys.stderr)
-        return _EX_TEMPFAIL
-    for address, (code, text) in refused.items():
-        print(f"sendmail: {address}: {code} {text.decode('utf-8', 'replace')}", file=sys.stderr)
-    if not refused:
-        return _EX_OK
-    return _EX_TEMPFAIL if any(code < 500 for code, _ in refused.values()) else _EX_NOUSER
-
-
-def sendmail(arguments: List[str]) -> int:
-    """Takes a mail on standard input to a catcher, as /usr/sbin/sendmail would; exit status by
-    sysexits.h.  The catcher: -S HOST:PORT, or MAILTEST_SMTP, or 127.0.0.1:2525."""
-    try:
-        flags, recipients = _sendmail_flags(arguments)
-        if "m" in flags:                 # with -s and -m the whole mail is on the command line
-            from email.header import Header
-            subject = Header(flags.get("s", ""), "utf-8" if not flags.get("s", "").isascii() else
-                             "us-ascii").encode()
-            octets = f"Subject: {subject}\n\n{flags['m']}\n".encode("utf-8", "surrogateescape")
-        else:
-            octets = sys.stdin.buffer.read()
-        octets, named = _completed(octets, flags, recipients)
-    except ValueError as error:
-        print(f"sendmail: {error}", file=sys.stderr)
-        return _EX_USAGE
-    recipients = recipients + (named if "t" in flags else [])
-    if not recipients:
-        print("sendmail: expected a recipient: as an argument, or with -t in To, Cc or Bcc",
-              file=sys.stderr)
-        return _EX_USAGE
-    return _hand_over(flags, list(dict.fromkeys(map(_qualified, recipients))), octets)
-
-
-# -- running
-
-def _interrupt(*_: Any) -> None:
-    raise KeyboardInterrupt
-
-
-@contextlib.contextmanager
-def _signals(handler: Any) -> Iterator[None]:
-    """Handles what ends the program, and puts back what handled it before."""
-    known = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGBREAK")
-             if hasattr(signal, name)]               # the last on Windows
-    before = [signal.signal(each, handler) for each in known]
-    try:
-        yield
-    finally:
-        for each, old in zip(known, before):
-            signal.signal(each, old if old is not None else signal.SIG_DFL)
-
-
-def _libc(name: str) -> Any:
-    """A function of the C library, None where it has none of that name."""
-    try:
-        import ctypes
-        return getattr(ctypes.CDLL(None), name, None)
-    except (ImportError, OSError, TypeError):        # a Python without ctypes; Windows
-        return None
-
-
-_M_ARENA_MAX = -8                        # malloc.h of glibc
-
-
-def _share_one_heap() -> None:
-    """Lets all threads allocate from the main heap, which glibc grows by 128 kB; it grows that of
-    a thread page by page, and asking for each costs 4 % of the speed."""
-    mallopt = _libc("mallopt")
-    if mallopt is not None:
-        mallopt(_M_ARENA_MAX, 1)
-
-
-def _give_back_memory(store: Store) -> None:
-    """Returns memory to the system after the start and after much mail has ended, since glibc
-    keeps it otherwise: the body of a thread."""
-    trim = _libc("malloc_trim")
-    time.sleep(0.1)                      # whoever waited for the start comes first
-    held = None
-    while trim is not None and not store.closed:
-        now = store.counters()["octets"]
-        if held is None or now < held - 4_000_000:
-            trim(0)
-            held = now
-        held = max(held, now)
-        time.sleep(2)
-
-
-def _wait_for_signal() -> None:
-    """Returns, or raises what a handler raises, once a signal came.
-
-    The system may hand a signal to any thread, and then it wakes no sleep of this one; what it
-    writes to the wake-up descriptor does.
-    """
-    told, teller = socket.socketpair()
-    teller.setblocking(False)
-    before = signal.set_wakeup_fd(teller.fileno())
-    try:
-        told.recv(1)
-    finally:
-        signal.set_wakeup_fd(before)
-        told.close()
-        teller.close()
-
-
-def _run(server: Mailtest, options: argparse.Namespace) -> int:
-    """Says that the ports answer, then waits for the end."""
-    ready = {"smtp": server.smtp, "http": server.url}
-    if server.smtps_port is not None:
-        ready["smtps"] = f"{server.smtp.rpartition(':')[0]}:{server.smtps_port}"
-    print(json.dumps(ready), flush=True)
-    gc.freeze()                          # what is here stays; and mail makes no cycles, so
-    gc.set_threshold(10_000, 20, 100)    # looking for them often finds nothing
-    threading.Thread(target=_give_back_memory, args=(server.store,), daemon=True).start()
-    local = options.host in ("::1", "localhost") or options.host.startswith("127.")
-    if not local and not options.api_key:
-        print(f"mailtest: anyone who reaches {options.host} can read and delete this mail; "
-              "--api-key closes it", file=sys.stderr, flush=True)
-    while not options.exit_after:
-        _wait_for_signal()
-    until = time.monotonic() + (options.timeout or float("inf"))
-    found: List[Message] = []
-    while True:                          # in steps: Windows delivers Ctrl-C between them
-        left = max(0.0, min(1.0, until - time.monotonic()))
-        number = found[-1].number if found else 0
-        found += server.wait_for(options.exit_after - len(found), left, number)[::-1]
-        if len(found) >= options.exit_after:
-            server.let_quit(0.5)
-            print("[" + ",\n".join(map(server.json, found)) + "]", flush=True)
-            return 0
-        if time.monotonic() >= until:
-            print(f"mailtest: expected {options.exit_after} "
-                  f"message{'s' * (options.exit_after > 1)} within {options.timeout:g} s, "
-                  f"got {len(found)}", file=sys.stderr)
-            return 1
-
-
-def main(arguments: Optional[List[str]] = None) -> int:
-    """Runs the program; returns its exit status."""
-    arguments = sys.argv[1:] if arguments is None else arguments
-    if arguments[:1] == ["sendmail"]:
-        return sendmail(arguments[1:])
-    LOG_SETTINGS.update(stream=sys.stderr, format="mailtest: %(message)s")
-    parser = _options()
-    options = parser.parse_args(arguments)
-    limits = _limits(options)
-    if limits.max_size + limits.message_cost + limits.inbox_cost > limits.max_memory:
-        parser.error(f"expected --max-memory to hold a mail of --max-size, got "
-                     f"{limits.max_memory} and {limits.max_size} octets")
-    if options.timeout and not options.exit_after:
-        parser.error("--timeout needs --exit-after")
-    server = None
-    with contextlib.ExitStack() as ends, _signals(_interrupt):
-        try:
-            server = _mailtest(options, ends)
-            _share_one_heap()
-            server.start()
-            return _run(server, options)
-        except ValueError as error:
-            parser.error(str(error))
-        except OSError as error:
-            print(f"mailtest: {_why_not(error, options)}", file=sys.stderr)
-            return 1
-        except KeyboardInterrupt:
-            return 0 if not options.exit_after else 1
-        finally:
-            with _signals(signal.SIG_IGN):           # a second one must not break the stop
-                if server is not None:
-                    server.stop()
-
-
-def _late_main() -> None:
-    """Runs main() when Python is done with the script: as long as that runs Python keeps its
-    syntax tree, which takes 15 of 36 MB."""
-    try:
-        status = main()
-    except SystemExit as end:            # of argparse
-        status = end.code
-    except BaseException:
-        import traceback
-        traceback.print_exc()
-        status = 1
-    if status:
-        with contextlib.suppress(OSError, ValueError):       # closed by whoever listened
-            sys.stdout.flush()
-            sys.stderr.flush()
-        os._exit(status)                 # the interpreter's own is settled already
+Mailtest.page = PAGE_FILES
 
 
 if __name__ == "__main__":

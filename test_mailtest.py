@@ -7249,571 +7249,6 @@ def test_large_answers_under_way_are_bounded():
         server.stop()
 
 
-# ---- Web page --------------------------------------------------------------
-
-BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
-QUIET = ("--headless", "--remote-debugging-pipe", "--no-first-run", "--no-default-browser-check",
-         "--disable-gpu", "--disable-dev-shm-usage", "--disable-quic", "--disable-extensions",
-         "--disable-background-networking", "--disable-component-update", "--disable-sync",
-         "--disable-features=IsolateSandboxedIframes")         # so that frames are seen too
-
-KEY_CODES = {"Tab": 9, "Enter": 13, "Escape": 27, "ArrowLeft": 37, "ArrowUp": 38,
-             "ArrowRight": 39, "ArrowDown": 40, "Delete": 46}
-
-
-class Browser:
-    """Chromium over --remote-debugging-pipe: it reads descriptor 3 and writes 4, JSON each ended
-    by a NUL octet.  Calls are DevTools methods: `browser("Page.reload", ignoreCache=True)`."""
-
-    def __init__(self, program):
-        self.folder = tempfile.mkdtemp(prefix="browser-")
-        child_in, self._out = os.pipe()
-        self._in, child_out = os.pipe()
-        flags = QUIET + ("--no-sandbox",) * (os.geteuid() == 0)
-
-        def descriptors():               # ours may be 3 or 4 already: by way of high numbers
-            os.dup2(child_in, 103)
-            os.dup2(child_out, 104)
-            os.dup2(103, 3)
-            os.dup2(104, 4)
-            os.closerange(5, 110)
-        self.process = subprocess.Popen(
-            (program,) + flags + ("--user-data-dir=" + self.folder, "about:blank"),
-            preexec_fn=descriptors, close_fds=False, stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        os.close(child_in)
-        os.close(child_out)
-        self._buffer, self._number, self._session, self.events = b"", 0, None, []
-        target = self("Target.createTarget", url="about:blank")["targetId"]
-        self._session = self("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
-        for domain in ("Page", "Runtime", "Network", "Log"):
-            self(domain + ".enable")
-
-    def __call__(self, method, **parameters):
-        self._number += 1
-        call = {"id": self._number, "method": method, "params": parameters}
-        if self._session:
-            call["sessionId"] = self._session
-        os.write(self._out, json.dumps(call).encode() + b"\0")
-        while True:
-            answer = self._read()
-            if answer.get("id") == self._number:
-                assert "error" not in answer, (method, answer["error"])
-                return answer["result"]
-            self.events.append(answer)
-
-    def _read(self):
-        while b"\0" not in self._buffer:
-            assert select.select([self._in], [], [], 20)[0], "the browser does not answer"
-            octets = os.read(self._in, 1 << 16)
-            assert octets, "the browser has ended"
-            self._buffer += octets
-        message, _, self._buffer = self._buffer.partition(b"\0")
-        return json.loads(message.decode())
-
-    def js(self, expression):
-        """The value of an expression in the page; promises are awaited."""
-        answer = self("Runtime.evaluate", expression=expression, returnByValue=True,
-                      awaitPromise=True, userGesture=True)
-        assert "exceptionDetails" not in answer, answer["exceptionDetails"]
-        return answer["result"].get("value")
-
-    def wait(self, expression, timeout=10):
-        """The value of an expression as soon as it is true."""
-        return self.js("""new Promise((done, failed) => {
-            const until = performance.now() + %d, look = () => {
-                let value; try { value = (%s) } catch (error) { value = null }
-                if (value) done(value);
-                else if (performance.now() > until) failed(Error(%s));
-                else setTimeout(look, 10); }; look() })""" % (
-            timeout * 1000, expression, json.dumps("never true: " + expression)))
-
-    def goto(self, url):
-        """Opens a page of its own and waits until its script has run."""
-        self("Page.navigate", url="about:blank")
-        self.events.clear()
-        self("Page.navigate", url=url)
-        self.wait("location.href.startsWith(%s) && document.readyState === 'complete'"
-                  % json.dumps(url))
-
-    def click(self, selector):
-        """A real click in the middle of the first such element that is to be seen."""
-        x, y = self.wait("""(() => { const node = [...document.querySelectorAll(%s)].find(
-            (each) => each.checkVisibility()); node.scrollIntoView({block: "nearest"});
-            const box = node.getBoundingClientRect();
-            return [box.x + box.width / 2, box.y + box.height / 2] })()""" % json.dumps(selector))
-        for kind in ("mousePressed", "mouseReleased"):
-            self("Input.dispatchMouseEvent", type=kind, x=x, y=y, button="left", clickCount=1)
-
-    def press(self, *keys):
-        """Keys by their names: "j", "Enter", "ArrowDown"."""
-        for key in keys:
-            event = {"key": key, "windowsVirtualKeyCode": KEY_CODES.get(key, ord(key[0].upper()))}
-            text = {"text": key} if len(key) == 1 else {"text": "\r"} if key == "Enter" else {}
-            self("Input.dispatchKeyEvent", type="keyDown", **event, **text)
-            self("Input.dispatchKeyEvent", type="keyUp", **event)
-
-    def size(self, width, height, dark=False):
-        self("Emulation.setDeviceMetricsOverride", width=width, height=height,
-             deviceScaleFactor=1, mobile=width < 700)
-        self("Emulation.setEmulatedMedia", features=[
-            {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}])
-
-    def requests(self):
-        """The URLs that were asked for since the page was opened; a policy may have refused some
-        before they left."""
-        refused = {event["params"]["requestId"] for event in self.events
-                   if event.get("method") == "Network.loadingFailed"
-                   and event["params"].get("blockedReason") == "csp"}
-        return [event["params"]["request"]["url"] for event in self.events
-                if event.get("method") == "Network.requestWillBeSent"
-                and event["params"]["requestId"] not in refused]
-
-    def complaints(self):
-        """What the browser and the page's script complained of since the page was opened, but for
-        what a mail's frame was refused."""
-        return [event["params"] for event in self.events if event.get("method") in (
-            "Log.entryAdded", "Runtime.exceptionThrown", "Runtime.consoleAPICalled")
-            and "/preview?" not in event["params"].get("entry", {}).get("url", "")]
-
-    def until(self, condition, timeout=10):
-        """Waits until a condition on this side holds; meanwhile events come in."""
-        end = time.monotonic() + timeout
-        while not condition():
-            assert time.monotonic() < end, "never true"
-            self.js("new Promise((done) => setTimeout(done, 10))")
-
-    def close(self):
-        self._session = None
-        try:
-            self("Browser.close")
-        except (AssertionError, OSError):
-            self.process.kill()
-        self.process.wait()
-        os.close(self._in)
-        os.close(self._out)
-        shutil.rmtree(self.folder, ignore_errors=True)
-
-
-@pytest.fixture(scope="session")
-def chromium():
-    """One browser for all tests of the page."""
-    program = next(filter(None, map(shutil.which, BROWSERS)), None)
-    if program is None or sys.platform == "win32":
-        if os.environ.get("MAILTEST_REQUIRE_BROWSER") == "1":
-            pytest.fail("MAILTEST_REQUIRE_BROWSER=1, but there is no Chromium")
-        pytest.skip("no Chromium found")
-    browser = Browser(program)
-    browser("Browser.grantPermissions", permissions=["clipboardReadWrite",
-                                                     "clipboardSanitizedWrite"])
-    yield browser
-    browser.close()
-
-
-@pytest.fixture(scope="module")
-def catcher():
-    """One catcher, emptied for each test that opens its page."""
-    with mailtest.Mailtest() as server:
-        yield server
-
-
-@pytest.fixture
-def page(chromium, catcher):
-    """The page of an empty catcher in a fresh browser, and afterwards: no complaint of the
-    browser (such as a breach of the policy), and nothing asked of anyone else."""
-    catcher.store.empty("mailtest")
-    for view in catcher.store.inboxes():
-        catcher.store.drop_inbox(view.address)
-    chromium.size(1400, 900)
-    chromium("Storage.clearDataForOrigin", origin=catcher.url, storageTypes="local_storage")
-    chromium.goto(catcher.url + "/")
-    chromium.wait(LIVE)
-    yield chromium
-    assert chromium.complaints() == []
-    assert [url for url in chromium.requests() if not url.startswith((catcher.url, "data:"))] == []
-
-
-LIVE = "document.querySelector('[data-testid=status]').textContent === 'live'"
-ROWS = "[...document.querySelectorAll('[data-testid=message-row]')]"
-TITLE = "document.querySelector('#message h2').textContent"
-ACQUIRED = "(document.querySelectorAll('[data-testid=inbox]')[1] || {}).title"
-TAB = "document.querySelector('[aria-selected=true][role=tab]')"
-PANEL = "document.querySelector('[role=tabpanel]').textContent"
-FOCUS = "(document.activeElement.id || document.activeElement.localName)"
-GIF = (b"GIF89a\x01\x00\x01\x00\x80\x00\x00\x00\x00\x00\xff\x00\x00!\xf9\x04\x01\x00\x00\x00\x00,"
-       b"\x00\x00\x00\x00\x01\x00\x01\x00\x00\x02\x02D\x01\x00;")
-
-
-def a_mail(subject="Hello", text="It works", to="jane@example.com", html="", sender="a@b.example"):
-    mail = email.message.EmailMessage()
-    mail["From"], mail["To"], mail["Subject"] = sender, to, subject
-    mail["Date"], mail["Message-ID"] = "Fri, 21 Nov 2025 10:00:00 +0000", "<1@b.example>"
-    mail.set_content(text)
-    if html:
-        mail.add_alternative(html, subtype="html")
-    return mail
-
-
-def send(server, *mails):
-    with smtplib.SMTP("127.0.0.1", server.smtp_port, "client.example") as client:
-        for mail in mails:
-            client.send_message(mail)
-
-
-def page_rows(browser, count):
-    """The texts of the rows, once there are so many."""
-    return browser.wait(f"{ROWS}.length === {count} && {ROWS}.map((row) => row.innerText)")
-
-
-def test_page_shows_how_to_send_mail_while_there_is_none(page, catcher):
-    manual = page.wait("document.querySelector('[data-testid=empty]').innerText")
-    assert str(catcher.smtp_port) in manual and catcher.url + "/v1/acquire" in manual
-    page.click("[data-testid=sample]")
-    (row,) = page_rows(page, 1)
-    assert "482913" in row
-    page.wait("document.title === '(1) mailtest'")
-
-
-def test_page_acquires_an_address_and_its_mail_appears_by_itself(page, catcher):
-    page.click("[data-testid=acquire]")
-    address = page.wait(ACQUIRED)
-    assert page.wait("navigator.clipboard.readText()") == address
-    page.wait("document.querySelector('[data-testid=empty]').innerText.includes("
-              f"'\"me@example.com\", \"{address}\"')")      # how to send to it
-    send(catcher, a_mail("Not for it"), a_mail("Confirm: code 482 913", "code 482 913", address))
-    (row,) = page_rows(page, 1)                           # the acquired inbox is selected
-    assert "Confirm" in row and "482913" in row and "a@b.example" in row
-    page.click("[data-testid=inbox]")                # all mail
-    page_rows(page, 2)
-    assert page.wait("document.querySelectorAll('[data-testid=inbox]').length === 3")
-    assert len([url for url in page.requests() if url == catcher.url + "/"]) == 1
-
-
-TABS = {  # data-testid: what its panel shows
-    "tab-preview": "320",
-    "tab-text": "Text 482913",
-    "tab-links": "https://acme.example/verify?a=1&b=2",
-    "tab-headers": "Fri, 21 Nov 2025 10:00:00 +0000",
-    "tab-source": "Content-Type: multipart/",
-    "tab-smtp": "C: ehlo client.example",
-    "tab-json": '"forwardPath" timeout=30',
-}
-
-
-def test_page_shows_a_message_in_seven_tabs(page, catcher):
-    send(catcher, a_mail("Tabs", "Text 482913", html='<img src="https://elsewhere.example/x.png">'
-                         '<a href="https://acme.example/verify?a=1&amp;b=2">Verify</a>'))
-    page_rows(page, 1)
-    page.click("[data-testid=message-row]")
-    assert page.wait(f"{TITLE} === 'Tabs'")
-    for tab, expected in TABS.items():
-        page.click(f"[data-testid={tab}]")
-        for part in expected.replace('"forwardPath"', '"rcptTo"').split():
-            page.wait(f"{PANEL}.includes({json.dumps(part)})")
-        assert page.js(TAB + ".dataset.testid") == tab
-
-
-def test_page_greys_empty_tabs_and_says_why(page, catcher):
-    send(catcher, a_mail("Plain"))
-    page_rows(page, 1)
-    page.press("j")
-    tab = "document.querySelector('[data-testid=tab-preview]')"
-    assert page.wait(f"{tab} && [{tab}.ariaDisabled, {tab}.title]") == [
-        "true", "This message has no HTML part"]
-    page.click("[data-testid=tab-preview]")
-    assert page.js(TAB + ".textContent") == "Text"
-
-
-def test_page_blocks_remote_content_until_asked_for(page, catcher):
-    elsewhere = socket.socket()
-    elsewhere.bind(("127.0.0.1", 0))
-    elsewhere.listen()
-    elsewhere.settimeout(10)
-    url = "http://127.0.0.1:%d/pixel.gif" % elsewhere.getsockname()[1]
-    send(catcher, a_mail("News", html=f'<img src="{url}"><style>@import "{url}"</style>'
-                                      f'<link rel="preload" as="image" href="{url}">'))
-    page_rows(page, 1)
-    page.press("j")
-    frame = "document.querySelector('[data-testid=preview-frame]')"
-    assert page.wait(f"{frame}.sandbox.value") == "allow-popups allow-popups-to-escape-sandbox"
-    page.wait("new Promise((done) => setTimeout(done, 100, true))")    # for what should not come
-    assert select.select([elsewhere], [], [], 0)[0] == []
-    page.click("[data-testid=load-remote]")
-    elsewhere.accept()[0].close()                    # now it comes
-    elsewhere.close()
-    page.events.clear()
-
-
-def test_page_copies_code_and_link(page, catcher):
-    send(catcher, a_mail("Your code", "Your code is 482913: https://acme.example/v?t=1"))
-    page_rows(page, 1)
-    page.press("j")
-    page.click("[data-testid=chip-code]")
-    assert page.wait("navigator.clipboard.readText()") == "482913"
-    page.click("[data-testid=chip-link]")
-    page.until(lambda: page.js("navigator.clipboard.readText()") == "https://acme.example/v?t=1")
-    page.press("y")
-    page.until(lambda: page.js("navigator.clipboard.readText()") == "482913")
-
-
-TYPED = {  # what is typed: subjects that remain
-    "invoice": ["Invoice"],
-    "to:bob": ["Hello"],
-    "from:": ["Invoice", "Hello"],                   # not yet finished
-    '"it works" -invoice': ["Hello"],
-    "nothing like it": [],
-}
-
-
-def test_page_searches_as_it_is_typed(page, catcher):
-    send(catcher, a_mail("Hello", to="bob@example.com"), a_mail("Invoice"))
-    page_rows(page, 2)
-    for query, subjects in TYPED.items():
-        page.js("document.querySelector('[data-testid=search]').value = ''")
-        page.press("Escape", "/")
-        page("Input.insertText", text=query)
-        page.wait(f"JSON.stringify({ROWS}.map((row) => row.querySelector('.subject').textContent))"
-                  f" === {json.dumps(json.dumps(subjects, separators=(',', ':')))}")
-    page.press("Escape")
-    page_rows(page, 2)
-
-
-def test_page_deletes_with_undo(page, catcher):
-    send(catcher, a_mail("First"), a_mail("Second"))
-    page_rows(page, 2)
-    page.press("j")
-    page.wait(f"{TITLE} === 'Second'")
-    page.click("[data-testid=delete]")
-    page_rows(page, 1)
-    page.wait(f"{TITLE} === 'First'")
-    page.click("[data-testid=undo]")
-    page_rows(page, 2)
-    assert len(catcher.messages) == 2
-    page.press("Delete")
-    page_rows(page, 1)
-    page.goto(catcher.url + "/?again")               # who leaves does not undo
-    page.until(lambda: [mail.subject for mail in catcher.messages] == ["First"])
-
-
-def test_page_empties_and_ends_an_inbox_after_asking(page, catcher):
-    inbox = catcher.acquire()
-    send(catcher, a_mail("Stays"), a_mail("Goes", to=inbox.address))
-    page_rows(page, 2)
-    def choose(action):
-        page.js("[...document.querySelectorAll('#acquired .menu button')].find("
-                f"(button) => button.textContent === '{action}').click()")
-        page.click("dialog[open] .primary")
-    page.click(f"[data-testid=inbox][title='{inbox.address}']")
-    page_rows(page, 1)
-    page.click("#acquired [aria-expanded=false]")
-    assert page.js("document.querySelector('#acquired .menu').innerText").split() == [
-        "Copy", "Empty", "End"]
-    choose("Empty")
-    page_rows(page, 0)
-    assert inbox.messages == [] and len(catcher.messages) == 1
-    choose("End")
-    page_rows(page, 1)                                    # back to all mail
-    assert inbox.address not in [view.address for view in catcher.store.inboxes()]
-
-
-def test_page_is_usable_by_keyboard_alone(page, catcher):
-    send(catcher, *(a_mail(f"Mail {number}", html="<p>x") for number in range(4)))
-    page_rows(page, 4)
-    page.press("j", "j", "ArrowDown", "k")
-    page.wait(f"{TITLE} === 'Mail 2'")
-    assert page.js(FOCUS) == "rows"
-    assert page.js("document.getElementById(document.activeElement.getAttribute("
-                   "'aria-activedescendant')).textContent.includes('Mail 2')")
-    page.press("Enter")
-    page.wait(f"{FOCUS} === 'panel'")
-    page.press("4")
-    page.wait(f"{PANEL}.includes('Message-ID')")
-    page.js(TAB + ".focus()")
-    page.press("ArrowRight")
-    assert page.js(FOCUS) == "tab-source"
-    page.press("Escape")
-    assert page.js(FOCUS) == "rows"
-    page.press("?")
-    assert page.js("document.querySelector('dialog[open]') !== null")
-    page.press("Escape", "Delete", "u", "/")
-    assert page.js(FOCUS) == "search"
-    page.press("Escape", "Escape")
-    page.wait("document.querySelector('[data-testid=empty]')")
-    page_rows(page, 4)
-    reached = set()
-    for _ in range(40):                              # the Tab key reaches everything, visibly
-        page.press("Tab")
-        focus, outline = page.js(f"[{FOCUS}, getComputedStyle(document.activeElement)"
-                                 ".outlineStyle]")
-        reached.add(focus)
-        assert outline != "none" or focus in ("rows", "body")
-    assert reached > {"search", "acquire", "theme", "help", "rows"}
-
-
-def test_page_keeps_the_selection_when_mail_arrives(page, catcher):
-    said = "document.querySelector('[role=log]').textContent.includes"
-    send(catcher, a_mail("Old"))
-    page.wait(said + "('Old')")
-    page.press("j")
-    page.wait(f"{TITLE} === 'Old'")
-    send(catcher, a_mail("New"))
-    new, old = page_rows(page, 2)
-    assert "New" in new and page.js(f"{ROWS}.map((row) => row.ariaSelected)") == ["false", "true"]
-    assert page.js(TITLE) == "Old"
-    page.wait("document.title === '(1) mailtest'")
-    page.wait(said + "('New')")
-
-
-def test_page_shows_a_refused_session(page, catcher):
-    with smtplib.SMTP("127.0.0.1", catcher.smtp_port) as client:
-        client.docmd("MAIL FROM:<a@b.example> SIZE=99000000")
-        client.docmd("RCPT TO:<c@d.example>")
-    strip = page.wait("document.querySelector('[data-testid=refused]:not([hidden])').innerText")
-    assert "refused: 50" in strip or "refused: 55" in strip
-    page.click("[data-testid=refused] summary")
-    page.wait("document.querySelector('[data-testid=refused] pre').innerText.includes('RCPT TO')")
-    page.click("[data-testid=refused] button")
-    page.wait("document.querySelector('[data-testid=refused]').hidden")
-
-
-VISIBLE_CONTRASTS = """(() => {
-    const context = document.createElement("canvas").getContext("2d", {willReadFrequently: true});
-    const rgb = (color) => { context.clearRect(0, 0, 1, 1); context.fillStyle = color;
-        context.fillRect(0, 0, 1, 1); return context.getImageData(0, 0, 1, 1).data };
-    const light = (color) => { const [r, g, b] = [...rgb(color)].map((value) => value <= 10 ?
-        value / 3294.6 : ((value / 255 + 0.055) / 1.055) ** 2.4);
-        return 0.2126 * r + 0.7152 * g + 0.0722 * b + 0.05 };
-    const behind = (node) => { while (rgb(getComputedStyle(node).backgroundColor)[3] < 255)
-        node = node.parentElement; return getComputedStyle(node).backgroundColor };
-    return [...document.querySelectorAll("body *")].filter((node) => node.checkVisibility()
-        && !node.ariaDisabled && [...node.childNodes].some((each) => each.nodeType === 3
-        && each.textContent.trim())).map((node) => {
-            const pair = [light(getComputedStyle(node).color), light(behind(node))];
-            return [Math.max(...pair) / Math.min(...pair), node.outerHTML.slice(0, 90)];
-        }).filter(([ratio]) => ratio < 4.5) })()"""
-
-
-@pytest.mark.parametrize("dark", (False, True), ids=("light", "dark"))
-def test_page_has_contrast_in_both_themes(page, catcher, dark):
-    page.size(1400, 900, dark)
-    page.wait(f"document.documentElement.dataset.theme === '{'dark' if dark else 'light'}'")
-    assert page.js(VISIBLE_CONTRASTS) == []
-    send(catcher, a_mail("Your code", "Your code is 482913", html="<a href='//x'>y</a>"))
-    page_rows(page, 1)
-    page.press("j")
-    page.wait(f"{TITLE} === 'Your code'")
-    for tab in "2345671":
-        page.press(tab)
-        assert page.js(VISIBLE_CONTRASTS) == []
-    page.click("#theme")
-    page.wait(f"document.documentElement.dataset.theme === '{'light' if dark else 'dark'}'")
-
-
-@pytest.mark.parametrize("width", (320, 390, 700, 1100))
-def test_page_needs_no_sideways_scrolling(page, catcher, width):
-    send(catcher, a_mail("A subject that does not end " * 9, "x" * 300, html="<p>x", sender=(
-        "Somebody With A Long Name <with.a.very.long.local.part@a.very.long.domain.example>")))
-    page_rows(page, 1)
-    overflow = "document.documentElement.scrollWidth - innerWidth"
-    page.size(width, 800)
-    page.wait(f"innerWidth === {width}")
-    assert page.js(overflow) <= 0
-    page.click("[data-testid=message-row]")
-    for key in "1234567":
-        page.press(key)
-        page.wait(f"{TITLE} && {PANEL}")
-        assert page.js(overflow) <= 0
-    if width < 700:                                  # one column, and a way back
-        assert not page.js("document.getElementById('list').checkVisibility()")
-        page.js("history.back()")
-        page.wait("document.getElementById('list').checkVisibility()")
-
-
-def test_page_runs_nothing_that_comes_in_a_mail(page, catcher):
-    evil = "<script>top.pwned=1</script><img src=x onerror=top.pwned=1>"
-    mail = a_mail(evil, evil + " javascript:top.pwned=1", html=evil + (
-        '<a href="javascript:top.pwned=1">x</a><svg onload="top.pwned=1"></svg>'
-        '<iframe src="javascript:top.pwned=1"></iframe><base href="//elsewhere.example">'
-        '<meta http-equiv="refresh" content="0;url=https://elsewhere.example/">'
-        '<link rel="stylesheet" href="https://elsewhere.example/x.css">'))
-    mail.replace_header("From", f'"{evil}" <a@b.example>')
-    mail["X-Evil"] = evil
-    mail.add_attachment(evil.encode(), "text", "html", filename=evil + ".html")
-    mail.add_attachment(b'<svg xmlns="http://www.w3.org/2000/svg" onload="top.pwned=1"/>', "image",
-                        "svg+xml", filename="evil.svg")
-    send(catcher, mail)
-    page_rows(page, 1)
-    page.press("j")
-    page.wait(f"{TITLE}.includes('<script>')")
-    page.wait("document.querySelectorAll('[data-testid=attachment]').length === 2")
-    for tab in "2345671":
-        page.press(tab)
-        page.wait(f"{PANEL}")
-    page.until(lambda: any("/preview" in url for url in page.requests()))
-    page.wait("new Promise((done) => setTimeout(done, 100, true))")    # what would run runs now
-    assert page.js("window.pwned") is None
-    assert page.js("document.querySelectorAll('[onerror], [onload], script:not([src]), "
-                   "a[href^=javascript]').length") == 0
-    assert page.js(TITLE) == evil
-
-
-def test_page_follows_again_when_the_catcher_restarts(chromium):
-    first = mailtest.Mailtest().start()
-    chromium.size(1400, 900)
-    chromium.goto(first.url + "/")
-    chromium.wait(LIVE)
-    send(first, a_mail("Before"))
-    page_rows(chromium, 1)
-    first.stop()
-    chromium.wait("document.querySelector('[data-testid=status]').textContent === 'reconnecting'")
-    with mailtest.Mailtest(http_port=first.http_port) as second:
-        send(second, a_mail("After"))
-        chromium.wait(LIVE)
-        chromium.wait(f"{ROWS}.length === 1 && {ROWS}[0].innerText.includes('After')")
-        send(second, a_mail("And live"))
-        assert "And live" in page_rows(chromium, 2)[0]
-
-
-def test_page_lists_ten_thousand_messages_in_a_window(chromium):
-    with mailtest.Mailtest() as server:
-        octets = a_mail("Mail").as_bytes()
-        for number in range(10_000):
-            server.store.deliver(mailtest.Message(mailtest.new_id(), octets, mailtest.Envelope(
-                "a@b.example", (f"user{number}@example.com",))))
-        chromium.size(1400, 900)
-        chromium.goto(server.url + "/")
-        chromium.wait(f"{LIVE} && {ROWS}.length")
-        assert chromium.js(f"{ROWS}.length") < 40
-        chromium.wait("document.querySelectorAll('[data-testid=inbox]').length > 50")
-        began = time.monotonic()
-        send(server, a_mail("The newest"))
-        chromium.wait(f"{ROWS}[0].innerText.includes('The newest')")
-        assert time.monotonic() - began < 2
-        chromium.js("document.getElementById('scroller').scrollTop = 1e9")
-        chromium.wait("document.getElementById('rows').offsetHeight > 150 * 78")
-        assert chromium.js("document.querySelectorAll('*').length") < 3000
-
-
-def test_page_in_hosted_mode_shows_what_this_browser_acquired(chromium):
-    limits = mailtest.Limits(max_size=200_000, rate=10)
-    with mailtest.Mailtest(strict=True, limits=limits,
-                           policy=mailtest.ApiPolicy(hosted=True)) as server:
-        chromium.size(1400, 900)
-        chromium.goto(server.url + "/")
-        manual = chromium.wait("document.querySelector('[data-testid=empty]').innerText")
-        for part in ("10 requests a minute", "200 kB", "10 min", server.url + "/v1/acquire"):
-            assert part in manual
-        chromium.click("[data-testid=acquire]")
-        address = chromium.wait(ACQUIRED)
-        send(server, a_mail("Hosted", "Your code is 482913", address, html="<p>x"))
-        page_rows(chromium, 1)
-        chromium.press("j")
-        chromium.wait("document.querySelector('[data-testid=preview-frame]')")
-        chromium.goto(server.url + "/?again")        # the browser remembers its inboxes
-        assert "482913" in page_rows(chromium, 1)[0]
-        assert not [url for url in chromium.requests() if "/api/" in url or "/v1/events" in url]
-
-
 # ---- Mailtest --------------------------------------------------------------
 
 LETTER = b"""\
@@ -9441,6 +8876,571 @@ def test_sendmail_counts_a_mail_as_taken_whatever_quit_says(monkeypatch, standin
     monkeypatch.setattr(mailtest.COMMANDS[b"QUIT"], "run", broken)
     status, err, messages = standin(["b@x.example"], WHOLE + b"\nx\n")
     assert (status, err, len(messages), said) == (0, "", 1, ["QUIT"])
+
+
+# ---- Web page --------------------------------------------------------------
+
+BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
+QUIET = ("--headless", "--remote-debugging-pipe", "--no-first-run", "--no-default-browser-check",
+         "--disable-gpu", "--disable-dev-shm-usage", "--disable-quic", "--disable-extensions",
+         "--disable-background-networking", "--disable-component-update", "--disable-sync",
+         "--disable-features=IsolateSandboxedIframes")         # so that frames are seen too
+
+KEY_CODES = {"Tab": 9, "Enter": 13, "Escape": 27, "ArrowLeft": 37, "ArrowUp": 38,
+             "ArrowRight": 39, "ArrowDown": 40, "Delete": 46}
+
+
+class Browser:
+    """Chromium over --remote-debugging-pipe: it reads descriptor 3 and writes 4, JSON each ended
+    by a NUL octet.  Calls are DevTools methods: `browser("Page.reload", ignoreCache=True)`."""
+
+    def __init__(self, program):
+        self.folder = tempfile.mkdtemp(prefix="browser-")
+        child_in, self._out = os.pipe()
+        self._in, child_out = os.pipe()
+        flags = QUIET + ("--no-sandbox",) * (os.geteuid() == 0)
+
+        def descriptors():               # ours may be 3 or 4 already: by way of high numbers
+            os.dup2(child_in, 103)
+            os.dup2(child_out, 104)
+            os.dup2(103, 3)
+            os.dup2(104, 4)
+            os.closerange(5, 110)
+        self.process = subprocess.Popen(
+            (program,) + flags + ("--user-data-dir=" + self.folder, "about:blank"),
+            preexec_fn=descriptors, close_fds=False, stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        os.close(child_in)
+        os.close(child_out)
+        self._buffer, self._number, self._session, self.events = b"", 0, None, []
+        target = self("Target.createTarget", url="about:blank")["targetId"]
+        self._session = self("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
+        for domain in ("Page", "Runtime", "Network", "Log"):
+            self(domain + ".enable")
+
+    def __call__(self, method, **parameters):
+        self._number += 1
+        call = {"id": self._number, "method": method, "params": parameters}
+        if self._session:
+            call["sessionId"] = self._session
+        os.write(self._out, json.dumps(call).encode() + b"\0")
+        while True:
+            answer = self._read()
+            if answer.get("id") == self._number:
+                assert "error" not in answer, (method, answer["error"])
+                return answer["result"]
+            self.events.append(answer)
+
+    def _read(self):
+        while b"\0" not in self._buffer:
+            assert select.select([self._in], [], [], 20)[0], "the browser does not answer"
+            octets = os.read(self._in, 1 << 16)
+            assert octets, "the browser has ended"
+            self._buffer += octets
+        message, _, self._buffer = self._buffer.partition(b"\0")
+        return json.loads(message.decode())
+
+    def js(self, expression):
+        """The value of an expression in the page; promises are awaited."""
+        answer = self("Runtime.evaluate", expression=expression, returnByValue=True,
+                      awaitPromise=True, userGesture=True)
+        assert "exceptionDetails" not in answer, answer["exceptionDetails"]
+        return answer["result"].get("value")
+
+    def wait(self, expression, timeout=10):
+        """The value of an expression as soon as it is true."""
+        return self.js("""new Promise((done, failed) => {
+            const until = performance.now() + %d, look = () => {
+                let value; try { value = (%s) } catch (error) { value = null }
+                if (value) done(value);
+                else if (performance.now() > until) failed(Error(%s));
+                else setTimeout(look, 10); }; look() })""" % (
+            timeout * 1000, expression, json.dumps("never true: " + expression)))
+
+    def goto(self, url):
+        """Opens a page of its own and waits until its script has run."""
+        self("Page.navigate", url="about:blank")
+        self.events.clear()
+        self("Page.navigate", url=url)
+        self.wait("location.href.startsWith(%s) && document.readyState === 'complete'"
+                  % json.dumps(url))
+
+    def click(self, selector):
+        """A real click in the middle of the first such element that is to be seen."""
+        x, y = self.wait("""(() => { const node = [...document.querySelectorAll(%s)].find(
+            (each) => each.checkVisibility()); node.scrollIntoView({block: "nearest"});
+            const box = node.getBoundingClientRect();
+            return [box.x + box.width / 2, box.y + box.height / 2] })()""" % json.dumps(selector))
+        for kind in ("mousePressed", "mouseReleased"):
+            self("Input.dispatchMouseEvent", type=kind, x=x, y=y, button="left", clickCount=1)
+
+    def press(self, *keys):
+        """Keys by their names: "j", "Enter", "ArrowDown"."""
+        for key in keys:
+            event = {"key": key, "windowsVirtualKeyCode": KEY_CODES.get(key, ord(key[0].upper()))}
+            text = {"text": key} if len(key) == 1 else {"text": "\r"} if key == "Enter" else {}
+            self("Input.dispatchKeyEvent", type="keyDown", **event, **text)
+            self("Input.dispatchKeyEvent", type="keyUp", **event)
+
+    def size(self, width, height, dark=False):
+        self("Emulation.setDeviceMetricsOverride", width=width, height=height,
+             deviceScaleFactor=1, mobile=width < 700)
+        self("Emulation.setEmulatedMedia", features=[
+            {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}])
+
+    def requests(self):
+        """The URLs that were asked for since the page was opened; a policy may have refused some
+        before they left."""
+        refused = {event["params"]["requestId"] for event in self.events
+                   if event.get("method") == "Network.loadingFailed"
+                   and event["params"].get("blockedReason") == "csp"}
+        return [event["params"]["request"]["url"] for event in self.events
+                if event.get("method") == "Network.requestWillBeSent"
+                and event["params"]["requestId"] not in refused]
+
+    def complaints(self):
+        """What the browser and the page's script complained of since the page was opened, but for
+        what a mail's frame was refused."""
+        return [event["params"] for event in self.events if event.get("method") in (
+            "Log.entryAdded", "Runtime.exceptionThrown", "Runtime.consoleAPICalled")
+            and "/preview?" not in event["params"].get("entry", {}).get("url", "")]
+
+    def until(self, condition, timeout=10):
+        """Waits until a condition on this side holds; meanwhile events come in."""
+        end = time.monotonic() + timeout
+        while not condition():
+            assert time.monotonic() < end, "never true"
+            self.js("new Promise((done) => setTimeout(done, 10))")
+
+    def close(self):
+        self._session = None
+        try:
+            self("Browser.close")
+        except (AssertionError, OSError):
+            self.process.kill()
+        self.process.wait()
+        os.close(self._in)
+        os.close(self._out)
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+
+@pytest.fixture(scope="session")
+def chromium():
+    """One browser for all tests of the page."""
+    program = next(filter(None, map(shutil.which, BROWSERS)), None)
+    if program is None or sys.platform == "win32":
+        if os.environ.get("MAILTEST_REQUIRE_BROWSER") == "1":
+            pytest.fail("MAILTEST_REQUIRE_BROWSER=1, but there is no Chromium")
+        pytest.skip("no Chromium found")
+    browser = Browser(program)
+    browser("Browser.grantPermissions", permissions=["clipboardReadWrite",
+                                                     "clipboardSanitizedWrite"])
+    yield browser
+    browser.close()
+
+
+@pytest.fixture(scope="module")
+def catcher():
+    """One catcher, emptied for each test that opens its page."""
+    with mailtest.Mailtest() as server:
+        yield server
+
+
+@pytest.fixture
+def page(chromium, catcher):
+    """The page of an empty catcher in a fresh browser, and afterwards: no complaint of the
+    browser (such as a breach of the policy), and nothing asked of anyone else."""
+    catcher.store.empty("mailtest")
+    for view in catcher.store.inboxes():
+        catcher.store.drop_inbox(view.address)
+    chromium.size(1400, 900)
+    chromium("Storage.clearDataForOrigin", origin=catcher.url, storageTypes="local_storage")
+    chromium.goto(catcher.url + "/")
+    chromium.wait(LIVE)
+    yield chromium
+    assert chromium.complaints() == []
+    assert [url for url in chromium.requests() if not url.startswith((catcher.url, "data:"))] == []
+
+
+LIVE = "document.querySelector('[data-testid=status]').textContent === 'live'"
+ROWS = "[...document.querySelectorAll('[data-testid=message-row]')]"
+TITLE = "document.querySelector('#message h2').textContent"
+ACQUIRED = "(document.querySelectorAll('[data-testid=inbox]')[1] || {}).title"
+TAB = "document.querySelector('[aria-selected=true][role=tab]')"
+PANEL = "document.querySelector('[role=tabpanel]').textContent"
+FOCUS = "(document.activeElement.id || document.activeElement.localName)"
+GIF = (b"GIF89a\x01\x00\x01\x00\x80\x00\x00\x00\x00\x00\xff\x00\x00!\xf9\x04\x01\x00\x00\x00\x00,"
+       b"\x00\x00\x00\x00\x01\x00\x01\x00\x00\x02\x02D\x01\x00;")
+
+
+def a_mail(subject="Hello", text="It works", to="jane@example.com", html="", sender="a@b.example"):
+    mail = email.message.EmailMessage()
+    mail["From"], mail["To"], mail["Subject"] = sender, to, subject
+    mail["Date"], mail["Message-ID"] = "Fri, 21 Nov 2025 10:00:00 +0000", "<1@b.example>"
+    mail.set_content(text)
+    if html:
+        mail.add_alternative(html, subtype="html")
+    return mail
+
+
+def send(server, *mails):
+    with smtplib.SMTP("127.0.0.1", server.smtp_port, "client.example") as client:
+        for mail in mails:
+            client.send_message(mail)
+
+
+def page_rows(browser, count):
+    """The texts of the rows, once there are so many."""
+    return browser.wait(f"{ROWS}.length === {count} && {ROWS}.map((row) => row.innerText)")
+
+
+def test_page_shows_how_to_send_mail_while_there_is_none(page, catcher):
+    manual = page.wait("document.querySelector('[data-testid=empty]').innerText")
+    assert str(catcher.smtp_port) in manual and catcher.url + "/v1/acquire" in manual
+    page.click("[data-testid=sample]")
+    (row,) = page_rows(page, 1)
+    assert "482913" in row
+    page.wait("document.title === '(1) mailtest'")
+
+
+def test_page_acquires_an_address_and_its_mail_appears_by_itself(page, catcher):
+    page.click("[data-testid=acquire]")
+    address = page.wait(ACQUIRED)
+    assert page.wait("navigator.clipboard.readText()") == address
+    page.wait("document.querySelector('[data-testid=empty]').innerText.includes("
+              f"'\"me@example.com\", \"{address}\"')")      # how to send to it
+    send(catcher, a_mail("Not for it"), a_mail("Confirm: code 482 913", "code 482 913", address))
+    (row,) = page_rows(page, 1)                           # the acquired inbox is selected
+    assert "Confirm" in row and "482913" in row and "a@b.example" in row
+    page.click("[data-testid=inbox]")                # all mail
+    page_rows(page, 2)
+    assert page.wait("document.querySelectorAll('[data-testid=inbox]').length === 3")
+    assert len([url for url in page.requests() if url == catcher.url + "/"]) == 1
+
+
+TABS = {  # data-testid: what its panel shows
+    "tab-preview": "320",
+    "tab-text": "Text 482913",
+    "tab-links": "https://acme.example/verify?a=1&b=2",
+    "tab-headers": "Fri, 21 Nov 2025 10:00:00 +0000",
+    "tab-source": "Content-Type: multipart/",
+    "tab-smtp": "C: ehlo client.example",
+    "tab-json": '"forwardPath" timeout=30',
+}
+
+
+def test_page_shows_a_message_in_seven_tabs(page, catcher):
+    send(catcher, a_mail("Tabs", "Text 482913", html='<img src="https://elsewhere.example/x.png">'
+                         '<a href="https://acme.example/verify?a=1&amp;b=2">Verify</a>'))
+    page_rows(page, 1)
+    page.click("[data-testid=message-row]")
+    assert page.wait(f"{TITLE} === 'Tabs'")
+    for tab, expected in TABS.items():
+        page.click(f"[data-testid={tab}]")
+        for part in expected.replace('"forwardPath"', '"rcptTo"').split():
+            page.wait(f"{PANEL}.includes({json.dumps(part)})")
+        assert page.js(TAB + ".dataset.testid") == tab
+
+
+def test_page_greys_empty_tabs_and_says_why(page, catcher):
+    send(catcher, a_mail("Plain"))
+    page_rows(page, 1)
+    page.press("j")
+    tab = "document.querySelector('[data-testid=tab-preview]')"
+    assert page.wait(f"{tab} && [{tab}.ariaDisabled, {tab}.title]") == [
+        "true", "This message has no HTML part"]
+    page.click("[data-testid=tab-preview]")
+    assert page.js(TAB + ".textContent") == "Text"
+
+
+def test_page_blocks_remote_content_until_asked_for(page, catcher):
+    elsewhere = socket.socket()
+    elsewhere.bind(("127.0.0.1", 0))
+    elsewhere.listen()
+    elsewhere.settimeout(10)
+    url = "http://127.0.0.1:%d/pixel.gif" % elsewhere.getsockname()[1]
+    send(catcher, a_mail("News", html=f'<img src="{url}"><style>@import "{url}"</style>'
+                                      f'<link rel="preload" as="image" href="{url}">'))
+    page_rows(page, 1)
+    page.press("j")
+    frame = "document.querySelector('[data-testid=preview-frame]')"
+    assert page.wait(f"{frame}.sandbox.value") == "allow-popups allow-popups-to-escape-sandbox"
+    page.wait("new Promise((done) => setTimeout(done, 100, true))")    # for what should not come
+    assert select.select([elsewhere], [], [], 0)[0] == []
+    page.click("[data-testid=load-remote]")
+    elsewhere.accept()[0].close()                    # now it comes
+    elsewhere.close()
+    page.events.clear()
+
+
+def test_page_copies_code_and_link(page, catcher):
+    send(catcher, a_mail("Your code", "Your code is 482913: https://acme.example/v?t=1"))
+    page_rows(page, 1)
+    page.press("j")
+    page.click("[data-testid=chip-code]")
+    assert page.wait("navigator.clipboard.readText()") == "482913"
+    page.click("[data-testid=chip-link]")
+    page.until(lambda: page.js("navigator.clipboard.readText()") == "https://acme.example/v?t=1")
+    page.press("y")
+    page.until(lambda: page.js("navigator.clipboard.readText()") == "482913")
+
+
+TYPED = {  # what is typed: subjects that remain
+    "invoice": ["Invoice"],
+    "to:bob": ["Hello"],
+    "from:": ["Invoice", "Hello"],                   # not yet finished
+    '"it works" -invoice': ["Hello"],
+    "nothing like it": [],
+}
+
+
+def test_page_searches_as_it_is_typed(page, catcher):
+    send(catcher, a_mail("Hello", to="bob@example.com"), a_mail("Invoice"))
+    page_rows(page, 2)
+    for query, subjects in TYPED.items():
+        page.js("document.querySelector('[data-testid=search]').value = ''")
+        page.press("Escape", "/")
+        page("Input.insertText", text=query)
+        page.wait(f"JSON.stringify({ROWS}.map((row) => row.querySelector('.subject').textContent))"
+                  f" === {json.dumps(json.dumps(subjects, separators=(',', ':')))}")
+    page.press("Escape")
+    page_rows(page, 2)
+
+
+def test_page_deletes_with_undo(page, catcher):
+    send(catcher, a_mail("First"), a_mail("Second"))
+    page_rows(page, 2)
+    page.press("j")
+    page.wait(f"{TITLE} === 'Second'")
+    page.click("[data-testid=delete]")
+    page_rows(page, 1)
+    page.wait(f"{TITLE} === 'First'")
+    page.click("[data-testid=undo]")
+    page_rows(page, 2)
+    assert len(catcher.messages) == 2
+    page.press("Delete")
+    page_rows(page, 1)
+    page.goto(catcher.url + "/?again")               # who leaves does not undo
+    page.until(lambda: [mail.subject for mail in catcher.messages] == ["First"])
+
+
+def test_page_empties_and_ends_an_inbox_after_asking(page, catcher):
+    inbox = catcher.acquire()
+    send(catcher, a_mail("Stays"), a_mail("Goes", to=inbox.address))
+    page_rows(page, 2)
+    def choose(action):
+        page.js("[...document.querySelectorAll('#acquired .menu button')].find("
+                f"(button) => button.textContent === '{action}').click()")
+        page.click("dialog[open] .primary")
+    page.click(f"[data-testid=inbox][title='{inbox.address}']")
+    page_rows(page, 1)
+    page.click("#acquired [aria-expanded=false]")
+    assert page.js("document.querySelector('#acquired .menu').innerText").split() == [
+        "Copy", "Empty", "End"]
+    choose("Empty")
+    page_rows(page, 0)
+    assert inbox.messages == [] and len(catcher.messages) == 1
+    choose("End")
+    page_rows(page, 1)                                    # back to all mail
+    assert inbox.address not in [view.address for view in catcher.store.inboxes()]
+
+
+def test_page_is_usable_by_keyboard_alone(page, catcher):
+    send(catcher, *(a_mail(f"Mail {number}", html="<p>x") for number in range(4)))
+    page_rows(page, 4)
+    page.press("j", "j", "ArrowDown", "k")
+    page.wait(f"{TITLE} === 'Mail 2'")
+    assert page.js(FOCUS) == "rows"
+    assert page.js("document.getElementById(document.activeElement.getAttribute("
+                   "'aria-activedescendant')).textContent.includes('Mail 2')")
+    page.press("Enter")
+    page.wait(f"{FOCUS} === 'panel'")
+    page.press("4")
+    page.wait(f"{PANEL}.includes('Message-ID')")
+    page.js(TAB + ".focus()")
+    page.press("ArrowRight")
+    assert page.js(FOCUS) == "tab-source"
+    page.press("Escape")
+    assert page.js(FOCUS) == "rows"
+    page.press("?")
+    assert page.js("document.querySelector('dialog[open]') !== null")
+    page.press("Escape", "Delete", "u", "/")
+    assert page.js(FOCUS) == "search"
+    page.press("Escape", "Escape")
+    page.wait("document.querySelector('[data-testid=empty]')")
+    page_rows(page, 4)
+    reached = set()
+    for _ in range(40):                              # the Tab key reaches everything, visibly
+        page.press("Tab")
+        focus, outline = page.js(f"[{FOCUS}, getComputedStyle(document.activeElement)"
+                                 ".outlineStyle]")
+        reached.add(focus)
+        assert outline != "none" or focus in ("rows", "body")
+    assert reached > {"search", "acquire", "theme", "help", "rows"}
+
+
+def test_page_keeps_the_selection_when_mail_arrives(page, catcher):
+    said = "document.querySelector('[role=log]').textContent.includes"
+    send(catcher, a_mail("Old"))
+    page.wait(said + "('Old')")
+    page.press("j")
+    page.wait(f"{TITLE} === 'Old'")
+    send(catcher, a_mail("New"))
+    new, old = page_rows(page, 2)
+    assert "New" in new and page.js(f"{ROWS}.map((row) => row.ariaSelected)") == ["false", "true"]
+    assert page.js(TITLE) == "Old"
+    page.wait("document.title === '(1) mailtest'")
+    page.wait(said + "('New')")
+
+
+def test_page_shows_a_refused_session(page, catcher):
+    with smtplib.SMTP("127.0.0.1", catcher.smtp_port) as client:
+        client.docmd("MAIL FROM:<a@b.example> SIZE=99000000")
+        client.docmd("RCPT TO:<c@d.example>")
+    strip = page.wait("document.querySelector('[data-testid=refused]:not([hidden])').innerText")
+    assert "refused: 50" in strip or "refused: 55" in strip
+    page.click("[data-testid=refused] summary")
+    page.wait("document.querySelector('[data-testid=refused] pre').innerText.includes('RCPT TO')")
+    page.click("[data-testid=refused] button")
+    page.wait("document.querySelector('[data-testid=refused]').hidden")
+
+
+VISIBLE_CONTRASTS = """(() => {
+    const context = document.createElement("canvas").getContext("2d", {willReadFrequently: true});
+    const rgb = (color) => { context.clearRect(0, 0, 1, 1); context.fillStyle = color;
+        context.fillRect(0, 0, 1, 1); return context.getImageData(0, 0, 1, 1).data };
+    const light = (color) => { const [r, g, b] = [...rgb(color)].map((value) => value <= 10 ?
+        value / 3294.6 : ((value / 255 + 0.055) / 1.055) ** 2.4);
+        return 0.2126 * r + 0.7152 * g + 0.0722 * b + 0.05 };
+    const behind = (node) => { while (rgb(getComputedStyle(node).backgroundColor)[3] < 255)
+        node = node.parentElement; return getComputedStyle(node).backgroundColor };
+    return [...document.querySelectorAll("body *")].filter((node) => node.checkVisibility()
+        && !node.ariaDisabled && [...node.childNodes].some((each) => each.nodeType === 3
+        && each.textContent.trim())).map((node) => {
+            const pair = [light(getComputedStyle(node).color), light(behind(node))];
+            return [Math.max(...pair) / Math.min(...pair), node.outerHTML.slice(0, 90)];
+        }).filter(([ratio]) => ratio < 4.5) })()"""
+
+
+@pytest.mark.parametrize("dark", (False, True), ids=("light", "dark"))
+def test_page_has_contrast_in_both_themes(page, catcher, dark):
+    page.size(1400, 900, dark)
+    page.wait(f"document.documentElement.dataset.theme === '{'dark' if dark else 'light'}'")
+    assert page.js(VISIBLE_CONTRASTS) == []
+    send(catcher, a_mail("Your code", "Your code is 482913", html="<a href='//x'>y</a>"))
+    page_rows(page, 1)
+    page.press("j")
+    page.wait(f"{TITLE} === 'Your code'")
+    for tab in "2345671":
+        page.press(tab)
+        assert page.js(VISIBLE_CONTRASTS) == []
+    page.click("#theme")
+    page.wait(f"document.documentElement.dataset.theme === '{'light' if dark else 'dark'}'")
+
+
+@pytest.mark.parametrize("width", (320, 390, 700, 1100))
+def test_page_needs_no_sideways_scrolling(page, catcher, width):
+    send(catcher, a_mail("A subject that does not end " * 9, "x" * 300, html="<p>x", sender=(
+        "Somebody With A Long Name <with.a.very.long.local.part@a.very.long.domain.example>")))
+    page_rows(page, 1)
+    overflow = "document.documentElement.scrollWidth - innerWidth"
+    page.size(width, 800)
+    page.wait(f"innerWidth === {width}")
+    assert page.js(overflow) <= 0
+    page.click("[data-testid=message-row]")
+    for key in "1234567":
+        page.press(key)
+        page.wait(f"{TITLE} && {PANEL}")
+        assert page.js(overflow) <= 0
+    if width < 700:                                  # one column, and a way back
+        assert not page.js("document.getElementById('list').checkVisibility()")
+        page.js("history.back()")
+        page.wait("document.getElementById('list').checkVisibility()")
+
+
+def test_page_runs_nothing_that_comes_in_a_mail(page, catcher):
+    evil = "<script>top.pwned=1</script><img src=x onerror=top.pwned=1>"
+    mail = a_mail(evil, evil + " javascript:top.pwned=1", html=evil + (
+        '<a href="javascript:top.pwned=1">x</a><svg onload="top.pwned=1"></svg>'
+        '<iframe src="javascript:top.pwned=1"></iframe><base href="//elsewhere.example">'
+        '<meta http-equiv="refresh" content="0;url=https://elsewhere.example/">'
+        '<link rel="stylesheet" href="https://elsewhere.example/x.css">'))
+    mail.replace_header("From", f'"{evil}" <a@b.example>')
+    mail["X-Evil"] = evil
+    mail.add_attachment(evil.encode(), "text", "html", filename=evil + ".html")
+    mail.add_attachment(b'<svg xmlns="http://www.w3.org/2000/svg" onload="top.pwned=1"/>', "image",
+                        "svg+xml", filename="evil.svg")
+    send(catcher, mail)
+    page_rows(page, 1)
+    page.press("j")
+    page.wait(f"{TITLE}.includes('<script>')")
+    page.wait("document.querySelectorAll('[data-testid=attachment]').length === 2")
+    for tab in "2345671":
+        page.press(tab)
+        page.wait(f"{PANEL}")
+    page.until(lambda: any("/preview" in url for url in page.requests()))
+    page.wait("new Promise((done) => setTimeout(done, 100, true))")    # what would run runs now
+    assert page.js("window.pwned") is None
+    assert page.js("document.querySelectorAll('[onerror], [onload], script:not([src]), "
+                   "a[href^=javascript]').length") == 0
+    assert page.js(TITLE) == evil
+
+
+def test_page_follows_again_when_the_catcher_restarts(chromium):
+    first = mailtest.Mailtest().start()
+    chromium.size(1400, 900)
+    chromium.goto(first.url + "/")
+    chromium.wait(LIVE)
+    send(first, a_mail("Before"))
+    page_rows(chromium, 1)
+    first.stop()
+    chromium.wait("document.querySelector('[data-testid=status]').textContent === 'reconnecting'")
+    with mailtest.Mailtest(http_port=first.http_port) as second:
+        send(second, a_mail("After"))
+        chromium.wait(LIVE)
+        chromium.wait(f"{ROWS}.length === 1 && {ROWS}[0].innerText.includes('After')")
+        send(second, a_mail("And live"))
+        assert "And live" in page_rows(chromium, 2)[0]
+
+
+def test_page_lists_ten_thousand_messages_in_a_window(chromium):
+    with mailtest.Mailtest() as server:
+        octets = a_mail("Mail").as_bytes()
+        for number in range(10_000):
+            server.store.deliver(mailtest.Message(mailtest.new_id(), octets, mailtest.Envelope(
+                "a@b.example", (f"user{number}@example.com",))))
+        chromium.size(1400, 900)
+        chromium.goto(server.url + "/")
+        chromium.wait(f"{LIVE} && {ROWS}.length")
+        assert chromium.js(f"{ROWS}.length") < 40
+        chromium.wait("document.querySelectorAll('[data-testid=inbox]').length > 50")
+        began = time.monotonic()
+        send(server, a_mail("The newest"))
+        chromium.wait(f"{ROWS}[0].innerText.includes('The newest')")
+        assert time.monotonic() - began < 2
+        chromium.js("document.getElementById('scroller').scrollTop = 1e9")
+        chromium.wait("document.getElementById('rows').offsetHeight > 150 * 78")
+        assert chromium.js("document.querySelectorAll('*').length") < 3000
+
+
+def test_page_in_hosted_mode_shows_what_this_browser_acquired(chromium):
+    limits = mailtest.Limits(max_size=200_000, rate=10)
+    with mailtest.Mailtest(strict=True, limits=limits,
+                           policy=mailtest.ApiPolicy(hosted=True)) as server:
+        chromium.size(1400, 900)
+        chromium.goto(server.url + "/")
+        manual = chromium.wait("document.querySelector('[data-testid=empty]').innerText")
+        for part in ("10 requests a minute", "200 kB", "10 min", server.url + "/v1/acquire"):
+            assert part in manual
+        chromium.click("[data-testid=acquire]")
+        address = chromium.wait(ACQUIRED)
+        send(server, a_mail("Hosted", "Your code is 482913", address, html="<p>x"))
+        page_rows(chromium, 1)
+        chromium.press("j")
+        chromium.wait("document.querySelector('[data-testid=preview-frame]')")
+        chromium.goto(server.url + "/?again")        # the browser remembers its inboxes
+        assert "482913" in page_rows(chromium, 1)[0]
+        assert not [url for url in chromium.requests() if "/api/" in url or "/v1/events" in url]
 
 
 # ---- Source ----------------------------------------------------------------
