@@ -47,7 +47,6 @@ import email.utils
 import encodings.aliases
 import errno
 import functools
-import gc
 import heapq
 import html.entities
 import http.client
@@ -6883,8 +6882,6 @@ def _run(server: Mailtest, options: argparse.Namespace) -> int:
     if server.smtps_port is not None:
         ready["smtps"] = f"{server.smtp.rpartition(':')[0]}:{server.smtps_port}"
     print(json.dumps(ready), flush=True)
-    gc.freeze()                          # what is here stays; and mail makes no cycles, so
-    gc.set_threshold(10_000, 20, 100)    # looking for them often finds nothing
     threading.Thread(target=_give_back_memory, args=(server.store,), daemon=True).start()
     local = options.host in ("::1", "localhost") or options.host.startswith("127.")
     if not local and not options.api_key:
