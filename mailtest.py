@@ -522,7 +522,6 @@ def _damage(octets: bytes, encoding: str, start: int, end: int) -> str:
 _BLANK_BEFORE_COLON = _Pattern(r"^([!-9;-~]+)[ \t]+:", re.MULTILINE)
 _NO_FIELD = _Pattern(r"^(?![!-9;-~]+:|[ \t]).*\n?(?:^[ \t].*\n?)*", re.MULTILINE)
 _BLANK_LINE = _Pattern(rb"^\r{0,3}\n|(?<=\r)\r(?!\r{0,3}\n)", re.MULTILINE)
-_FOLD = _Pattern(r"[ \t]*\n[ \t]*")
 _CONTROL = _Pattern(r"[\x00\r\n\x0b\x0c\x1c-\x1e\x85\u2028\u2029]+")
 
 # RFC 2047, and what mail makes of it: words inside words' neighbours, "?" in Q text, a language.
@@ -536,7 +535,9 @@ def _unfolded(name: str, value: str, warnings: _Warnings) -> str:
         value = value[:MESSAGE_LIMITS.field_octets]
         warnings.add("header field %s over %d octets: the rest of it was not read"
                      % (name[:60], MESSAGE_LIMITS.field_octets))
-    return (_FOLD.sub(" ", value) if "\n" in value else value).strip()
+    if "\n" in value:                    # not by a pattern: it would try at each of many blanks
+        value = " ".join([line.strip(" \t") for line in value.split("\n")])
+    return value.strip()
 
 
 def _fields(octets: bytes, warnings: _Warnings) -> List[Tuple[str, str]]:

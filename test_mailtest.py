@@ -768,6 +768,7 @@ HOSTILE_MAIL = {
     "quotes": b"To: " + b'"' * 190000, "commas": b"To: " + b"," * 190000,
     "comments": b"To: " + b"(" * 190000, "words": b"To: " + b"a " * 90000,
     "open words": b"Subject: " + b"=?a?q?" * 30000, "markers": b"Subject: " + b"=?" * 90000,
+    "blanks before a folded line": b"Subject: x" + b" " * 60000 + b"y\r\n z",
     "sections": b"Content-Disposition: x" + b"".join(b";filename*%d=a" % n for n in range(9000)),
     "escapes": b"Content-Type: text/plain" + b';a="\\' * 40000,
     "open tags": b"Content-Type: text/html\r\n\r\n" + b"<a " * 60000,
