@@ -38,7 +38,6 @@ import ssl
 import statistics
 import struct
 import subprocess
-import symtable
 import sys
 import tempfile
 import threading
@@ -9493,20 +9492,49 @@ def module_names():
     return {name: section_of(line) for name, line in module_lines().items()}
 
 
-def global_uses(table, line=1):
-    """(name, line of the scope) of each module-level name that a scope in the table uses."""
-    if table.get_type() != "module":
-        line = table.get_lineno() or line
-        for symbol in table.get_symbols():
-            if symbol.is_global() and symbol.is_referenced():
-                yield symbol.get_name(), line
-    for child in table.get_children():
-        yield from global_uses(child, line)
+def within(scope):
+    """The nodes of a module, class or function; what functions and classes in it hold is theirs."""
+    for node in ast.iter_child_nodes(scope):
+        yield node
+        if not isinstance(node, (ast.ClassDef, ast.FunctionDef, ast.Lambda)):
+            yield from within(node)
+
+
+def bound_names(nodes):
+    """The names that these nodes of a function or class make its own."""
+    for node in nodes:
+        if isinstance(node, ast.Name) and not isinstance(node.ctx, ast.Load):
+            yield node.id
+        elif isinstance(node, ast.arg):
+            yield node.arg
+        elif isinstance(node, (ast.ClassDef, ast.FunctionDef, ast.ExceptHandler)):
+            yield node.name
+        elif isinstance(node, ast.alias):
+            yield node.asname or node.name.partition(".")[0]
+
+
+def global_uses(scope, enclosing=frozenset()):
+    """(name, line of the scope) of each name that the functions and classes in a scope use and
+    do not bind.  Not by `symtable`: PyPy has none, and Python 3.14 adds scopes of annotations."""
+    nodes = list(within(scope))
+    own = set(bound_names(nodes))
+    for node in nodes:
+        if isinstance(node, ast.Global):
+            own.difference_update(node.names)
+    if not isinstance(scope, ast.Module):
+        used = {node.id for node in nodes
+                if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load)}
+        yield from ((name, scope.lineno) for name in used - own - enclosing)
+        if not isinstance(scope, ast.ClassDef):      # whose names its methods do not see
+            enclosing = enclosing | own
+    for node in nodes:
+        if isinstance(node, (ast.ClassDef, ast.FunctionDef, ast.Lambda)):
+            yield from global_uses(node, enclosing)
 
 
 @functools.lru_cache(maxsize=None)
 def all_uses():
-    return list(global_uses(symtable.symtable(SOURCE, "mailtest.py", "exec")))
+    return list(global_uses(tree()))
 
 
 def annotated_names():
