@@ -6759,12 +6759,12 @@ def _hand_over(flags: Dict[str, str], recipients: List[str], octets: bytes) -> i
     sender = _qualified(flags["f"].strip("<>"))
     wide = not all(address.isascii() for address in [sender] + recipients)
     try:
-        client = smtplib.SMTP(host.strip("[]"), int(number), local_hostname="localhost",
-                              timeout=60)
-        refused = client.sendmail(sender, recipients, octets,
-                                  ["BODY=8BITMIME"] + ["SMTPUTF8"] * wide)
-        with contextlib.suppress(OSError, smtplib.SMTPException):    # the mail is taken already
-            client.quit()
+        with contextlib.closing(smtplib.SMTP(host.strip("[]"), int(number),
+                                             local_hostname="localhost", timeout=60)) as client:
+            refused = client.sendmail(sender, recipients, octets,
+                                      ["BODY=8BITMIME"] + ["SMTPUTF8"] * wide)
+            with contextlib.suppress(OSError, smtplib.SMTPException):
+                client.quit()            # whatever it says, the mail is taken already
     except smtplib.SMTPRecipientsRefused as error:
         refused = error.recipients
     except smtplib.SMTPResponseException as error:

@@ -8860,6 +8860,19 @@ def test_sendmail_exit_status_when_one_of_two_is_refused(code, expected, standin
     assert messages[0].envelope.forward_paths == ("b@x.example",)
 
 
+def test_sendmail_closes_its_connection_when_refused(standin, running, monkeypatch):
+    class Noted(smtplib.SMTP):
+        def __init__(self, *arguments, **options):
+            clients.append(self)
+            super().__init__(*arguments, **options)
+    clients = []
+    monkeypatch.setattr(smtplib, "SMTP", Noted)
+    for failure in ("mail:550", "rcpt:550", "data:550"):
+        address = running.acquire(failure).address
+        assert standin(["-f", address, address], WHOLE + b"\nx\n")[0] != 0
+    assert [client.sock for client in clients] == [None, None, None]
+
+
 def test_sendmail_exit_status_when_nobody_listens(standin):
     where = _unreachable()[len("http://"):-1]
     status, err, messages = standin(["-S", where, "b@x.example"], WHOLE + b"\nx\n")
