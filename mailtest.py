@@ -6626,8 +6626,8 @@ def _tls(options: argparse.Namespace, ends: contextlib.ExitStack) -> Optional[ss
         raise ValueError(f"--tls-cert and --tls-key: expected a PEM certificate and its key in "
                          f"{files}: {error.reason or error}") from None
     except OSError as error:
-        raise ValueError(f"--tls-cert and --tls-key: cannot read {files}: {error.strerror}"
-                         ) from None
+        why = os.strerror(error.errno) if error.errno else str(error)    # PyPy's text is "Error"
+        raise ValueError(f"--tls-cert and --tls-key: cannot read {files}: {why}") from None
 
 
 def _mailtest(options: argparse.Namespace, ends: contextlib.ExitStack) -> Mailtest:
