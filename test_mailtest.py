@@ -9507,7 +9507,7 @@ def module_names():
 
 
 def within(scope):
-    """The nodes of a module, class or function; what functions and classes in it hold is theirs."""
+    """The nodes of a module, class or function, without those of functions and classes in it."""
     for node in ast.iter_child_nodes(scope):
         yield node
         if not isinstance(node, (ast.ClassDef, ast.FunctionDef, ast.Lambda)):
