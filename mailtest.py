@@ -1044,169 +1044,504 @@ def find_text_links(text: str) -> Tuple[Link, ...]:
     return tuple(links)
 
 
-# What makes a code a code, in the languages that mail is written in.
-_CUE = _Pattern(
-    r"(?<!post)(?<!zip)(?<!bar)(?<!uni)(?<!qr )(?<!qr-)(?<!source )(?<!dress )(?<!\bde)(?<!\ben)"
-    r"(?:codes?|c[oó]digo|codice|koo?d[aeiu]?s?|kód|koodi|код|κωδικ)(?![a-z])"
-    r"|\b(?:pin|t?otp|2fa|mfa|tan|token|passcode|password|passwort|kennwort|clave|contraseña"
-    r"|senha|mot de passe|wachtwoord|lösenord|has[lł]o|parola|[sş]ifre(?:niz)?)\b"
-    r"|verif|confirmation|authenti[ck]|authentifi|one[- ]?time|einmal|bestätigung|парол|подтвержд"
-    r"|验证码|驗證碼|校验码|动态密码|動態密碼|コード|確認|認証|パスワード|인증|코드"
-    r"|رمز|קוד|รหัส|mã xác", re.I)
-# What makes a number something else, if it stands right before it.
-_NO_CODE_BEFORE = _Pattern(
-    r"(?:\b(?:order|bestel\w*|auftrag\w*|invoice|rechnung\w*|facture|factura|fattura|receipt"
-    r"|quote|ref(?:erence|erenz)?|référence|ticket|vorgang\w*|kunden?n\w*|konto\w*|tracking"
-    r"|shipment|parcel|commande|pedido|ordine|zip|postal|post|plz|area|country|error|status|exit"
-    r"|http|tel(?:ephone|efon|éphone)?|phone|fax|hotline|room|suite|flight|build|version|release"
-    r"|port|serial|model|sku|artikel\w*|article|page|seite|box|vat|iban|bic|tax|isbn|total|amount"
-    r"|price|copyright|©|rfc|iso|cve|issue|pull request|job|bug|extension|ext"
-    r"|ending(?: in| with)?|hrb|vertrag\w*|objednávk\w*|zamówieni\w*|sipariş|заказ\w*)"
-    r"|№|(?<!認証)(?<!確認)番号|[订訂编編单單]号|單號|編號|(?<!인증)번호"
-    r"|\b(?:account|acct|customer|client|member(?:ship)?|transaction|booking|reservation|case"
-    r"|item|mobile|contract|policy|student|employee)[\s-]*(?:number|num|no|nr|nummer|id|#))"
-    r"(?:[\s:.#-]|code|number|num|no|nr|n°|nummer|id|is|ist|est){0,12}$", re.I)
-_CURRENCY = r"eur|usd|gbp|chf|jpy|sek|nok|dkk|pln|zł|kr|kč|rs\.?|[$€£¥₹]"
-_PRICE_BEFORE = _Pattern(r"(?<![a-z])(?:%s)\s?$" % _CURRENCY, re.I)
-_UNIT_AFTER = _Pattern(
-    r"\s?(?:%s|euros?|dollars?|pounds?|%%|px|[kmgt]i?b|bytes?|octets?|ms|kg|km|cm|mm|m²|kwh|[mg]hz"
-    r"|points?|punkte|users?|people|items?|days?|tage|hours?|stunden|minutes?|seconds?|years?"
-    r"|jahre)(?!\w)" % _CURRENCY, re.I)
-# A piece of a longer number, set off with blanks.
-_NUMBER_BEFORE = _Pattern(r"(?<![A-Za-z0-9])[0-9]{1,4}(?:\)? |\)?[/-])$")
-_NUMBER_AFTER = _Pattern(r"[ -][0-9]{1,4}(?![A-Za-z0-9])")
-_YEAR = _Pattern(r"(?:19|20)[0-9]{2}")
-_DAY = _Pattern(r"(?:(?:19|20)[0-9]{2}(?:0[1-9]|1[0-2])(?:0[1-9]|[12][0-9]|3[01])"
-                  r"|(?:0[1-9]|[12][0-9]|3[01])(?:0[1-9]|1[0-2])(?:19|20)[0-9]{2})")
-# A token with nothing of a larger word, number, price, date, colour or address around it; an
-# ideograph (from U+2E80 on) is no part of a word here.
-_CODE = _Pattern(
-    r"(?<![^\W\u2e80-\uffff])(?<![@#/\\$€£¥%+&~])(?<![0-9][.,:/'-])(?<![0-9]\))"
-    r"(?:(?<![A-Za-z0-9]-)|(?<=\b[A-Z]-)|(?<=\b[A-Z][A-Z]-))"      # "G-482913"
-    r"(?P<code>[0-9]{3}[ -][0-9]{3}|[0-9]{4}[ -][0-9]{4}|[0-9](?: [0-9]){3,7}"
-    r"|[0-9]{2}(?: [0-9]{2}){2}|[A-Z0-9]{3,4}-[A-Z0-9]{3,4}|[A-Z0-9]{4,8}|[a-zA-Z0-9]{5,10})"
-    r"(?![^\W\u2e80-\uffff])(?![@/\\€£$%_=])(?![.,:'][0-9])(?!-\w)(?!/[0-9])(?!\.[a-z])")
-_ADDRESSES_AND_URLS = _Pattern(
-    r"(?:[a-z][a-z0-9+.-]{1,20}://|www\.|mailto:)[^\s<>\"]*|[^\s@<>\"]{1,64}@[^\s<>\"]+", re.I)
-_IS = r"(?:is|ist|lautet|est|es|è|é|jest|er|är)\b"
-_LEADS_TO = _Pattern(r"\w{0,10}(?:\s(?:tempor|provis)\w{1,8})?[\s:=\"'*_()>#-]*(?:%s)?"
-                     r"[\s:=\"'*_()>-]*" % _IS, re.I)
-_COLON = _Pattern(r"(?:[:=]|\b%s)[\s*_\"'(]*$" % _IS, re.I)
-_COPULA = _Pattern(r"[\s*_\"')]{0,3}(?:%s|[\u2e80-\uffff])" % _IS, re.I)
-_BREAK = _Pattern(r"[0-9]|[.!?](?=\s)")
-_OR = _Pattern(r"(?<=\w)[\s,;/|(]{1,5}(?:(?:or|and|oder|und|ou|et|o|y|e|of|en|lub)\s{1,2})?[(]?")
-_HYPHENS = {0x2010: "-", 0x2011: "-", 0xA0: " ", 0x2007: " ", 0x2009: " ", 0x202F: " ",
-            0x200B: None, 0xAD: None, 0x2060: None, 0xFEFF: None}
+# Codes
+#
+# A code is what a reader is meant to type in somewhere. Three steps find it, the same in every
+# language:
+#
+# 1. Candidates: tokens that look like a code, see `_shape`.
+# 2. The label of each: the words left of it in its sentence; for one that stands alone in its
+#    cell, the cell before it or the head of its column; for one alone in its line, the nearest
+#    of the lines above it that says anything, the line below it, the subject of the mail. Only
+#    then the words right of it ("482913 is your PIN"). The nearest wins.
+# 3. One judgement: what the label means (`_WORDS`), how near it is, and what the token looks like.
+#
+# Words are of four kinds. A secret (PIN, password, verification) makes a code of the token, a
+# thing (order, customer, postal, error) makes something else of it. "Code" and "number" take
+# their meaning from the word beside them: "postal code" is none and "PIN number" is one; with
+# no such neighbour "code" speaks for a code and "number" against it.
+
+# Language, then code | secret | number | thing. A word of four letters or more may have an
+# ending, but not where a "." follows it, a shorter one only where a "-" does; with a "-" before
+# it, it may also end a longer word. "_" is a blank. From Hebrew on in Unicode a word is found
+# anywhere: there words have prefixes, or are not set apart.
+_WORDS = """
+af  -kode | wagwoord | -nommer | bestel faktuur klant- pakket pos- telefoon
+am  ኮድ | የይለፍ_ቃል ማረጋገጫ | ቁጥር | ትዕዛዝ ደረሰኝ ደንበኛ ፖስታ ስልክ
+ar  رمز كود | كلمة_المرور كلمة_مرور التحقق السري | رقم | طلب فاتورة عميل عضوية عقد تذكرة شحن تتبع
+    بريدي هاتف مرجع منتج حساب خطأ
+as  কোড সংকেত | পাছৱৰ্ড | নম্বৰ | অৰ্ডাৰ চালান গ্ৰাহক
+az  kod- -kod- | şifrə parol- təsdiq | nömrə | sifariş müştəri faktura poçt müqavilə telefon
+be  код- | пароль пацверджанн | нумар | замов рахун кліент паштов дагавор тэлефон
+bg  код- | парола потвържд | номер № | поръчк фактур клиент пощенск договор телефон пратк
+bn  কোড | পাসওয়ার্ড ওটিপি পিন যাচাই | নম্বর নং | অর্ডার চালান গ্রাহক পোস্ট ফোন
+bs  kod- | lozink verifikac | broj | narudžb račun kupac kupca poštansk ugovor telefon pošiljk
+ca  codi codis | contrasenya verificació | número núm | comanda factura client postal contracte
+    telèfon enviament
+cs  kód- | heslo hesla ověřovac | číslo čísla č. | objednáv faktur zákazní psč poštovn smlouv
+    telefon zásilk zboží variabiln
+cy  cod god chod | côd gôd cyfrinair dilysu | rhif | archeb anfoneb cwsmer post ffôn
+da  -kode- | adgangskode | -nummer nr | ordre- bestilling faktura kunde- post- telefon pakke-
+    medlem sags
+de  -code. -codes. | -kennwort -passwort einmalpasswort pin pin- tan bestätigungs verifizier |
+    -nummer- nr | auftrag bestell- rechnung kunden- vertrag konto- ticket vorgang mitglied artikel
+    sendung post- plz blz telefon hrb steuer beleg paket- referenz lieferschein
+el  κωδικ- κωδικό- | συνθηματικ επαλήθευσ | αριθμ αρ | παραγγελί τιμολόγ πελάτ ταχυδρομικ συμβόλαι
+    τηλέφων αποστολ προϊόν
+en  code. codes. | pin otp totp tan 2fa mfa passcode passphrase password one-time token verif
+    licence_key license_key product_key activation_key voucher coupon gift_card special_id enter |
+    number numbers no nos num nr id # № n° nº | order invoice receipt customer client member
+    membership contract ticket tracking shipment parcel package reference ref document item
+    article sku product model serial version build release error status exit http response postal
+    post zip postcode zipcode area country dial phone tel telephone fax mobile hotline account
+    bank sort swift bic iban vat tax isbn issn cve rfc iso flight room booking reservation pnr
+    case policy student employee patient supplier vendor meeting webinar conference qr bar barcode
+    hs dress decode encode source colour color hex page total amount price sum balance quote
+    quotation transaction ending ticker job issue bug port gtin ean upc company registration reg
+    delivery purchase rma claim batch lot style bin mcc naics icd unicode
+eo  kodo kodon | pasvort konfirm | numero | mendo faktur kliento poŝt
+es  código códigos codigo | clave contraseña verificación | número núm nº n.º | pedido factura
+    cliente postal contrato socio envío seguimiento teléfono tel referencia cuenta reserva
+    artículo producto albarán expediente presupuesto
+et  -kood- | -parool- kinnitus | -number- nr | tellimus arve klien posti- leping telefon saadetis
+    toote
+eu  kode kodea | pasahitz egiaztapen | zenbaki | eskaera faktura bezero posta kontratu telefono
+fa  کد رمز | گذرواژه تأیید تایید | شماره | سفارش فاکتور مشتری پستی قرارداد تلفن مرسوله پیگیری
+fi  -koodi- | -salasana- vahvist tunnusluku pin-koodi | -numero- nro | tilau- lasku- asiakas-
+    posti- sopimus- puhelin- lähety viite- tuote- jäsen-
+fil code. kowd | password | numero bilang | order invoice kostumer
+fo  -kota- -kotu- | loyniorð | -nummar | bíleggin rokning kunda
+fr  code. codes. | mot_de_passe vérification confirmation_: | numéro numero n° nº n no | commande
+    facture client postal contrat colis suivi téléphone tél référence dossier adhérent compte
+    siret siren article produit réservation expédition livraison devis
+fy  -koade- | wachtwurd | -nûmer | bestelling klant
+ga  cód chód gcód | pasfhocal fíorú | uimhir | ordú sonrasc custaiméir phoist teileafón
+gl  código | contrasinal verificación | número | pedido factura cliente postal
+gu  કોડ | પાસવર્ડ ઓટીપી પિન ચકાસણી | નંબર | ઓર્ડર ઇન્વોઇસ ગ્રાહક પિનકોડ ફોન
+ha  lamba | lambar_sirri kalmar_sirri lambar_tabbatarwa | lambar | oda daftari abokin
+he  קוד | הקוד סיסמ אימות | מספר מס | הזמנ חשבונית לקוח מיקוד חוזה טלפון משלוח
+hi  कोड | ओटीपी पासवर्ड पिन सत्यापन | नंबर संख्या क्रमांक नं | ऑर्डर आर्डर आदेश चालान ग्राहक डाक
+    पोस्ट पिनकोड_ फोन अनुबंध
+hr  kod- | lozink zapork potvrdni | broj | narudžb račun kupac kupca poštansk ugovor telefon
+    pošiljk oib
+hu  -kód- | -jelszó- -jelszav megerősít | szám száma -szám -száma- sorszám | rendelés számla
+    ügyfél irányítószám szerződés telefon csomag cikk vevő
+hy  կոդ | ծածկագիր գաղտնաբառ հաստատմ | համար | պատվեր հաշիվ հաճախորդ փոստային հեռախոս
+id  kode sandi | verifikasi konfirmasi | nomor no. no | pesanan faktur pelanggan pos resi kontrak
+    telepon tagihan
+ig  koodu | okwuntughe nkwenye | nọmba | order ahịa
+is  -kóði- -kóða- -kóðann- | lykilorð staðfesting | -númer- nr | pönt -reikning viðskipta póst
+    síma
+it  codice codici | password verifica pin | numero num n. nr n° | ordine fattura cliente postale
+    cap contratto fiscale spedizione telefono tel riferimento conto pratica prenotazione articolo
+    prodotto iva tracciamento
+ja  コード | 認証 確認 パスワード 暗証 ワンタイム 検証 | 番号 | 注文 請求 顧客 お客様 会員 郵便
+    契約 電話 伝票 追跡 商品 製品 予約 受付 問い合わせ 口座 エラー 〒
+jv  kode | sandhi verifikasi | nomer | pesenan faktur pelanggan
+ka  კოდ- | პაროლ პინ დადასტურ | ნომერ- ნომრ | შეკვეთ ინვოის კლიენტ საფოსტო ტელეფონ ხელშეკრულებ
+kk  код- -код- | құпиясөз құпия растау | нөмір- № | тапсырыс шот клиент пошта индекс шарт телефон
+km  កូដ លេខកូដ | លេខសម្ងាត់ ពាក្យសម្ងាត់ ផ្ទៀងផ្ទាត់ | លេខ | បញ្ជាទិញ វិក្កយបត្រ អតិថិជន ប្រៃសណីយ៍
+    ទូរស័ព្ទ
+kn  ಕೋಡ್ | ಪಾಸ್ವರ್ಡ್ ಪಾಸ್‌ವರ್ಡ್ ಒಟಿಪಿ ಪರಿಶೀಲನ | ಸಂಖ್ಯೆ | ಆರ್ಡರ್ ಆದೇಶ ಇನ್ವಾಯ್ಸ್ ಗ್ರಾಹಕ ಅಂಚೆ ಫೋನ್
+ko  코드 | 인증 비밀번호 암호 패스워드 확인_번호 승인번호 | 번호 | 주문 송장 고객 회원 우편 계약
+    전화 운송장 상품 제품 예약 접수 계좌 오류 문의
+ku  kod- koda | şîfre nasnav peyvborîn | hejmar | ferman fatûre xerîdar poste
+ky  код- | сырсөз ырастоо | номер | буйрутма эсеп кардар почта
+lb  -code. -codes. | -passwuert- | -nummer | bestellung rechnung client
+lo  ລະຫັດ | ຢືນຢັນ | ເລກ ໝາຍເລກ | ສັ່ງຊື້ ໃບແຈ້ງໜີ້ ລູກຄ້າ ໄປສະນີ ໂທ
+lt  kod- | slaptažod patvirtin | numer nr | užsaky sąskait klient pašto sutart telefon siunt
+lv  -kod- | parol- apstiprin | numur nr | pasūtījum rēķin klient pasta līgum tālru sūtījum
+mg  kaody | fehezan-kaody teny_miafina fanamarinana | laharana nomerao | baiko faktiora mpanjifa
+    paositra
+mk  код- | лозинк потврд верификац | број- | нарачк фактур клиент поштенск договор телефон пратк
+ml  കോഡ് കോഡ | പാസ്‌വേഡ് പാസ്വേഡ് ഒടിപി സ്ഥിരീകരണ | നമ്പർ നമ്പര് | ഓർഡർ ഇൻവോയ്സ് ഉപഭോക്ത തപാൽ ഫോൺ
+mn  код- | нууц_үг баталгаажуул | дугаар | захиалг нэхэмжлэх үйлчлүүлэгч шуудан гэрээ утас
+mr  कोड | संकेतशब्द पासवर्ड पडताळणी | क्रमांक | ऑर्डर बीजक ग्राहक टपाल
+ms  kod- | kata_laluan pengesahan | nombor no | pesanan invois pelanggan poskod telefon
+    penghantaran
+mt  kodiċi kodici | password verifika | numru | ordni fattura klijent postali
+my  ကုဒ် | စကားဝှက် အတည်ပြု | နံပါတ် | မှာယူ အော်ဒါ ပြေစာ ဖောက်သည် စာတိုက် ဖုန်း
+nb  -kode- | -passord- engangs bekreftelses | -nummer nr | ordre- bestilling faktura kunde- post-
+    telefon pakke- sending medlem saks
+ne  कोड | पासवर्ड प्रमाणीकरण | नम्बर | अर्डर बिल ग्राहक हुलाक
+nl  -code. -codes. | -wachtwoord- bevestigings pincode verificatie | -nummer- nr nummer | bestel-
+    factuur klant- contract post- pakket- telefoon zending lid- artikel- kvk btw referentie track
+or  କୋଡ | ସଂକେତ ପାସୱାର୍ଡ | ନମ୍ବର ସଂଖ୍ୟା | ଅର୍ଡର ଗ୍ରାହକ ଡାକ
+pa  ਕੋਡ | ਪਾਸਵਰਡ ਓਟੀਪੀ ਤਸਦੀਕ | ਨੰਬਰ | ਆਰਡਰ ਚਲਾਨ ਗਾਹਕ ਡਾਕ ਫ਼ੋਨ
+pl  kod- | hasło hasła hasłem potwierdz weryfikac pin | numer nr | zamówieni faktur klient poczt
+    umow paczk przesyłk towar telefon nip regon pesel konto produkt zgłoszeni sprawy
+ps  کوډ | پټنوم تایید | شمېره | سپارښت
+pt  código códigos codigo | senha palavra-passe verificação | número num nº n.º | pedido encomenda
+    fatura factura cliente postal cep contrato envio rastrei telefone referência conta reserva
+    produto protocolo cpf cnpj nota_fiscal nif
+ro  cod codul codului codurile codurile | parol- verificare | număr nr numărul | comand factur
+    client poștal postal contract colet telefon expedie cui produs
+ru  код- | пароль пароля паролем пин пин-код подтвержден | номер № | заказ накладн счёт счет
+    клиент договор почтов индекс телефон посылк трек товар инн заявк артикул бик ошибк
+rw  kode | ijambobanga kwemeza | nimero | komande fagitire umukiriya
+sd  ڪوڊ | پاسورڊ | نمبر | آرڊر
+si  කේත | කේතය මුරපද සත්‍යාපන | අංකය අංක | ඇණවුම ඉන්වොයිස පාරිභෝගික තැපැල් දුරකථන
+sk  kód- | heslo hesla overovac | číslo čísla č. | objednáv faktúr zákazní psč poštov zmluv
+    telefón zásielk tovar
+sl  kod- -kod- | geslo gesla potrditv | številk št | naročil račun kupc poštn pogodb telefon
+    pošiljk
+sn  kodhi | pasiwedhi kusimbisa | nhamba | odha mutengi
+so  koodh koodka | furaha sirta_ah xaqiijin | lambarka tirada | dalab qaansheegad macmiil
+sq  kod- kodi | fjalëkalim verifikim | numri numër nr | porosi fatur klient postar kontrat telefon
+sr  код- kod- | лозинк шифра потврд | број- broj | поруџбин porudžbin рачун наруџбин купац
+    поштанск уговор телефон пошиљк
+st  khoutu | phasewete | nomoro | otara
+su  kode sandi | | nomer | pesenan
+sv  -kod- | -koden -lösenord- engångs verifierings bekräftelse | -nummer- nr | order- beställning
+    faktura kund- post- avtal telefon paket- medlem artikel klient ärende försändelse
+sw  msimbo | nambari_ya_siri nenosiri nywila uthibitish | nambari namba | oda agizo ankara mteja
+    posta simu
+ta  குறியீ | கடவுச்சொல் ஓடிபி சரிபார்ப்ப | எண் | ஆர்டர் விலைப்பட்டியல் வாடிக்கையாளர் அஞ்சல்
+    தொலைபேசி
+te  కోడ్ | పాస్‌వర్డ్ పాస్వర్డ్ ఓటీపీ ధృవీకరణ | సంఖ్య నంబర్ నెంబర్ | ఆర్డర్ ఇన్వాయిస్ కస్టమర్
+    పోస్టల్ ఫోన్
+tg  рамз- код- | парол | рақам | фармоиш мизоҷ
+th  รหัส โค้ด | ยืนยัน | หมายเลข เลขที่ | คำสั่งซื้อ สั่งซื้อ ใบแจ้งหนี้ ลูกค้า ไปรษณีย์ สัญญา โทร
+    พัสดุ สินค้า สมาชิก
+tk  kod- | açarsöz parol | belgi | sargyt müşderi
+tr  kod- -kod- | şifre parola doğrulama onay | numara no | sipariş fatura müşteri posta sözleşme
+    kargo takip telefon ürün hata vergi
+tt  код- | серсүз | номер | заказ
+ug  كود | مەخپىي | نومۇر | زاكاز
+uk  код- | пароль пароля підтвердж | номер № | замовлен рахун клієнт поштов індекс договор телефон
+    посилк накладн товар
+ur  کوڈ | پاس_ورڈ تصدیق | نمبر | آرڈر انوائس گاہک صارف پوسٹل فون
+uz  kod- | parol tasdiq | raqam | buyurtma mijoz hisob pochta telefon shartnoma
+vi  mã | mật_khẩu xác_minh xác_thực otp | số | đơn_hàng đơn hóa_đơn khách_hàng bưu_chính bưu_điện
+    hợp_đồng điện_thoại vận_đơn sản_phẩm
+xh  ikhowudi | iphasiwedi | inombolo | iodolo
+yi  קאָד | פּאַראָל | נומער | באַשטעלונג
+yo  kóòdù | ọ̀rọ̀_aṣínà | nọ́mbà | àṣẹ oníbàárà
+zh  码 碼 代码 代碼 | 密码 密碼 口令 | 号 號 编号 編號 | 订单 訂單 发票 發票 客户 客戶 会员 會員
+    邮政 郵遞 邮编 合同 电话 電話 手机 快递 运单 物流 商品 产品 產品 预订 二维 条形 錯誤 错误 单号
+    單號
+zu  ikhodi | iphasiwedi | inombolo | i-oda oda ikhasimende
+"""
+# What is left out, and what is written otherwise in plain ASCII: blanks, dashes, full width.
+_PLAIN = {**{code: code - 0xFEE0 for code in range(0xFF01, 0xFF5F)},
+          **dict.fromkeys((0xA0, 0x2007, 0x2009, 0x202F, 0x3000), " "),
+          **dict.fromkeys((0x2010, 0x2011, 0x2012, 0x2013), "-"),
+          **dict.fromkeys((0xAD, *range(0x200B, 0x2010), *range(0x202A, 0x202F), 0x2060, 0xFEFF))}
+_KINDS = ("code", "secret", "number", "thing")
 
 
-_DIGIT = _Pattern("[0-9]")
+def _key(text: str, at: int) -> str:
+    return text[at] if text[at] >= "\u0590" else text[at:at + 2]
 
 
-def _cue(text: str, start: int, end: int) -> int:
-    """How the words around a candidate speak for a code: -1 against it, 0 not at all, 1 for it,
-    2: for it, and right before it."""
-    before = text[max(0, start - 80):start]
-    line = before[before.rfind("\n") + 1:]
-    after = text[end:end + 60].partition("\n")[0]
-    if (_NO_CODE_BEFORE.search(line) or _PRICE_BEFORE.search(line) or _NUMBER_BEFORE.search(line)
-            or _UNIT_AFTER.match(after) or _NUMBER_AFTER.match(after)):
+@functools.lru_cache(maxsize=None)
+def _words() -> Dict[str, List[Tuple[str, str, bool, bool]]]:
+    """_WORDS by their first letters: (word, kind, may end a longer word, may have an ending)."""
+    index: Dict[str, List[Tuple[str, str, bool, bool]]] = {}
+    for line in _WORDS.replace("\n   ", " ").translate(_PLAIN).strip().splitlines():
+        for kind, words in zip(_KINDS, line[4:].split("|")):
+            for word in words.split():
+                bare = word.strip("-.").replace("_", " ")
+                ending = word[-1] == "-" or len(word) > 3 and word[-1] != "."
+                index.setdefault(_key(bare, 0), []).append((bare, kind, word[0] == "-", ending))
+    for entries in index.values():
+        entries.sort(key=lambda entry: -len(entry[0]))
+    return index
+
+
+def _labels(text: str) -> List[Tuple[str, int, int]]:
+    """(kind, start, end) of the words in a text, in lower case, that _WORDS knows."""
+    found, at, index = [], 0, _words()
+    while at < len(text):
+        for word, kind, inside, ending in index.get(_key(text, at), ()):
+            end = at + len(word)
+            if (text.startswith(word, at)
+                    and (inside or word >= "\u0590" or not text[at - 1:at].isalnum())
+                    and (ending or word >= "\u0590" or not text[end:end + 1].isalnum())):
+                found.append((kind, at, end))
+                at = end - 1
+                break
+        at += 1
+    return found
+
+
+_BESIDE = _Pattern(r"\w{0,3}[\s-]{0,2}"
+                   r"|\w{0,5}[\s-]{1,2}(?:d\w{1,2}|of|for|von|del|van)?[\s'-]{0,2}")
+
+
+def _meaning(text: str, labels: List[Tuple[str, int, int]], which: int) -> int:
+    """1 if labels[which] speaks for a code, -1 against it."""
+    kind, start, end = labels[which]
+    if kind in ("secret", "thing"):
+        return 1 if kind == "secret" else -1
+    beside = []
+    if which and _BESIDE.fullmatch(text, labels[which - 1][2], start):
+        beside.append(labels[which - 1][0])
+    if which + 1 < len(labels) and _BESIDE.fullmatch(text, end, labels[which + 1][1]):
+        beside.append(labels[which + 1][0])
+    if "secret" in beside:
+        return 1
+    if "thing" in beside:
         return -1
-    cue = collections.deque(_CUE.finditer(before), maxlen=1)       # the last one
-    if cue:
-        cue = cue[0]
-        between = before[cue.end():]
-        if _LEADS_TO.fullmatch(between):
-            return 2
-        if _COLON.search(between) or not _BREAK.search(between):
-            return 1
-    cue = _CUE.search(after)
-    if cue and not _BREAK.search(after[:cue.start()]):
-        return int(text[start:end].isdigit() or _COPULA.match(after) is not None)
-    return -1 if _NO_CODE_BEFORE.search(before) else 0       # "Order number" may be a line above
+    return 1 if kind == "code" or "code" in beside else -1
 
 
-_WORD_START = _Pattern(r"(?:^|\s)[\"'(\[<*_]*$")
-_WORD_END = _Pattern(r"[\"')\]>*_.,:;!?]*(?:\s|$)")
+_SENTENCE_END = _Pattern(r"(?<=\w\w\w)[.!?]+\s|[\u3002\uff01\uff1f\u0964]|(?<=\w\w)!\s")
 
 
-def _is_word(text: str, start: int, end: int) -> bool:
-    """Whether only blanks, quotes, brackets and a sentence's punctuation are around it."""
-    return bool(_WORD_START.search(text[max(0, start - 5):start])
-                and _WORD_END.match(text[end:end + 5]))
+def _heading(line: str) -> int:
+    """What a line says of what stands under it: 1 a code, -1 another number, 0 nothing."""
+    for sentence in reversed(_SENTENCE_END.split(line[-600:].lower())):
+        labels = _labels(sentence)
+        meanings = [_meaning(sentence, labels, which) for which in range(len(labels))]
+        if meanings:
+            if len(sentence) < 40:
+                return meanings[-1]
+            return max(meanings) if max(meanings) > 0 or sentence.rstrip()[-1:] == ":" else 0
+    return 0
 
 
-def _alone(text: str, start: int, end: int) -> bool:
-    """Whether nothing else is on the line."""
-    return (not text[max(0, start - 200):start].rpartition("\n")[2].strip(" \t*_>|")
-            and not text[end:end + 200].partition("\n")[0].strip(" \t*_|."))
+_OTHER_DIGIT = _Pattern("[^\\D0-9]")
+_WEB_ADDRESS = _Pattern(r"https?://[^\s<>\"]*", re.I)
+_SPREAD = _Pattern(r"[A-Za-z0-9](?:[ \t]+[A-Za-z0-9]){3,15}")
 
 
-def _changes(code: str) -> int:
-    """How often a token changes from letters to digits or back."""
-    return sum(a.isdigit() != b.isdigit() for a, b in zip(code, code[1:]))
+def _laid_out(text: str) -> List[str]:
+    """The lines of a text that say something; a character a line or cell is put together."""
+    if not text.isascii():
+        text = _OTHER_DIGIT.sub(lambda digit: str(int(digit.group())), text.translate(_PLAIN))
+    lines: List[str] = []
+    single = False
+    for line in _WEB_ADDRESS.sub("\ufffc", text).split("\n"):
+        line = line.strip(" \t\r*_>|")
+        if len(line) < 64 and _SPREAD.fullmatch(line):
+            line = line.replace(" ", "").replace("\t", "")
+        if single and len(line) == 1 and line.isalnum():
+            lines[-1] += line
+        elif line:
+            single = len(line) == 1
+            lines.append(line)
+    return lines
 
 
-def _is_code(code: str, cue: int) -> bool:
-    if code.isdigit():
-        if cue < 2 and (_YEAR.fullmatch(code) or _DAY.fullmatch(code) or code.endswith("000")):
-            return False
-        return bool(cue) or len(code) == 6
-    if "-" in code and code.replace("-", "").isdigit() and _YEAR.match(code):
-        return cue == 2 and not _YEAR.fullmatch(code[5:])
-    if "-" in code or " " in code:
-        return bool(cue) and (cue == 2 or not code.endswith("000"))
-    if code.upper() != code:
-        return cue == 2 and code.lower() != code.upper() and _changes(code) > 0
-    return bool(cue) or _changes(code) > 1
+_CANDIDATE = _Pattern(
+    r"(?<![!-~])(?:[\[(<*\"'_]*[+(]?[0-9][0-9()+./,:'-]*(?: [0-9(+][0-9()+./,:'-]*)*"
+    r"[\])>.,;:!?*\"'_]*(?![!-~])|[!-~]+)")
+_ANY_DIGIT = _Pattern("[0-9]")
+_AROUND = "\"'()[]<>*_.,;:!?|`{}"
+_DIGITS = _Pattern(r"[0-9]{4,9}|[0-9]{3}([ -])[0-9]{3}(?:\1[0-9]{3})?"
+                   r"|[0-9]{4}(?:([ -])[0-9]{4}){1,3}"
+                   r"|[0-9]{2}(?:([ -])[0-9]{2}){2,3}|[0-9](?:([ -])[0-9]){3,8}")
+_DATE = _Pattern(r"(?:19|20)[0-9]{2}"
+                 r"|(?:19|20)[0-9]{2}(?:0[1-9]|1[0-2])(?:0[1-9]|[12][0-9]|3[01])"
+                 r"|(?:0[1-9]|[12][0-9]|3[01])(?:0[1-9]|1[0-2])(?:19|20)[0-9]{2}")
+_UNIT = _Pattern(r"[ \t]?(?:[$%\u20a0-\u20cf\u00a3\u00a5\u00b0\u00b2]"
+                 r"|(?:eur|usd|gbp|chf|jpy|sek|nok|dkk|pln|zł|kr"
+                 r"|kč|rs|px|[kmgt]i?b|ms|k[gm]|[cm]m|m)\b)", re.I)
+
+
+class _Candidate(NamedTuple):
+    start: int
+    end: int
+    code: str        # as it is listed
+    look: str        # "digits", "mixed" (capitals and digits), "small" (others), "letters"
+
+
+def _shape(word: str) -> Tuple[str, str]:
+    """(code, look) of a token, ("", "") if it cannot be one."""
+    if _DIGITS.fullmatch(word):
+        return word.replace(" ", "").replace("-", ""), "digits"
+    head, _, rest = word.partition("-")
+    if rest.isdigit() and len(head) < 3 and head.isalpha() and len(rest) > 3:
+        return rest, "digits"                                            # "G-482913"
+    groups = word.split("-")
+    longest = 16 if len(groups) == 1 else 8
+    if (not word.isascii() or len(groups) > 10 or not 4 <= len(word) <= 60
+            or not all(group.isalnum() and len(group) <= longest for group in groups)):
+        return "", ""
+    if not _ANY_DIGIT.search(word):
+        odd = word.isupper() or word.islower() and (len(groups) > 2 or set(word) <= set("abcdef"))
+        return (word, "letters") if odd else ("", "")
+    if word.replace("-", "").isdigit():
+        return "", ""
+    return word, "mixed" if word == word.upper() else "small"
+
+
+def _tokens(line: str) -> Iterator[_Candidate]:
+    """What in a line looks like a code."""
+    for match in _CANDIDATE.finditer(line):
+        word, start, end = match.group(), match.start(), match.end()
+        before, after = line[start - 1:start], line[end:end + 1]
+        if (before.isalpha() and before < "\u0590" or after.isalpha() and after < "\u0590"
+                or before and before in "\u20ac\u00a3\u00a5\u20b9" or _UNIT.match(line, end)):
+            continue
+        head, sign, tail = word.rpartition(":") if ":" in word[:-1] else word.rpartition("=")
+        if sign and head.strip(_AROUND).isalpha() and tail:
+            start, word = start + len(head) + 1, tail
+        bare = word.strip(_AROUND)
+        start += word.find(bare)
+        code, look = _shape(bare)
+        if code:
+            yield _Candidate(start, start + len(bare), code, look)
+        elif " " in bare and len(set(map(len, bare.split(" ")))) == 1:      # a row of codes
+            for piece in bare.split(" "):
+                code, look = _shape(piece)
+                if code:
+                    yield _Candidate(start, start + len(piece), code, look)
+                start += len(piece) + 1
+
+
+_ORDINAL = _Pattern(r"(?<![^\s])[0-9]{1,2}[.):]?(?![^\s])|[^\w]")
+_MAYBE = _Pattern(r"[0-9]|[A-Z]{3}[A-Z-]|[a-z]-[a-z]+-[a-z]")
+_COPULA = _Pattern(r"(?:.*\W)?(?:is|ist|lautet|est|es|è|é|jest|er|är|on|to|je)\s*[\"'*(]*"
+                   r"|.*[:=]\s*[\"'*(]*|.*[-\u2014]\s|.*[\u0590-\uffff]", re.I | re.S)
+_OR = _Pattern(r"[\s,;/|()]*(?:(?:or|and|oder|und|ou|et|o|y|e|of|en|lub)\s)?[\s(]*")
+
+
+class _Codes:
+    """The codes of one text."""
+
+    def __init__(self, text: str, subject: str):
+        self.lines = _laid_out(text)
+        self.subject = subject
+        self.length = len(text)
+        self.headings: Dict[int, int] = {}
+        self.rows: Dict[int, bool] = {}         # lines that hold candidates and nothing else
+        self.found: Dict[str, int] = {}
+
+    def find(self) -> Dict[str, int]:
+        for number, line in enumerate(self.lines):
+            if not _MAYBE.search(line) and (len(line) > 40 or " " in line):
+                continue
+            tokens = list(_tokens(line))
+            if not tokens:
+                continue
+            rest = line
+            for token in reversed(tokens):
+                if token.look != "letters" or len(tokens) == 1:
+                    rest = rest[:token.start] + " " + rest[token.end:]
+            alone = not _ORDINAL.sub("", rest)
+            self.rows[number] = alone
+            for which, token in enumerate(tokens):
+                score = (self.alone(number, token) if alone else
+                         self.inline(number, line, tokens, which))
+                if score > 0:
+                    self.found[token.code] = max(score, self.found.get(token.code, 0))
+                    if len(self.found) >= MESSAGE_LIMITS.codes:
+                        return self.found
+        return self.found
+
+    def heading(self, number: int) -> int:
+        if number not in self.headings:
+            self.headings[number] = _heading(self.lines[number])
+        return self.headings[number]
+
+    def alone(self, number: int, token: _Candidate) -> int:
+        """Judges a token that has its line for itself."""
+        lines, at, said, distance = self.lines, number - 1, 0, 0
+        while at >= 0 and self.rows.get(at) and number - at <= 50:
+            at -= 1
+        while at >= 0 and distance < 4 and not said and not self.rows.get(at):
+            said = self.heading(at)
+            distance += 1
+            at -= 1
+        between = not said and at >= 0 and self.rows.get(at, False)
+        if not said and number + 1 < len(lines) and not between:
+            said, distance = self.heading(number + 1), 2
+            if said < 0:
+                said = 0
+        if not said and not between:
+            said, distance = _heading(self.subject), 3
+        if said:
+            return self.judge(token, said, distance == 1, distance)
+        return 0 if between else self.unlabelled(number, token)
+
+    def unlabelled(self, number: int, token: _Candidate) -> int:
+        """Judges a token alone in its line that nothing names: in a short mail it is a code, if
+        it looks like one and no other number is spoken of."""
+        above = self.lines[number - 1] if number else ""
+        strong = token.look == "digits" and len(token.code) == 6 or token.look == "mixed" and (
+            sum(a.isdigit() != b.isdigit() for a, b in zip(token.code, token.code[1:])) > 1
+            or "-" in token.code)
+        if self.length > 2_000 or not strong or len(above) < 25 and above.endswith(":"):
+            return 0
+        return int(all(label[0] not in ("thing", "number") for line in self.lines + [self.subject]
+                       for label in _labels(line.lower())))
+
+    def judge(self, token: _Candidate, said: int, direct: bool, distance: int) -> int:
+        if said < 0:
+            return 0
+        if token.look == "letters":
+            return int(direct)
+        return 5 - distance
+
+    def inline(self, number: int, line: str, tokens: List[_Candidate], which: int) -> int:
+        """Judges a token with other words in its line."""
+        token = tokens[which]
+        ends = [other.end for other in tokens[:which] if other.look != "letters"]
+        start = max(ends[-1] if ends else 0, token.start - 120)
+        left = line[start:token.start]
+        cell = left.rfind("\t") + 1
+        left = left[cell:]
+        if not left.strip(_AROUND + " -#") and "\t" in line:
+            return self.cell(number, line, token)
+        sentence = _SENTENCE_END.split(left.lower())[-1]
+        labels = _labels(sentence)
+        year = token.look == "digits" and _DATE.fullmatch(token.code)
+        if labels:
+            if _meaning(sentence, labels, len(labels) - 1) < 0:
+                return 0
+            gap = sentence[labels[-1][2]:]
+            colon = _COPULA.fullmatch(gap)
+            words = len(gap.split())
+            direct = bool(colon) or words < 3
+            if token.look == "letters":
+                return 3 * bool(not line.isupper() and (
+                    colon or len(token.code) > 7 and gap == " " and token.code.isupper()))
+            if token.look == "small":
+                return 3 * direct
+            if year:
+                return 3 * bool(colon or not gap.strip())
+            if len(token.code) == 4 and not colon and words > 1:
+                return 0
+            return 4 if direct else 2 * (words < 12)
+        if which and tokens[which - 1].look != "letters":
+            between = line[tokens[which - 1].end:token.start]
+            if tokens[which - 1].code in self.found:
+                return self.found[tokens[which - 1].code] * bool(_OR.fullmatch(between))
+            if _COPULA.fullmatch(between):               # "The PIN for your card 4711 is 9182"
+                sentence = line[:start].lower()
+                return 3 * any(label[0] == "secret" for label in _labels(sentence))
+        if len(sentence.split()) < 4:
+            right = _SENTENCE_END.split(line[token.end:token.end + 60].lower())[0]
+            right = right.partition("\t")[0]
+            labels = _labels(right)
+            if labels:
+                return 3 * (_meaning(right, labels, 0) > 0 and token.look in ("digits", "mixed")
+                            and not (year and not _COPULA.fullmatch(right[:labels[0][1]])))
+            if not sentence.strip() and number and self.lines[number - 1].endswith(":"):
+                return self.judge(token, self.heading(number - 1), True, 1) if (
+                    self.heading(number - 1) > 0) else 0
+        return 0
+
+    def cell(self, number: int, line: str, token: _Candidate) -> int:
+        """Judges a token alone in its cell of a row that holds more."""
+        before = line[:token.start].rstrip("\t ").rpartition("\t")[2] if token.start else ""
+        said = _heading(before) if before else 0
+        if not said and number:
+            above, column = self.lines[number - 1].split("\t"), line.count("\t", 0, token.start)
+            if len(above) == line.count("\t") + 1:
+                said = _heading(above[column])
+            elif not before:
+                said = self.heading(number - 1)
+        return self.judge(token, said, True, 1) if said else 0
 
 
 def find_codes(text: str, subject: str) -> Tuple[str, ...]:
-    """The codes that a reader is meant to type in somewhere, in order, as they are typed:
-    "482 913" and "123-456" are 482913 and 123456, "K7Q-T2M" stays.
-
-    A candidate is 4 to 8 digits, two groups of three or four digits, digits set apart one by one,
-    or 4 to 8 capitals and digits; never a part of a longer word, number, URL or mail address.
-    It is a code, if
-
-    - a word such as code, PIN, OTP, password, verification is near: in the 80 characters before
-      it, or in the 60 after it on its line (small letters count, too, right after the word); or
-    - it has six digits; or it mixes capitals and digits more than once (G3H1Y2, not SHA256); or
-    - it stands alone on its line, in a mail that speaks of a code somewhere
-
-    and it is not
-
-    - what the word before it says: an order, invoice, account, telephone, ZIP number, a price ...
-    - a year, a date, an amount (a currency or unit after it), a round number (250000): unless
-      "code" comes right before it.
-    """
-    text = text[:MESSAGE_LIMITS.code_characters].translate(_HYPHENS)
-    if not _DIGIT.search(text):
-        return ()
-    text = _ADDRESSES_AND_URLS.sub("\ufffc", text)
-    codes: List[str] = []
-    about_codes, last = None, 0
-    for match in _CODE.finditer(text):
-        code = match.group("code")
-        if not _DIGIT.search(code):
-            continue
-        cue = _cue(text, match.start(), match.end())
-        if cue < 0:
-            continue
-        if not cue and _OR.fullmatch(text, last, match.start()):     # "482 913 or 123-456"
-            cue = 1
-        if not cue and _alone(text, match.start(), match.end()):
-            if about_codes is None:
-                about_codes = bool(_CUE.search(subject) or _CUE.search(text))
-            cue = int(about_codes)
-        if not cue and not _is_word(text, match.start(), match.end()):      # uuencode, say
-            continue
-        if _is_code(code, cue):
-            digits = code.replace(" ", "").replace("-", "")
-            codes.append(digits if digits.isdigit() else code)
-            last = match.end()
-            if len(codes) >= MESSAGE_LIMITS.codes:
-                break
-    return tuple(codes)
+    """The codes of a text, each once, in order of appearance, as they are typed: "482 913" and
+    "123-456" are 482913 and 123456, "K7Q-T2M" stays."""
+    return tuple(_Codes(text[:MESSAGE_LIMITS.code_characters], subject).find()) or tuple(
+        _Codes(subject, "").find())
 
 
 def _text_body(texts: List[str], subject: str) -> Body:
@@ -1379,7 +1714,7 @@ class _HtmlReader:
     def separate(self, name: str):
         """Parts the text where a block or a cell begins or ends."""
         if name in _BLOCKS or name in _CELLS:
-            blank = "\n" if name in _BLOCKS else " "
+            blank = "\n" if name in _BLOCKS else "\t"
             if not self.hidden:
                 self.visible.append(blank)
             if self.anchor:
