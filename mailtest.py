@@ -33,8 +33,9 @@ The sections, each of which uses only those above it:
 (PYTEST_DONT_REWRITE: there is no assert here for pytest to explain.)
 """
 
+(_PYTHON := (3, 8))  # mailtest needs Python 3.8 or later; an older one shows this line
+
 import argparse
-import atexit
 import base64
 import binascii
 import collections
@@ -54,6 +55,7 @@ import http.server
 import itertools
 import json
 import os
+import queue
 import re
 import select
 import signal
@@ -77,12 +79,21 @@ __all__ = ["Mailtest", "Inbox", "Mail", "NoMail", "Limits"]
 LOG_SETTINGS: Dict[str, Any] = {}        # for logging.basicConfig(): the command line has some
 
 
-def log_error(text: str, *arguments: Any, trace: bool = False) -> None:
-    """Logs what went wrong to the logger "mailtest"; with `trace` the exception too."""
+def _log(level: str, text: str, arguments: Tuple[Any, ...], trace: bool = False) -> None:
     import logging
     if LOG_SETTINGS:
         logging.basicConfig(**LOG_SETTINGS)          # does nothing the second time
-    logging.getLogger("mailtest").error(text, *arguments, exc_info=trace)
+    getattr(logging.getLogger("mailtest"), level)(text, *arguments, exc_info=trace)
+
+
+def log_error(text: str, *arguments: Any, trace: bool = False) -> None:
+    """Logs what went wrong to the logger "mailtest"; with `trace` the exception too."""
+    _log("error", text, arguments, trace)
+
+
+def log_info(text: str, *arguments: Any) -> None:
+    """Logs what happened, for whoever asked to see it (--log)."""
+    _log("info", text, arguments)
 
 
 # ---- Limits ----------------------------------------------------------------
@@ -145,9 +156,9 @@ class Limits(NamedTuple):
     stop_time: float = 3.0            # seconds that a stop waits for mail data to end
 
     # Following mail
-    webhook_queue: int = 10_000       # messages that wait for the webhook
     webhook_tries: int = 8            # POSTs of one message
     webhook_pause: float = 0.5        # seconds after the first failure; doubles to 30
+    webhook_time: float = 10.0        # seconds of one POST, with its answer
 
 
 class MessageLimits(NamedTuple):
@@ -2349,8 +2360,8 @@ class Store:
         self._polls: "collections.OrderedDict[Any, float]" = collections.OrderedDict()
         self._rates = RateWindow(limits.rate, limits.rate_clients)
         self.following = 0                                     # event streams that wait
+        self.client_seen = 0.0                                 # when the latest SMTP session began
         self.scripts = 0                                       # inboxes that have one, open now
-        self.keepers: List[Callable[[Message], None]] = []     # called after storing, unlocked
 
     # -- inboxes
 
@@ -2434,8 +2445,6 @@ class Store:
             self._file(message, places, until)
             if self._waiting or self.following:
                 self._wake(message.inboxes, message.servers)
-        for keeper in self.keepers:
-            keeper(message)
 
     def message(self, id: str) -> Message:
         """The message of that id."""
@@ -2941,6 +2950,27 @@ def collect(store: Store, place: Place, match: Callable[[Message], bool], count:
             store.inbox(place.address)   # raises, and says when it ended
 
 
+def silence(store: Store, address: str, since: float) -> List[str]:
+    """What may explain that an inbox got nothing since that time: lines for a report."""
+    own, came = untagged(inbox_key(address)), store.newest(DEFAULT_SERVER, after=since, count=100)
+    others = list(dict.fromkeys(path for message in came for path in message.envelope.forward_paths
+                                if untagged(inbox_key(path)) != own))
+    lines = ["mail to other addresses since: " + ", ".join(others[:5])
+             + ", ..." * (len(others) > 5)] if others else []
+    sessions = [record for record in store.sessions() if record.ended >= since]
+    refused = [record.refused for record in sessions if record.refused]
+    broken = [record.ending for record in sessions
+              if record.ending != "quit" and not record.refused and not record.accepted]
+    for what, texts in (("refused", refused), ("broken", broken)):
+        if texts:
+            lines.append(f"SMTP sessions that were {what}: {len(texts)}, the last: {texts[0]}")
+    if not came and store.client_seen < since:
+        lines.append("no SMTP client has connected since: is the application set to this host "
+                     "and port? (test modes replace the mailer: Django's locmem, Flask-Mail's "
+                     "TESTING, Rails' :test, Laravel's array)")
+    return lines
+
+
 # ---- SMTP session ----------------------------------------------------------
 # One session by RFC 5321: octets in, octets out; no socket, no thread.
 # A refusal is raised, a success is returned, and _say() turns both to octets.
@@ -3352,7 +3382,7 @@ class Session:
         self._chunk_refusal: Optional[Refuse] = None
         self._secret_next = False        # what comes may be a secret, though it is no response
         self._bad = 0                    # commands that were none
-        self._started = store.wall()
+        self._started = store.client_seen = store.wall()
         self._accepted = 0
         self._refused = ""
         self._bounds = store.limits.transcript_lines, store.limits.transcript_line
@@ -4458,7 +4488,7 @@ class SmtpServer(Listener):
         """Greets; with implicit TLS serves the connection to its end."""
         session = Session(self._store, self._policy, connection.client, self._implicit)
         connection.session = session
-        if not self._implicit and not self._store.keepers:
+        if not self._implicit:
             return session.greet()
         self.step_down(connection)       # TLS, and writing to disk, may block
         if self._implicit:
@@ -6192,6 +6222,7 @@ class HttpHandler(http.server.BaseHTTPRequestHandler):
                                                f"{_seen(self._target)}")
         known = _TUNNELS.fullmatch(host) or host.lower() in self.server.api.policy.allow_hosts
         if not known or number not in ("443", str(self.server.port)):
+            log_info("refused a tunnel to %s for %s", _seen(self._target), self.client_address[0])
             raise ApiError(403, "forbidden", "Expected CONNECT mailosaur.com:443 (all other "
                            f"tunnels are refused), got {_seen(self._target)}")
         if self.server.tls is None:
@@ -6309,7 +6340,7 @@ class HttpServer(Listener):
 
 class NoMail(AssertionError):
     """The mail that was waited for did not come, or one came that should not; the text tells
-    what did arrive and which session was refused last."""
+    what did arrive, and what may explain the silence."""
 
 
 class MailAttachment(NamedTuple):
@@ -6368,7 +6399,7 @@ class Inbox:
 
     def __init__(self, store: Store, address: str):
         self._store = store
-        self._since = store.wall()       # earlier sessions are none of its test's
+        self._since = store.wall()       # what came earlier is not of its test
         self.address = address
 
     def __repr__(self) -> str:
@@ -6395,38 +6426,42 @@ class Inbox:
                                                datetime.timezone.utc)
 
     def delete(self) -> None:
-        """Ends it now."""
+        """Ends it and its mail now."""
         self._store.drop_inbox(self.address)
 
     def wait(self, subject: str = "", sender: str = "", body: str = "", timeout: float = 5.0,
-             after: Optional[Mail] = None) -> Mail:
+             after: Optional[Mail] = None, **more: Any) -> Mail:
         """The newest mail that matches, at once or when it arrives; NoMail after `timeout`
-        seconds.  Match: a part of the subject, the sender's full address, a part of a body."""
-        __tracebackhide__ = True
-        return self.wait_all(1, subject, sender, body, timeout, after)[0]
+        seconds.  wait_all() tells what matches."""
+        __tracebackhide__ = True         # pytest then shows the line that waits
+        return self.wait_all(1, subject, sender, body, timeout, after, **more)[0]
 
     def wait_all(self, count: int, subject: str = "", sender: str = "", body: str = "",
-                 timeout: float = 5.0, after: Optional[Mail] = None) -> List[Mail]:
-        """At least `count` mails that match, newest first."""
-        __tracebackhide__ = True         # pytest then shows the line that waits
-        found = self._collect(count, subject, sender, body, timeout, after)
+                 timeout: float = 5.0, after: Optional[Mail] = None, to: str = "",
+                 where: Optional[Callable[[Mail], Any]] = None) -> List[Mail]:
+        """At least `count` mails that match, newest first: a part of the subject, the full
+        address of the sender or of a recipient, a part of a body, whatever `where` calls true."""
+        __tracebackhide__ = True
+        wanted = {"subject": subject, "sender": sender, "to": to, "body": body}
+        found = self._collect(count, wanted, timeout, after, where)
         if len(found) < count:
-            wanted = ", ".join(f"{name}={value!r}" for name, value in
-                               (("subject", subject), ("sender", sender), ("body", body)) if value)
+            shown = ", ".join(f"{name}={value!r}" for name, value in wanted.items() if value)
             raise NoMail(f"expected {count} mail{'s' * (count > 1)} for {self.address}"
-                         f"{' with ' * bool(wanted)}{wanted} within {timeout:g} s, "
+                         f"{' with ' * bool(shown)}{shown} within {timeout:g} s, "
                          f"got {len(found)}\n{self.report()}")
-        return [Mail(message) for message in found]
+        return found
 
     def expect_none(self, timeout: float = 1.0, subject: str = "", sender: str = "",
-                    body: str = "", after: Optional[Mail] = None) -> None:
+                    body: str = "", after: Optional[Mail] = None, to: str = "",
+                    where: Optional[Callable[[Mail], Any]] = None) -> None:
         """Returns after `timeout` seconds of silence; NoMail once a matching mail is there."""
         __tracebackhide__ = True
-        if self._collect(1, subject, sender, body, timeout, after):
+        wanted = {"subject": subject, "sender": sender, "to": to, "body": body}
+        if self._collect(1, wanted, timeout, after, where):
             raise NoMail(f"expected no mail for {self.address}\n{self.report()}")
 
-    def _collect(self, count: int, subject: str, sender: str, body: str, timeout: float,
-                 after: Optional[Mail]) -> List[Message]:
+    def _collect(self, count: int, wanted: Dict[str, str], timeout: float, after: Optional[Mail],
+                 where: Optional[Callable[[Mail], Any]]) -> List[Mail]:
         """See collect(); NoMail if the inbox or the catcher has ended, since then nothing can
         come, and silence proves nothing."""
         __tracebackhide__ = True
@@ -6436,22 +6471,25 @@ class Inbox:
             raise ValueError(f"expected timeout to be seconds, 0 or more, got {timeout!r}")
         if not (after is None or isinstance(after, Mail)):
             raise TypeError(f"expected after to be a Mail, got {after!r}")
-        for name, text in (("subject", subject), ("sender", sender), ("body", body)):
+        for name, text in wanted.items():
             if not isinstance(text, str):
                 raise TypeError(f"expected {name} to be text, got {text!r}")
+        named = criteria(wanted["sender"], wanted["to"], wanted["subject"], wanted["body"])
+
+        def match(message: Message) -> bool:
+            return named.match(message) and (where is None or bool(where(Mail(message))))
         try:
-            found = collect(self._store, Place(self.address),
-                            criteria(sender, "", subject, body).match, count, timeout,
+            found = collect(self._store, Place(self.address), match, count, timeout,
                             after.number if after is not None else 0)
         except Unknown as ended:
             raise NoMail(f"no mail for {self.address} can come: {ended}") from None
         if len(found) < count and self._store.closed:
             raise NoMail(f"no mail for {self.address} can come: the catcher was stopped\n"
                          f"{self.report()}")
-        return found
+        return [Mail(message) for message in found]
 
     def report(self) -> str:
-        """What the inbox got, and the last session that was refused, for a failed test."""
+        """What the inbox got, and what may explain what it did not get, for a failed test."""
         try:
             mails = self.messages
         except Unknown as unknown:
@@ -6461,157 +6499,227 @@ class Inbox:
         for mail in mails[:20]:
             lines.append(f"  {mail.received:%H:%M:%S.%f} {mail!r}")
             lines.extend(f"    warning: {warning}" for warning in mail.warnings)
+        lines.extend(silence(self._store, self.address, self._since))
         refused = [record for record in self._store.sessions()
                    if record.refused and record.ended >= self._since]
         if refused:
             lines.append(f"last refused SMTP session ({refused[0].refused}):")
             lines.extend("  " + line for line in
                          refused[0].transcript.decode("utf-8", "replace").splitlines()[-20:])
+        if not mails and _runs_event_loop():
+            lines.append("this thread runs an event loop, which stands still while a test waits; "
+                         "write: await asyncio.to_thread(inbox.wait, ...)")
         return "\n".join(lines)
 
 
-class Saver:
+def _runs_event_loop() -> bool:
+    """Whether the calling thread is inside asyncio's event loop."""
+    with contextlib.suppress(KeyError, RuntimeError):        # nobody imported it; no loop runs
+        return bool(sys.modules["asyncio"].get_running_loop())
+    return False
+
+
+def _web_address(option: str, url: str) -> Any:
+    """The parts of an http or https URL; ValueError for any other."""
+    with contextlib.suppress(ValueError):            # no port, or brackets that do not match
+        parts = urllib.parse.urlsplit(url)
+        host = parts.hostname or ""
+        if (parts.scheme in ("http", "https") and parts.port != 0
+                and re.fullmatch("[!-~]+", url) and (":" in host or _is_domain(host))):
+            return parts
+    shown = re.sub("//[^/]*@", "//...@", url)        # no password belongs into a log
+    raise ValueError(f"expected {option} http://host/path, got {shown!r}")
+
+
+class Follower:
+    """Does something with each message beside keeping it, in order, in a thread of its own: mail
+    never waits for it.  Counts, and logs a fault once, not for each message."""
+
+    option = ""                          # of the command line
+
+    def __init__(self, store: Store):
+        self.done = self.failed = 0
+        self.error = ""                  # of the latest try
+        self._store = store
+        self._number = 0                 # of the latest message that was handled
+        self._given_up = threading.Event()
+        self._thread = threading.Thread(target=self._run, name=self.option[2:], daemon=True)
+        self.start = self._thread.start
+
+    def handle(self, message: Message) -> None:
+        """What is done."""
+        raise NotImplementedError
+
+    def stop(self) -> None:
+        """Lets the thread come to an end, once the store is closed; logs what was left."""
+        if not self._thread.ident:       # it never started
+            return
+        self._thread.join(self._store.limits.stop_time if not self.error else 0.0)
+        self._given_up.set()
+        self.hang_up()
+        self._thread.join(self._store.limits.stop_time)
+        left = len(self._new(0.0))
+        if left:
+            log_error("%s: %d messages were left at the stop", self.option, left)
+
+    def hang_up(self) -> None:
+        """Ends what is under way."""
+
+    def count(self, error: str, what: str = "") -> None:
+        """Counts a message that was done with."""
+        self.done += not error
+        self.failed += bool(error)
+        self.note(error, what)
+
+    def note(self, error: str, what: str = "") -> None:
+        """Remembers how the latest try went."""
+        if error and error != self.error:
+            log_error("%s: %s: %s", self.option, what, error)
+        self.error = error
+
+    def state(self) -> Dict[str, Any]:
+        """For /healthz."""
+        return {"done": self.done, "waiting": len(self._new(0.0)), "failed": self.failed,
+                "error": self.error or None}
+
+    def _new(self, timeout: float) -> List[Message]:
+        """What is to be handled yet, oldest first, waited for."""
+        try:
+            return collect(self._store, Place(server=DEFAULT_SERVER), lambda message: True, 1,
+                           timeout, self._number)[::-1]
+        except Full:                     # too many others wait
+            self._given_up.wait(0.1)
+            return []
+
+    def _run(self) -> None:
+        ending = False
+        while not ending:
+            ending = self._store.closed  # nothing can come after what _new() returns then
+            for message in self._new(1.0):
+                try:
+                    self.handle(message)
+                except Exception:        # the edge of a thread: the next message has its turn
+                    log_error("%s: message %s", self.option, message.id, trace=True)
+                    self.failed += 1
+                if self._given_up.is_set():
+                    return
+                self._number = message.number
+
+
+class Saver(Follower):
     """Writes each message as <time>-<id>.eml.  A reader never sees half a file."""
 
-    def __init__(self, folder: str):
-        self.folder = folder
-        self._saved = 0
-        self._failed = 0
-        self._error = ""
+    option = "--save"
+
+    def __init__(self, store: Store, folder: str):
+        super().__init__(store)
+        self._folder = folder
         try:
             os.makedirs(folder, exist_ok=True)
         except OSError as error:
             raise ValueError(f"--save: cannot make the folder {folder!r}: {error.strerror}"
                              ) from None
 
-    def save(self, message: Message) -> None:
+    def handle(self, message: Message) -> None:
         """Writes one message; a full disk is reported, and the mail stays in memory."""
         when = datetime.datetime.fromtimestamp(message.received, datetime.timezone.utc)
         name = f"{when:%Y%m%dT%H%M%S.%fZ}-{message.id}"
-        unfinished = os.path.join(self.folder, f".{name}.part")
+        unfinished = os.path.join(self._folder, f".{name}.part")
         try:
             with open(unfinished, "wb") as file:
                 file.write(message.octets)
-            os.replace(unfinished, os.path.join(self.folder, name + ".eml"))
-            self._saved += 1
-            self._error = ""
+            os.replace(unfinished, os.path.join(self._folder, name + ".eml"))
+            self.count("")
         except OSError as error:
-            self._failed += 1
-            self._error = error.strerror or type(error).__name__
-            log_error("--save: %s was not written: %s", name, error)
+            self.count(error.strerror or type(error).__name__, f"{name} was not written")
             with contextlib.suppress(OSError):
                 os.remove(unfinished)
 
     def state(self) -> Dict[str, Any]:
         """For /healthz."""
-        return {"folder": self.folder, "saved": self._saved, "failed": self._failed,
-                "error": self._error or None}
+        state = super().state()
+        return {"folder": self._folder, "saved": state.pop("done"), **state}
 
 
-class Webhook:
-    """POSTs each message as JSON to a URL, in order, in a thread of its own."""
+class Webhook(Follower):
+    """POSTs each message as JSON to a URL."""
 
-    def __init__(self, url: str, api: Api, base: str):
-        try:
-            parts = urllib.parse.urlsplit(url)
-            known = (parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
-                     and url.isascii())
-        except ValueError:               # no port, or brackets that do not match
-            known = False
-        if not known:
-            raise ValueError(f"expected --webhook http://host/path, got {url!r}")
-        self._parts = parts
-        self._api = api
-        self._base = base
-        self._limits = api.store.limits
-        self._queue: "collections.deque[str]" = collections.deque()    # of message ids
+    option = "--webhook"
+
+    def __init__(self, store: Store, url: str, body: Callable[[Message], bytes]):
+        super().__init__(store)
+        self._parts = parts = _web_address("--webhook", url)
+        self._body = body
+        self._fields = {"Content-Type": "application/json"}
+        if parts.username is not None:
+            pair = urllib.parse.unquote_to_bytes(f"{parts.username}:{parts.password or ''}")
+            self._fields["Authorization"] = "Basic " + base64.b64encode(pair).decode()
         self._connection: Any = None     # of the POST that is under way
-        self._added = threading.Event()
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="webhook", daemon=True)
-        self._sent = 0
-        self._dropped = 0
-        self._error = ""
 
-    def add(self, message: Message) -> None:
-        """Queues a message; never waits."""
-        if len(self._queue) >= self._limits.webhook_queue:
-            self._drop(message.id, "too many are waiting")
-        else:
-            self._queue.append(message.id)
-            self._added.set()
+    def handle(self, message: Message) -> None:
+        """Tries until the other side answers 2xx, with pauses that double."""
+        limits = self._store.limits
+        pause = limits.webhook_pause
+        for left in range(limits.webhook_tries - 1, -1, -1):
+            error = self._post(self._body(message))
+            if error and left:
+                self.note(error, "trying again")
+            if not error or not left or self._given_up.wait(pause):
+                break
+            pause = min(30.0, pause * 2)
+        if not self._given_up.is_set():  # else it counts as left
+            self.count(error, f"message {message.id} was not sent")
 
-    def start(self) -> None:
-        """Begins to send."""
-        self._thread.start()
-
-    def stop(self) -> None:
-        """Lets the queue run dry if that works at once; gives up what is left."""
-        until = time.monotonic() + self._limits.stop_time
-        while (self._queue or self._connection) and not self._error and time.monotonic() < until:
-            self._stop.wait(0.02)
-        self._stop.set()
-        self._added.set()
-        with contextlib.suppress(AttributeError, OSError):       # none is under way
+    def hang_up(self) -> None:
+        """Ends the POST that is under way."""
+        with contextlib.suppress(AttributeError, OSError):       # there is none, or it has ended
             self._connection.sock.shutdown(socket.SHUT_RDWR)
-        self._thread.join(self._limits.stop_time)
-        if self._queue:
-            log_error("--webhook: %d messages were not sent before the stop", len(self._queue))
 
     def state(self) -> Dict[str, Any]:
         """For /healthz."""
-        return {"sent": self._sent, "waiting": len(self._queue), "dropped": self._dropped,
-                "error": self._error or None}
-
-    def _run(self) -> None:
-        while not self._stop.is_set():
-            self._added.wait()
-            self._added.clear()
-            while self._queue and not self._stop.is_set():
-                id = self._queue.popleft()
-                try:
-                    self._send(self._api.store.message(id))
-                except Unknown as unknown:
-                    self._drop(id, str(unknown))
-                except Exception:        # the edge of a thread: the next message is sent
-                    log_error("--webhook failed", trace=True)
-                    self._drop(id, "of a defect")
-
-    def _send(self, message: Message) -> None:
-        """Tries until the other side answers 2xx, with pauses that double."""
-        pause, self._error = self._limits.webhook_pause, ""
-        for left in range(self._limits.webhook_tries - 1, -1, -1):
-            self._error = self._post(rendered(self._api, message, self._base))
-            if not self._error:
-                self._sent += 1
-                return
-            if left == self._limits.webhook_tries - 1:
-                log_error("--webhook: %s; trying again", self._error)
-            if not left or self._stop.wait(pause):
-                break
-            pause = min(30.0, pause * 2)
-        self._drop(message.id, self._error)
+        state = super().state()
+        return {"sent": state.pop("done"), "dropped": state.pop("failed"), **state}
 
     def _post(self, octets: bytes) -> str:
         """"" when it was taken, else why not."""
-        parts = self._parts
+        parts, limit = self._parts, self._store.limits.webhook_time
         kind = http.client.HTTPSConnection if parts.scheme == "https" else (
             http.client.HTTPConnection)
-        connection = self._connection = kind(parts.hostname, parts.port, timeout=10)
+        target = (parts.path or "/") + ("?" + parts.query) * bool(parts.query)
+        connection = self._connection = kind(parts.hostname, parts.port, timeout=limit)
+        # For the POST as a whole: each recv() of an answer that trickles in is in time.
+        watch = threading.Timer(limit, self.hang_up)
         try:
-            connection.request("POST", (parts.path or "/") + ("?" + parts.query) * bool(
-                parts.query), octets, {"Content-Type": "application/json"})
+            watch.start()
+            connection.request("POST", target, octets, self._fields)
             status = connection.getresponse().status
             return "" if 200 <= status < 300 else f"answered {status}"
-        except (OSError, http.client.HTTPException) as error:
+        except (OSError, http.client.HTTPException, RuntimeError) as error:  # no thread: Runtime
             return getattr(error, "strerror", None) or type(error).__name__
         finally:
+            watch.cancel()
             self._connection = None
             connection.close()
 
-    def _drop(self, id: str, why: str) -> None:
-        self._dropped += 1
-        log_error("--webhook: message %s was not sent: %s", id, why)
+
+Certificate = Union[None, bool, Tuple[str, str], ssl.SSLContext]
+
+
+def _check_settings(limits: Limits, auth: Optional[Tuple[str, str]], tls: Certificate) -> None:
+    """TypeError says what a setting should be, before it fails where nobody expects it."""
+    if not isinstance(limits, Limits):
+        raise TypeError(f"expected limits to be Limits(...), got {limits!r}")
+    for name, value in limits._asdict().items():
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not value >= 0:
+            raise TypeError(f"expected Limits({name}=...) to be a number such as "
+                            f"{getattr(Limits(), name)}, got {value!r}")
+    if auth is not None and not (isinstance(auth, tuple) and len(auth) == 2
+                                 and all(isinstance(text, str) for text in auth)):
+        raise TypeError(f"expected auth to be (user, password), got {type(auth).__name__}")
+    if not (tls in (None, True, False) or isinstance(tls, ssl.SSLContext)
+            or isinstance(tls, tuple) and len(tls) == 2):
+        raise TypeError("expected tls to be True, (certificate, key) with their paths, or an "
+                        f"SSLContext, got {tls!r}")
 
 
 class Mailtest:
@@ -6620,53 +6728,49 @@ class Mailtest:
         with Mailtest() as server:
             inbox = server.acquire()
 
-    `tls` is a server's SSLContext (see tls_context); smtps_port None: no port with implicit TLS.
+    `tls` is True for a certificate made by openssl, the paths of a certificate and its key, or a
+    server's SSLContext (see tls_context); smtps_port None: no port with implicit TLS.
     """
 
-    page: Dict[str, Tuple[str, bytes]] = {}          # see ApiPolicy.files; from section Web page
+    page: Dict[str, Tuple[str, bytes]] = {}          # the web page: path -> media type, octets
 
     def __init__(self, host: str = "127.0.0.1", smtp_port: int = 0, http_port: int = 0,
                  smtps_port: Optional[int] = None, domain: str = "mailtest.example",
                  strict: bool = False, limits: Limits = Limits(),
                  policy: ApiPolicy = ApiPolicy(), auth: Optional[Tuple[str, str]] = None,
-                 tls: Optional[ssl.SSLContext] = None, https: bool = False, save: str = "",
+                 tls: Certificate = None, https: bool = False, save: str = "",
                  webhook: str = ""):
-        if tls is None and (smtps_port is not None or https):
-            raise ValueError("smtps_port and https need tls, see tls_context()")
+        _check_settings(limits, auth, tls)
+        if not tls and (smtps_port is not None or https):
+            raise ValueError("smtps_port and https need tls=True, or a certificate's paths")
         self.host = host
-        self.smtp_port, self.http_port, self.smtps_port = smtp_port, http_port, smtps_port
         self.store = Store(limits, domain, strict)
-        self._policy = policy._replace(password=auth[1] if auth else "", files=self.page,
-                                       state=self._state)
+        self.certificate = ""            # path, if it is known
+        self._ports = {"smtp": smtp_port, "http": http_port, "smtps": smtps_port}
+        self._policy = policy
         self._auth = auth
         self._tls = tls
         self._https = https
         self._save = save
-        self._webhook_url = webhook
+        self._webhook = webhook
         self._api: Optional[Api] = None
-        self._saver: Optional[Saver] = None
-        self._webhook: Optional[Webhook] = None
+        self._followers: Dict[str, Any] = {}
         self._servers: List[Any] = []
         self._expiry: Optional[threading.Thread] = None
+        self._ends = contextlib.ExitStack()          # what stop() undoes
+        self._started = False
 
     def start(self) -> "Mailtest":
         """Opens the ports, once; OSError if one cannot be had, and then none is."""
-        if self.store.closed:
+        if self._started:
             raise RuntimeError("a Mailtest starts once; make another")
-        rules = SmtpPolicy(self.store.domain, self._tls is not None, self._auth)
+        self._started = True
         try:
-            self.smtp_port = self._open(SmtpServer, self.smtp_port, self.store, rules, self._tls)
-            if self.smtps_port is not None:
-                self.smtps_port = self._open(SmtpServer, self.smtps_port, self.store, rules,
-                                             self._tls, True)
-            api = self._api = Api(self.store, self._policy._replace(smtp=self._at(self.smtp_port)))
-            self.http_port = self._open(HttpServer, self.http_port, api, self._tls, self._https)
-            self._follow(api)
-            expiry = threading.Thread(target=self.store.keep_expiring, name="expiry", daemon=True)
-            expiry.start()
-            self._expiry = expiry
-            for server in self._servers:
-                server.start()
+            self._open_ports()
+            self._expiry = threading.Thread(target=self.store.keep_expiring, name="expiry",
+                                            daemon=True)
+            for each in [self._expiry, *self._followers.values(), *self._servers]:
+                each.start()
         except (OSError, ValueError, RuntimeError):  # RuntimeError: no thread could be had
             self.stop()
             raise
@@ -6680,16 +6784,32 @@ class Mailtest:
             server.stop()
         self.store.close()
         self._servers = []
-        if self._webhook is not None:
-            self._webhook.stop()
-        if self._expiry is not None:
+        for follower in self._followers.values():
+            follower.stop()
+        if self._expiry is not None and self._expiry.ident:
             self._expiry.join()
+        self._ends.close()
 
     def __enter__(self) -> "Mailtest":
         return self.start()
 
     def __exit__(self, *exception: Any) -> None:
         self.stop()
+
+    @property
+    def smtp_port(self) -> int:
+        """The number of the SMTP port."""
+        return self._port("smtp")
+
+    @property
+    def http_port(self) -> int:
+        """The number of the HTTP port."""
+        return self._port("http")
+
+    @property
+    def smtps_port(self) -> Optional[int]:
+        """The number of the port with TLS from the start, None without one."""
+        return self._port("smtps") if self._ports["smtps"] is not None else None
 
     @property
     def url(self) -> str:
@@ -6715,6 +6835,10 @@ class Mailtest:
         """All mail, newest first."""
         return [Mail(message) for message in self.store.newest(DEFAULT_SERVER)]
 
+    def clear(self) -> None:
+        """Ends all mail; inboxes stay."""
+        self.store.empty(DEFAULT_SERVER)
+
     def let_quit(self, seconds: float) -> None:
         """Waits a little for SMTP clients to end by themselves: some take a 421 in place of
         QUIT's 221 for a mail that was not taken."""
@@ -6734,28 +6858,60 @@ class Mailtest:
         return collect(self.store, Place(server=DEFAULT_SERVER), lambda message: True, count,
                        timeout, after)
 
-    def _open(self, kind: Callable[..., Any], port: int, *rest: Any) -> int:
-        server = kind(self.host, port, *rest)
-        self._servers.append(server)
-        return server.port
-
-    def _follow(self, api: Api) -> None:
+    def _open_ports(self) -> None:
+        """Wires everything, from the store to the sockets."""
+        tls = self._tls_context()
+        rules = SmtpPolicy(self.store.domain, tls is not None, self._auth)
+        self._open("smtp", SmtpServer, self.store, rules, tls)
+        if self._ports["smtps"] is not None:
+            self._open("smtps", SmtpServer, self.store, rules, tls, True)
+        api = self._api = Api(self.store, self._policy._replace(
+            password=self._auth[1] if self._auth else "", smtp=self.smtp, files=self.page,
+            state=lambda: {name: each.state() for name, each in self._followers.items()}))
+        self._open("http", HttpServer, api, tls, self._https)
         if self._save:
-            self._saver = Saver(self._save)
-            self.store.keepers.append(self._saver.save)
-        if self._webhook_url:
-            webhook = Webhook(self._webhook_url, api, self.url)
-            webhook.start()
-            self._webhook = webhook
-            self.store.keepers.append(webhook.add)
+            self._followers["save"] = Saver(self.store, self._save)
+        if self._webhook:
+            self._followers["webhook"] = Webhook(
+                self.store, self._webhook, lambda message: rendered(api, message, self.url))
+
+    def _open(self, name: str, kind: Callable[..., Any], *rest: Any) -> None:
+        server = kind(self.host, self._ports[name], *rest)
+        self._servers.append(server)
+        self._ports[name] = server.port
+
+    def _tls_context(self) -> Optional[ssl.SSLContext]:
+        """The TLS settings; OSError or ValueError says what is wrong with them."""
+        tls = self._tls
+        if tls is True:
+            import tempfile
+            folder = self._ends.enter_context(tempfile.TemporaryDirectory(prefix="mailtest-"))
+            names = ("localhost", "127.0.0.1", "::1", self.store.domain, "mailosaur.com",
+                     self.host) + self._policy.allow_hosts
+            tls = make_certificate(folder, [name for name in names if name not in (
+                "0.0.0.0", "::", "")])
+        if not isinstance(tls, tuple):
+            return tls or None
+        self.certificate, files = tls[0], " and ".join(filter(None, tls))
+        try:
+            return tls_context(*tls)
+        except ssl.SSLError as error:
+            raise ValueError(f"expected a PEM certificate and its key in {files}: "
+                             f"{error.reason or error}") from None
+        except OSError as error:
+            why = os.strerror(error.errno) if error.errno else str(error)    # PyPy's is "Error"
+            raise ValueError(f"cannot read {files}: {why}") from None
+
+    def _port(self, name: str) -> int:
+        port = self._ports[name]
+        if not port:
+            raise RuntimeError(f"the {name} port is known once this Mailtest has started: write "
+                               "`with Mailtest() as server:`, or call start()")
+        return port
 
     def _at(self, port: int) -> str:
         host = {"0.0.0.0": "127.0.0.1", "": "127.0.0.1", "::": "[::1]"}.get(self.host, self.host)
         return f"[{host}]:{port}" if ":" in host and host[0] != "[" else f"{host}:{port}"
-
-    def _state(self) -> Dict[str, Any]:
-        followers = (("save", self._saver), ("webhook", self._webhook))
-        return {name: follower.state() for name, follower in followers if follower is not None}
 
 
 def _pytest_plugin(pytest: Any) -> Any:
@@ -6803,126 +6959,107 @@ def pytest_configure(config: Any) -> None:
 # Options in, exit status out.  Standard output carries JSON for programs, the
 # ready line first; everything else goes to standard error.
 
-_UNITS = {"": 1, "s": 1, "m": 60, "min": 60, "h": 3600, "d": 86400}
-_SIZES = {"": 1, "k": 1_000, "m": 1_000_000, "g": 1_000_000_000}
+_SECONDS = {"": 1, "s": 1, "m": 60, "min": 60, "h": 3600, "d": 86400}
+_OCTETS = {"": 1, "k": 1_000, "m": 1_000_000, "g": 1_000_000_000}
+_CENTURY = 36_525 * 86_400
 
 
-def duration(text: str) -> float:
-    """Seconds of 90, 90s, 10m, 1h, 1d."""
-    match = re.fullmatch(r"([0-9]{1,9}(?:\.[0-9]{1,3})?)\s*(s|m|min|h|d)?", text.strip(), re.I)
-    seconds = float(match.group(1)) * _UNITS[(match.group(2) or "").lower()] if match else 0
-    if not 0 < seconds <= 36_500 * 86_400:           # a hundred years
-        raise argparse.ArgumentTypeError(f"expected a time such as 90s, 10m or 1h, got {text!r}")
-    return seconds
+def _option_type(expected: str, pattern: str, read: Callable[..., Any]) -> Callable[[str], Any]:
+    """A type for argparse: what `read` makes of the groups of the pattern; None is refused."""
+    def option_type(text: str) -> Any:
+        match = re.fullmatch(pattern, text.strip(), re.I)
+        value = read(*match.groups()) if match else None
+        if value is None:
+            raise argparse.ArgumentTypeError(f"expected {expected}, got {text!r}")
+        return value
+    return option_type
 
 
-def octets(text: str) -> int:
-    """Octets of 200000, 200k, 25M, 2G (decimal)."""
-    match = re.fullmatch(r"([0-9]{1,15})\s*([kmg]?)b?", text.strip(), re.I)
-    if not match or not int(match.group(1)):
-        raise argparse.ArgumentTypeError(f"expected a size such as 200k, 25M or 1G, got {text!r}")
-    return int(match.group(1)) * _SIZES[match.group(2).lower()]
+def _in_time(number: str, unit: Optional[str]) -> Optional[float]:
+    seconds = float(number) * _SECONDS[(unit or "").lower()]
+    return seconds if 0 < seconds <= _CENTURY else None
 
 
-def port(text: str) -> int:
-    """A port number; 0 lets the system choose."""
-    if not re.fullmatch(r"[0-9]{1,5}", text) or int(text) > 65535:
-        raise argparse.ArgumentTypeError(f"expected a port from 0 to 65535, got {text!r}")
-    return int(text)
+def _within(most: int) -> Callable[[str], Optional[int]]:
+    return lambda digits: int(digits) if int(digits) <= most else None
 
 
-def whole(text: str) -> int:
-    """A whole number from 1."""
-    if not re.fullmatch(r"[0-9]{1,9}", text) or not int(text):
-        raise argparse.ArgumentTypeError(f"expected a whole number from 1, got {text!r}")
-    return int(text)
+a_time = _option_type("a time such as 90s, 10m or 1h",
+                      r"([0-9]{1,9}(?:\.[0-9]{1,3})?)\s*(s|m|min|h|d)?", _in_time)
+a_size = _option_type("a size such as 200k, 25M or 1G", r"([0-9]{1,15})\s*([kmg]?)b?",
+                      lambda number, unit: int(number) * _OCTETS[unit.lower()] or None)
+a_port = _option_type("a port from 0 to 65535", "([0-9]{1,5})", _within(65_535))
+a_count = _option_type("a whole number from 1", "0*([1-9][0-9]{0,8})", int)
+some_text = _option_type("a value", "(.+)", str)
+a_host = _option_type("a name such as mail.example, without scheme and port", "(.+)",
+                      lambda name: name.lower() if _is_domain(name) else None)
+a_domain = _option_type("a domain such as a.example", r"([^\[].*)",
+                        lambda name: name.lower() if _is_domain(name) else None)
 
 
 def user_and_password(text: str) -> Tuple[str, str]:
-    """USER:PASSWORD."""
+    """USER:PASSWORD, which no error text shows."""
     user, colon, password = text.partition(":")
     if not colon or not user:
         raise argparse.ArgumentTypeError("expected USER:PASSWORD")
     return user, password
 
 
-def key(text: str) -> str:
-    """An API key.  An empty one would open what was meant to be closed."""
-    if not text:
-        raise argparse.ArgumentTypeError("expected a key, got an empty one")
-    return text
-
-
-def address(text: str) -> str:
-    """An address to listen on."""
-    if not text:
-        raise argparse.ArgumentTypeError("expected an address such as 127.0.0.1, or 0.0.0.0")
-    return text
-
-
-def host_name(text: str) -> str:
-    """A name in Host header fields, without a port."""
-    if not _is_domain(text):
-        raise argparse.ArgumentTypeError(f"expected a name such as mail.example, without scheme "
-                                         f"and port, got {text!r}")
-    return text.lower()
-
-
-def domain_name(text: str) -> str:
-    """A domain for acquired addresses."""
-    if not _is_domain(text) or text.startswith("["):
-        raise argparse.ArgumentTypeError(f"expected a domain such as a.example, got {text!r}")
-    return text.lower()
-
-
 def _options() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="mailtest.py", usage="mailtest.py [--smtp PORT] [--http PORT] [options]\n"
-                                  "       mailtest.py sendmail [-t] [-i] [-f ADDRESS] [RECIPIENT]",
+        "       mailtest.py ready [URL] [--timeout TIME]\n"
+        "       mailtest.py sendmail [-t] [-i] [-f ADDRESS] [RECIPIENT] (see sendmail --help)",
         description="Catches mail for tests: SMTP in, JSON out.",
         allow_abbrev=False,
-        epilog="The first line on standard output is JSON with both addresses, once they answer.",
+        epilog="The first line on standard output is JSON with both addresses, once they answer. "
+               "`ready` waits until a catcher at URL (http://127.0.0.1:8080) answers: exit status "
+               "0, or 1 after TIME (10s).",
         formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=30, width=96))
     add = parser.add_argument_group("where to listen").add_argument
-    add("--smtp", type=port, default=2525, metavar="PORT",
+    add("--smtp", type=a_port, default=2525, metavar="PORT",
         help="SMTP port, 0 for a free one (2525)")
-    add("--http", type=port, default=8080, metavar="PORT",
+    add("--http", type=a_port, default=8080, metavar="PORT",
         help="HTTP port, 0 for a free one (8080)")
-    add("--host", type=address, default="127.0.0.1", metavar="ADDRESS",
+    add("--host", type=some_text, default="127.0.0.1", metavar="ADDRESS",
         help="address to listen on; 0.0.0.0 or :: for all (127.0.0.1)")
     add = parser.add_argument_group("inboxes").add_argument
-    add("--domain", type=domain_name, default="mailtest.example",
+    add("--domain", type=a_domain, default="mailtest.example",
         help="of acquired addresses (mailtest.example)")
-    add("--ttl", type=duration, metavar="TIME", help="how long an inbox lives (10m)")
+    add("--ttl", type=a_time, metavar="TIME", help="how long an inbox lives (10m)")
     add("--strict", action="store_true", help="refuse mail to addresses that were not acquired")
-    add("--max-size", type=octets, metavar="SIZE", help="of a message (25M; hosted 200k)")
-    add("--max-memory", type=octets, metavar="SIZE", help="of all messages together (512M)")
+    add("--max-size", type=a_size, metavar="SIZE", help="of a message (25M; hosted 200k)")
+    add("--max-memory", type=a_size, metavar="SIZE", help="of all messages together (512M)")
     add = parser.add_argument_group("TLS and authentication").add_argument
     add("--tls", action="store_true", help="offer STARTTLS, with a certificate made by openssl")
     add("--tls-cert", metavar="FILE", help="offer STARTTLS, with this certificate (PEM)")
     add("--tls-key", metavar="FILE", help="its key, if not in the same file")
-    add("--smtps", type=port, metavar="PORT",
+    add("--smtps", type=a_port, metavar="PORT",
         help="SMTP with TLS from the start, on this port too")
     add("--https", action="store_true", help="speak TLS on the HTTP port")
     add("--auth", type=user_and_password, metavar="USER:PASS",
         help="the only SMTP credentials taken; without it any are")
-    add("--api-key", type=key, metavar="KEY", default=os.environ.get("MAILTEST_API_KEY") or None,
+    add("--api-key", type=some_text, metavar="KEY",
+        default=os.environ.get("MAILTEST_API_KEY") or None,
         help="demand it on all but the Mailtest service (or MAILTEST_API_KEY)")
     add = parser.add_argument_group("on a network").add_argument
     add("--hosted", action="store_true",
         help="a public service: --strict, --max-size 200k, --rate 10, lists only with the API key")
-    add("--rate", type=whole, metavar="N",
+    add("--rate", type=a_count, metavar="N",
         help="requests a minute and client to the Mailtest service")
     add("--trust-proxy", action="store_true",
         help="take the client's address from X-Forwarded-For")
-    add("--allow-host", type=host_name, action="append", default=[], metavar="NAME",
+    add("--allow-host", type=a_host, action="append", default=[], metavar="NAME",
         help="a Host header to answer to, beside addresses and local names; repeatable")
     add = parser.add_argument_group("in scripts").add_argument
+    add("-v", "--log", action="store_true",
+        help="a line on standard error for each mail, refused or broken session, refused tunnel")
     add("--save", metavar="DIR", default="", help="also write each message to DIR/<time>-<id>.eml")
     add("--webhook", metavar="URL", default="", help="also POST each message as JSON to URL")
-    add("--exit-after", type=whole, metavar="N",
+    add("--exit-after", type=a_count, metavar="N",
         help="leave after N messages, printed as JSON; status 1 if they do not come")
-    add("--timeout", type=duration, metavar="TIME", help="how long --exit-after waits (no end)")
+    add("--timeout", type=a_time, metavar="TIME", help="how long --exit-after waits (no end)")
+    add("--until-eof", action="store_true", help="leave when standard input ends")
     parser.add_argument("--version", action="version", version=f"mailtest {__version__}")
     return parser
 
@@ -6934,51 +7071,46 @@ def _limits(options: argparse.Namespace) -> Limits:
     return limits._replace(**{name: value for name, value in given.items() if value is not None})
 
 
-def _tls(options: argparse.Namespace, ends: contextlib.ExitStack) -> Optional[ssl.SSLContext]:
-    """The TLS settings that the options ask for; OSError or ValueError says what is wrong.
-
-    What is made for them is removed when `ends` does.
-    """
-    certificate, key = options.tls_cert, options.tls_key
-    if key and not certificate:
-        raise ValueError("--tls-key needs --tls-cert")
-    if not certificate and options.tls:
-        names = ["localhost", "127.0.0.1", "::1", options.domain, "mailosaur.com"]
-        names += [name for name in [options.host] + options.allow_host
-                  if name not in ("0.0.0.0", "::", "")]
-        import tempfile
-        folder = ends.enter_context(tempfile.TemporaryDirectory(prefix="mailtest-"))
-        certificate, key = make_certificate(folder, names)
-        print(f"mailtest: clients must trust {certificate}", file=sys.stderr, flush=True)
-    if not certificate:
-        if options.smtps is not None or options.https:
-            raise ValueError("--smtps and --https need a certificate: give --tls, or --tls-cert")
-        return None
-    files = " and ".join(filter(None, (certificate, key)))
-    try:
-        return tls_context(certificate, key or "")
-    except ssl.SSLError as error:
-        raise ValueError(f"--tls-cert and --tls-key: expected a PEM certificate and its key in "
-                         f"{files}: {error.reason or error}") from None
-    except OSError as error:
-        why = os.strerror(error.errno) if error.errno else str(error)    # PyPy's text is "Error"
-        raise ValueError(f"--tls-cert and --tls-key: cannot read {files}: {why}") from None
+def _read_options(parser: argparse.ArgumentParser, arguments: List[str]) -> argparse.Namespace:
+    """The options, once they fit together; else the program ends and says what does not."""
+    options, unknown = parser.parse_known_args(arguments)
+    if unknown:
+        import difflib
+        known = ["--" + name.replace("_", "-") for name in vars(options)]
+        close = difflib.get_close_matches(unknown[0].partition("=")[0], known, 1)
+        parser.error("unrecognized arguments: " + " ".join(unknown)
+                     + "".join(f"; did you mean {name}?" for name in close))
+    options.limits = _limits(options)
+    limits = options.limits
+    if limits.max_size + limits.message_cost + limits.inbox_cost > limits.max_memory:
+        parser.error(f"expected --max-memory to hold a mail of --max-size, got "
+                     f"{limits.max_memory} and {limits.max_size} octets")
+    if options.timeout and not options.exit_after:
+        parser.error("--timeout needs --exit-after")
+    if options.tls_key and not options.tls_cert:
+        parser.error("--tls-key needs --tls-cert")
+    if not options.tls and not options.tls_cert and (options.smtps is not None or options.https):
+        parser.error("--smtps and --https need a certificate: give --tls, or --tls-cert")
+    return options
 
 
-def _mailtest(options: argparse.Namespace, ends: contextlib.ExitStack) -> Mailtest:
+def _mailtest(options: argparse.Namespace) -> Mailtest:
     policy = ApiPolicy(options.api_key or "", options.hosted, options.trust_proxy,
-                       tuple(name.lower() for name in options.allow_host + [options.domain]))
+                       tuple(options.allow_host + [options.domain]))
+    tls = (options.tls_cert, options.tls_key or "") if options.tls_cert else options.tls
     return Mailtest(options.host, options.smtp, options.http, options.smtps, options.domain,
-                    options.strict or options.hosted, _limits(options), policy, options.auth,
-                    _tls(options, ends), options.https, options.save, options.webhook)
+                    options.strict or options.hosted, options.limits, policy, options.auth,
+                    tls, options.https, options.save, options.webhook)
 
 
-def _why_not(error: OSError, options: argparse.Namespace) -> str:
+def _why_not(error: Exception, options: argparse.Namespace) -> str:
+    """Why the ports could not be opened, and what to do about it."""
     ports = [name for name in ("smtp", "http", "smtps") if getattr(options, name) is not None]
     shown = ", ".join(f"--{name} {getattr(options, name)}" for name in ports)
-    if error.errno == errno.EADDRINUSE:
+    number = getattr(error, "errno", None)
+    if number == errno.EADDRINUSE:
         return f"{error.filename} is in use ({shown}); choose another port, or 0 for a free one"
-    if error.errno in (errno.EACCES, errno.EPERM):
+    if number in (errno.EACCES, errno.EPERM):
         return f"not allowed: {error}; ports below 1024 need privileges ({shown})"
     return f"cannot start with --host {options.host} {shown}: {error}"
 
@@ -6987,10 +7119,25 @@ def _why_not(error: OSError, options: argparse.Namespace) -> str:
 
 _EX_OK, _EX_USAGE, _EX_NOUSER, _EX_UNAVAILABLE, _EX_TEMPFAIL = 0, 64, 67, 69, 75   # sysexits.h
 
+_SENDMAIL = """\
+usage: sendmail [-t] [-i] [-f ADDRESS] [-F NAME] [-S HOST:PORT] [RECIPIENT ...] < MAIL
+       sendmail -s SUBJECT -m TEXT [RECIPIENT ...]
+
+Takes a mail to the catcher at HOST:PORT, at $MAILTEST_SMTP, or at 127.0.0.1:2525.
+
+  -t            recipients are those of To, Cc and Bcc, too
+  -i            a line with a lone dot does not end the mail
+  -f ADDRESS    the sender; -F NAME: and the name
+  -s, -m        a subject and a text in place of standard input
+
+Exit status: 0, 64 used wrongly, 67 a recipient is refused, 69 the mail is refused, 75 try later.
+"""
+
 
 def _line(text: str) -> str:
-    """The text, if it can stand in a header field."""
-    if re.search(r"[\r\n\0]", text) or re.search("[\ud800-\udfff]", text):
+    """The text, if it can stand in a header field: what ends a line for Python or for SMTP would
+    let it add fields of its own."""
+    if "".join(text.splitlines()) != text or re.search("[\0\ud800-\udfff]", text):
         raise ValueError(f"expected one line of UTF-8, got {_seen(text)}")
     return text
 
@@ -7049,23 +7196,34 @@ def _user_address() -> str:
     return f"{re.sub(r'[^A-Za-z0-9._-]', '', user) or 'nobody'}@localhost"
 
 
-def _completed(octets: bytes, flags: Dict[str, str],
-               recipients: List[str]) -> Tuple[bytes, List[str]]:
-    """The mail with CRLF, without Bcc, with the header fields that sendmail adds; and whom it
-    names as recipients."""
+def _qualified_field(match: Any) -> bytes:
+    """To: root (the boss), bob  ->  To: root@localhost (the boss), bob@localhost"""
+    return re.sub(rb"((?:^\w+[ \t]*:|,)\s*[\w.+-]+)(?=\s*(?:\([^()]*\)\s*)?(?:,|$))",
+                  rb"\1@localhost", match.group())
+
+
+def _head_and_body(octets: bytes, dot_ends: bool) -> Tuple[bytes, bytes]:
+    """Header fields and body of what came on standard input, with CRLF."""
     octets = re.sub(rb"\AFrom .*\n", b"", octets)           # the separator line of an mbox
     octets = re.sub(rb"\r?\n", b"\r\n", octets)
     if not octets.endswith(b"\r\n"):
         octets += b"\r\n"
-    if "i" not in flags and "m" not in flags:        # a lone dot ends the mail
+    if dot_ends:
         octets = re.split(rb"(?m)^\.\r$\n?", octets, maxsplit=1)[0]
-    match = re.match(rb"(?:[!-9;-~]+[ \t]*:.*\r\n(?:[ \t].*\r\n)*)*", octets)
-    head, body = match.group(), octets[match.end():]
-    if not body.startswith(b"\r\n"):
-        body = b"\r\n" + body
+    head = re.match(rb"(?:[!-9;-~]+[ \t]*:.*\r\n(?:[ \t].*\r\n)*)*", octets).group()
+    body = octets[len(head):]
+    return head, body if body.startswith(b"\r\n") else b"\r\n" + body
+
+
+def _completed(octets: bytes, flags: Dict[str, str],
+               recipients: List[str]) -> Tuple[bytes, List[str]]:
+    """The mail with CRLF, without Bcc, with the header fields that sendmail adds; and whom it
+    names as recipients."""
+    head, body = _head_and_body(octets, dot_ends="i" not in flags and "m" not in flags)
     mail = read_headers(head + b"\r\n")
     named = [address.email for address in mail.to + mail.cc + mail.bcc if address.email]
     head = re.sub(rb"(?im)^bcc[ \t]*:.*\r\n(?:[ \t].*\r\n)*", b"", head)
+    head = re.sub(rb"(?im)^(?:from|to|cc)[ \t]*:[^\"\r]*$", _qualified_field, head)
     names = {name.lower() for name, _ in mail.headers}
     sender = read_addresses(flags.get("f", ""))
     if sender:                           # -f "Bob <bob@x.example>" is bob@x.example
@@ -7083,19 +7241,23 @@ def _completed(octets: bytes, flags: Dict[str, str],
     return head + body, named
 
 
-def _hand_over(flags: Dict[str, str], recipients: List[str], octets: bytes) -> int:
-    import smtplib                       # here, since a catcher that runs does not need it
+def _catcher(flags: Dict[str, str]) -> Tuple[str, int]:
+    """Host and port of the catcher to send to."""
     where = flags.get("S") or os.environ.get("MAILTEST_SMTP") or "127.0.0.1:2525"
     host, _, number = where.rpartition(":")
-    if not host or not number.isdecimal() or int(number) > 65535:
-        print(f"sendmail: expected HOST:PORT in -S or MAILTEST_SMTP, got {where!r}",
-              file=sys.stderr)
-        return _EX_USAGE
-    sender = _qualified(flags["f"].strip("<>"))
+    if not host or not re.fullmatch("[0-9]{1,5}", number) or int(number) > 65535:
+        raise ValueError(f"expected HOST:PORT in -S or MAILTEST_SMTP, got {_seen(where)}")
+    return host.strip("[]"), int(number)
+
+
+def _hand_over(host: str, number: int, sender: str, recipients: List[str], octets: bytes) -> int:
+    """Sends the mail; the exit status says how that went."""
+    import smtplib                       # here, since a catcher that runs does not need it
+    where = f"[{host}]:{number}" if ":" in host else f"{host}:{number}"
     wide = not all(address.isascii() for address in [sender] + recipients)
     try:
-        with contextlib.closing(smtplib.SMTP(host.strip("[]"), int(number),
-                                             local_hostname="localhost", timeout=60)) as client:
+        with contextlib.closing(smtplib.SMTP(host, number, local_hostname="localhost",
+                                             timeout=60)) as client:
             refused = client.sendmail(sender, recipients, octets,
                                       ["BODY=8BITMIME"] + ["SMTPUTF8"] * wide)
             with contextlib.suppress(OSError, smtplib.SMTPException):
@@ -7119,9 +7281,13 @@ def _hand_over(flags: Dict[str, str], recipients: List[str], octets: bytes) -> i
 
 def sendmail(arguments: List[str]) -> int:
     """Takes a mail on standard input to a catcher, as /usr/sbin/sendmail would; exit status by
-    sysexits.h.  The catcher: -S HOST:PORT, or MAILTEST_SMTP, or 127.0.0.1:2525."""
+    sysexits.h."""
+    if arguments[:1] == ["--help"]:
+        print(_SENDMAIL, end="")
+        return _EX_OK
     try:
         flags, recipients = _sendmail_flags(arguments)
+        catcher = _catcher(flags)
         if "m" in flags:                 # with -s and -m the whole mail is on the command line
             from email.header import Header
             subject = Header(flags.get("s", ""), "utf-8" if not flags.get("s", "").isascii() else
@@ -7130,18 +7296,104 @@ def sendmail(arguments: List[str]) -> int:
         else:
             octets = sys.stdin.buffer.read()
         octets, named = _completed(octets, flags, recipients)
+        recipients = recipients + (named if "t" in flags else [])
+        if not recipients:
+            raise ValueError("expected a recipient: as an argument, or with -t in To, Cc or Bcc")
     except ValueError as error:
         print(f"sendmail: {error}", file=sys.stderr)
         return _EX_USAGE
-    recipients = recipients + (named if "t" in flags else [])
-    if not recipients:
-        print("sendmail: expected a recipient: as an argument, or with -t in To, Cc or Bcc",
-              file=sys.stderr)
-        return _EX_USAGE
-    return _hand_over(flags, list(dict.fromkeys(map(_qualified, recipients))), octets)
+    return _hand_over(*catcher, _qualified(flags["f"].strip("<>")),
+                      list(dict.fromkeys(map(_qualified, recipients))), octets)
 
 
 # -- running
+
+def _health(parts: Any) -> str:
+    """"" if a catcher answers there, else why not: its text."""
+    try:
+        if parts.scheme == "https":
+            context = ssl.create_default_context()   # whoever asks for health needs no trust
+            context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+            client: Any = http.client.HTTPSConnection(parts.hostname, parts.port, timeout=2,
+                                                      context=context)
+        else:
+            client = http.client.HTTPConnection(parts.hostname, parts.port, timeout=2)
+        with contextlib.closing(client):
+            client.request("GET", "/healthz")
+            status = client.getresponse().status
+        return "" if status == 200 else f"/healthz answered {status}"
+    except (OSError, http.client.HTTPException) as error:
+        return getattr(error, "strerror", None) or str(error) or type(error).__name__
+
+
+def ready(arguments: List[str]) -> int:
+    """Waits until a catcher answers; exit status 0, or 1 when it does not."""
+    parser = argparse.ArgumentParser(prog="mailtest.py ready", allow_abbrev=False,
+                                     description="Waits until a catcher answers.")
+    parser.add_argument("url", nargs="?", default="http://127.0.0.1:8080", metavar="URL")
+    parser.add_argument("--timeout", type=a_time, default=10.0, metavar="TIME")
+    options = parser.parse_args(arguments)
+    try:
+        parts = _web_address("URL", options.url)
+    except ValueError as error:
+        parser.error(str(error))
+    until = time.monotonic() + options.timeout
+    while True:
+        why = _health(parts)
+        if not why or time.monotonic() >= until:
+            break
+        time.sleep(0.05)
+    if why:
+        print(f"mailtest: {options.url} does not answer within {options.timeout:g} s: {why}",
+              file=sys.stderr)
+    return int(bool(why))
+
+
+class _LogStream:
+    """Writes to standard error in a thread of its own: a pipe that nobody reads stops no mail."""
+
+    def __init__(self) -> None:
+        self._lines: "queue.Queue[str]" = queue.Queue(1_000)     # a full one loses lines
+        self._thread = threading.Thread(target=self._run, name="log", daemon=True)
+        self._thread.start()
+
+    def write(self, text: str) -> None:
+        """Never waits."""
+        with contextlib.suppress(queue.Full):
+            self._lines.put_nowait(text)
+
+    def close(self) -> None:
+        """Gives what is written half a second."""
+        self.write("")
+        self._thread.join(0.5)
+
+    def _run(self) -> None:
+        for text in iter(self._lines.get, ""):
+            with contextlib.suppress(OSError, ValueError):       # closed by whoever listened
+                sys.stderr.write(text)
+                sys.stderr.flush()
+
+
+def _log_events(store: Store) -> None:
+    """Logs each mail, and each session that was refused or broke off: the body of a thread."""
+    number = store.number
+    while not store.closed:
+        events, lost = store.events(number, 1.0)
+        if lost:
+            log_info("some events came too fast for this log")
+        for event in events:
+            number, kind, data = event
+            with contextlib.suppress(Unknown):       # the mail has ended meanwhile
+                if kind == "message":
+                    message = store.message(data["id"])
+                    log_info("mail from <%s> to <%s>: %r, %d octets, id %s",
+                        message.envelope.reverse_path, ">, <".join(message.envelope.forward_paths),
+                        Mail(message).subject, len(message.octets), message.id)
+                elif kind == "session":
+                    log_info("SMTP session of %s %s", data["client"],
+                        "refused: " + data["refused"] if data["refused"] else
+                        "broke off: " + data["ending"])
+
 
 def _interrupt(*_: Any) -> None:
     raise KeyboardInterrupt
@@ -7158,41 +7410,6 @@ def _signals(handler: Any) -> Iterator[None]:
     finally:
         for each, old in zip(known, before):
             signal.signal(each, old if old is not None else signal.SIG_DFL)
-
-
-def _libc(name: str) -> Any:
-    """A function of the C library, None where it has none of that name."""
-    try:
-        import ctypes
-        return getattr(ctypes.CDLL(None), name, None)
-    except (ImportError, OSError, TypeError):        # a Python without ctypes; Windows
-        return None
-
-
-_M_ARENA_MAX = -8                        # malloc.h of glibc
-
-
-def _share_one_heap() -> None:
-    """Lets all threads allocate from the main heap, which glibc grows by 128 kB; it grows that of
-    a thread page by page, and asking for each costs 4 % of the speed."""
-    mallopt = _libc("mallopt")
-    if mallopt is not None:
-        mallopt(_M_ARENA_MAX, 1)
-
-
-def _give_back_memory(store: Store) -> None:
-    """Returns memory to the system after the start and after much mail has ended, since glibc
-    keeps it otherwise: the body of a thread."""
-    trim = _libc("malloc_trim")
-    time.sleep(0.1)                      # whoever waited for the start comes first
-    held = None
-    while trim is not None and not store.closed:
-        now = store.counters()["octets"]
-        if held is None or now < held - 4_000_000:
-            trim(0)
-            held = now
-        held = max(held, now)
-        time.sleep(2)
 
 
 def _wait_for_signal() -> None:
@@ -7212,60 +7429,58 @@ def _wait_for_signal() -> None:
         teller.close()
 
 
+def _interrupt_at_eof() -> None:
+    """Ends the program when its standard input ends: the body of a thread."""
+    with contextlib.suppress(OSError, ValueError):   # it is closed already
+        while os.read(sys.stdin.fileno(), 4096):
+            pass
+    signal.raise_signal(signal.SIGINT)
+
+
 def _run(server: Mailtest, options: argparse.Namespace) -> int:
     """Says that the ports answer, then waits for the end."""
-    ready = {"smtp": server.smtp, "http": server.url}
+    if options.log:
+        threading.Thread(target=_log_events, args=(server.store,), daemon=True).start()
+    told = {"smtp": server.smtp, "http": server.url}
     if server.smtps_port is not None:
-        ready["smtps"] = f"{server.smtp.rpartition(':')[0]}:{server.smtps_port}"
-    print(json.dumps(ready), flush=True)
-    threading.Thread(target=_give_back_memory, args=(server.store,), daemon=True).start()
+        told["smtps"] = f"{server.smtp.rpartition(':')[0]}:{server.smtps_port}"
+    if server.certificate:
+        told["cert"] = os.path.abspath(server.certificate)
+    if options.until_eof:
+        threading.Thread(target=_interrupt_at_eof, daemon=True).start()
+    print(json.dumps(told), flush=True)
     local = options.host in ("::1", "localhost") or options.host.startswith("127.")
     if not local and not options.api_key:
         print(f"mailtest: anyone who reaches {options.host} can read and delete this mail; "
               "--api-key closes it", file=sys.stderr, flush=True)
     while not options.exit_after:
         _wait_for_signal()
-    until = time.monotonic() + (options.timeout or float("inf"))
-    found: List[Message] = []
-    while True:                          # in steps: Windows delivers Ctrl-C between them
-        left = max(0.0, min(1.0, until - time.monotonic()))
-        number = found[-1].number if found else 0
-        found += server.wait_for(options.exit_after - len(found), left, number)[::-1]
-        if len(found) >= options.exit_after:
-            server.let_quit(0.5)
-            print("[" + ",\n".join(map(server.json, found)) + "]", flush=True)
-            return 0
-        if time.monotonic() >= until:
-            print(f"mailtest: expected {options.exit_after} "
-                  f"message{'s' * (options.exit_after > 1)} within {options.timeout:g} s, "
-                  f"got {len(found)}", file=sys.stderr)
-            return 1
+    return _exit_after(server, options.exit_after, options.timeout)
 
 
 def main(arguments: Optional[List[str]] = None) -> int:
     """Runs the program; returns its exit status."""
-    arguments = sys.argv[1:] if arguments is None else arguments
-    if arguments[:1] == ["sendmail"]:
-        return sendmail(arguments[1:])
-    LOG_SETTINGS.update(stream=sys.stderr, format="mailtest: %(message)s")
+    if arguments is None:                # `ln -s mailtest.py sendmail` works
+        called = os.path.basename(sys.argv[0]).partition(".")[0]
+        arguments = ["sendmail"] * (called == "sendmail") + sys.argv[1:]
+    commands = {"sendmail": sendmail, "ready": ready}
+    if arguments and arguments[0] in commands:
+        return commands[arguments[0]](arguments[1:])
     parser = _options()
-    options = parser.parse_args(arguments)
-    limits = _limits(options)
-    if limits.max_size + limits.message_cost + limits.inbox_cost > limits.max_memory:
-        parser.error(f"expected --max-memory to hold a mail of --max-size, got "
-                     f"{limits.max_memory} and {limits.max_size} octets")
-    if options.timeout and not options.exit_after:
-        parser.error("--timeout needs --exit-after")
+    options = _read_options(parser, arguments)
     server = None
     with contextlib.ExitStack() as ends, _signals(_interrupt):
         try:
-            server = _mailtest(options, ends)
-            _share_one_heap()
+            stream = _LogStream()
+            ends.callback(stream.close)
+            LOG_SETTINGS.update(stream=stream, format="mailtest: %(message)s",
+                                level="INFO" if options.log else "WARNING")
+            server = _mailtest(options)
             server.start()
             return _run(server, options)
         except ValueError as error:
             parser.error(str(error))
-        except OSError as error:
+        except (OSError, RuntimeError) as error:     # RuntimeError: no thread could be had
             print(f"mailtest: {_why_not(error, options)}", file=sys.stderr)
             return 1
         except KeyboardInterrupt:
@@ -7274,24 +7489,6 @@ def main(arguments: Optional[List[str]] = None) -> int:
             with _signals(signal.SIG_IGN):           # a second one must not break the stop
                 if server is not None:
                     server.stop()
-
-
-def _late_main() -> None:
-    """Runs main() when Python is done with the script: as long as that runs Python keeps its
-    syntax tree, which takes 15 of 36 MB."""
-    try:
-        status = main()
-    except SystemExit as end:            # of argparse
-        status = end.code
-    except BaseException:
-        import traceback
-        traceback.print_exc()
-        status = 1
-    if status:
-        with contextlib.suppress(OSError, ValueError):       # closed by whoever listened
-            sys.stdout.flush()
-            sys.stderr.flush()
-        os._exit(status)                 # the interpreter's own is settled already
 
 
 # ---- Web page --------------------------------------------------------------
@@ -9070,6 +9267,4 @@ Mailtest.page = PAGE_FILES
 
 
 if __name__ == "__main__":
-    if sys.version_info[:2] == (3, 12) or sys.version_info > (3, 14):    # the former starts no
-        sys.exit(main())                 # thread at exit; of later ones nobody knows yet
-    atexit.register(_late_main)
+    sys.exit(main())

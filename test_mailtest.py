@@ -7278,6 +7278,7 @@ def inbox_on_clock(*subjects, **limits):
     subjects."""
     clock, store = store_on_clock(**limits)
     inbox = mailtest.Inbox(store, store.acquire().address)
+    clock.now += 1
     for subject in subjects:
         delivered(store, inbox.address, octets=_with_subject(subject))
     return clock, store, inbox
@@ -7469,25 +7470,29 @@ def test_waiting_ends_when_the_mail_arrives(wait, expected, waiting_store):
     assert found == expected
 
 
+NO_CLIENT = (
+    "no SMTP client has connected since: is the application set to this host and port? (test modes "
+    "replace the mailer: Django's locmem, Flask-Mail's TESTING, Rails' :test, Laravel's array)")
+
 # subjects of the mail in the inbox, arguments of wait_all(), the text of NoMail
 NO_MAIL = {
     "nothing at all": (
         [], {"count": 1, "timeout": 0},
-        "expected 1 mail for <inbox> within 0 s, got 0\n<inbox> got 0 mails"),
+        "expected 1 mail for <inbox> within 0 s, got 0\n<inbox> got 0 mails\n" + NO_CLIENT),
     "one of two": (
         ["a"], {"count": 2, "timeout": 0},
         "expected 2 mails for <inbox> within 0 s, got 1\n<inbox> got 1 mail:\n"
-        "  00:16:40.000000 <Mail 'a' from 's@sender.example' to <inbox>>"),
+        "  00:16:41.000000 <Mail 'a' from 's@sender.example' to <inbox>>"),
     "another subject": (
         ["a", "b"], {"count": 1, "subject": "Invoice", "timeout": 0},
         "expected 1 mail for <inbox> with subject='Invoice' within 0 s, got 0\n"
         "<inbox> got 2 mails:\n"
-        "  00:16:40.000001 <Mail 'b' from 's@sender.example' to <inbox>>\n"
-        "  00:16:40.000000 <Mail 'a' from 's@sender.example' to <inbox>>"),
+        "  00:16:41.000001 <Mail 'b' from 's@sender.example' to <inbox>>\n"
+        "  00:16:41.000000 <Mail 'a' from 's@sender.example' to <inbox>>"),
     "each condition is named": (
         [], {"count": 1, "subject": "a", "sender": "b@c", "body": "d", "timeout": 0.001},
         "expected 1 mail for <inbox> with subject='a', sender='b@c', body='d' within 0.001 s, "
-        "got 0\n<inbox> got 0 mails"),
+        "got 0\n<inbox> got 0 mails\n" + NO_CLIENT),
 }
 
 
@@ -7514,13 +7519,14 @@ def test_report_lists_warnings_and_the_last_refused_session():
     delivered(store, inbox.address, octets=b"From: s@x.example\r\nSubject: a\r\n\r\nx\r\n")
     for refused in ("", "550 5.1.1 Expected another", "451 4.0.0 Later", ""):
         store.add_session(mailtest.SessionRecord(
-            0, "127.0.0.1", "c", "", False, 0.0, 1000.0, 0, refused, "quit",
+            0, "127.0.0.1", "c", "", False, 0.0, 1001.0, 0, refused, "quit",
             b"C: QUIT\r\nS: " + refused.encode() + b"\r\n"))
     assert inbox.report() == (
         f"{inbox.address} got 1 mail:\n"
-        f"  00:16:40.000000 <Mail 'a' from 's@x.example' to {inbox.address}>\n"
+        f"  00:16:41.000000 <Mail 'a' from 's@x.example' to {inbox.address}>\n"
         "    warning: no Date field\n"
         "    warning: no Message-ID field\n"
+        "SMTP sessions that were refused: 2, the last: 451 4.0.0 Later\n"
         "last refused SMTP session (451 4.0.0 Later):\n"
         "  C: QUIT\n"
         "  S: 451 4.0.0 Later")
@@ -7530,19 +7536,19 @@ def test_report_knows_nothing_of_sessions_before_the_inbox():
     _, store, inbox = inbox_on_clock()
     store.add_session(mailtest.SessionRecord(
         0, "127.0.0.1", "c", "", False, 0.0, 999.0, 0, "451 4.0.0 Later", "quit", b""))
-    assert inbox.report() == f"{inbox.address} got 0 mails"
+    assert inbox.report() == f"{inbox.address} got 0 mails\n{NO_CLIENT}"
 
 
 # how an inbox ends, what NoMail says of it
 ENDED_INBOXES = {
     "deleted": (lambda clock, store, inbox: inbox.delete(),
-                "the inbox '<inbox>' was deleted at 1970-01-01T00:16:40.000000+00:00; acquire a "
+                "the inbox '<inbox>' was deleted at 1970-01-01T00:16:41.000000+00:00; acquire a "
                 "new one"),
     "expired": (lambda clock, store, inbox: setattr(clock, "now", clock.now + 600),
                 "the inbox '<inbox>' expired at 1970-01-01T00:26:40.000000+00:00; acquire a new "
                 "one"),
     "stopped": (lambda clock, store, inbox: store.close(),
-                "the catcher was stopped\n<inbox> got 0 mails"),
+                "the catcher was stopped\n<inbox> got 0 mails\n" + NO_CLIENT),
 }
 
 
@@ -7605,7 +7611,7 @@ def test_report_says_that_the_inbox_has_expired():
 
 def test_inbox_knows_its_end():
     clock, _, inbox = inbox_on_clock()
-    assert inbox.expires == datetime.datetime.fromtimestamp(clock.now + 600,
+    assert inbox.expires == datetime.datetime.fromtimestamp(clock.now + 599,
                                                             datetime.timezone.utc)
     inbox.delete()
     with pytest.raises(mailtest.Unknown):
@@ -7623,7 +7629,7 @@ def test_saved_file_is_whole_before_it_has_its_name(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "replace", replace)
     _, store = store_on_clock()
     saver = mailtest.Saver(str(tmp_path))
-    store.keepers.append(saver.save)
+    store.keepers.append(saver.add)
     message = delivered(store, "b@x.example", octets=LETTER)
     name = f"19700101T001640.000000Z-{message.id}"
     assert seen == [([f".{name}.part"], LETTER)]
@@ -7666,7 +7672,7 @@ UNWRITABLE = {
 def test_mail_that_cannot_be_saved_stays_in_memory(breaks, tmp_path, monkeypatch, caplog):
     _, store = store_on_clock()
     saver = mailtest.Saver(str(tmp_path))
-    store.keepers.append(saver.save)
+    store.keepers.append(saver.add)
     with monkeypatch.context() as broken:
         error = breaks(broken, tmp_path)
         message = delivered(store, "b@x.example")
@@ -7675,8 +7681,7 @@ def test_mail_that_cannot_be_saved_stays_in_memory(breaks, tmp_path, monkeypatch
     assert saver.state() == {"folder": str(tmp_path), "saved": 0, "failed": 1, "error": error}
     (logger, level, text), = caplog.record_tuples
     assert (logger, level) == ("mailtest", logging.ERROR)
-    assert re.fullmatch(rf"--save: 19700101T001640\.000000Z-{message.id} was not written: "
-                        rf"\[Errno \d+\] {error}", text)
+    assert text == f"--save: 19700101T001640.000000Z-{message.id} was not written: {error}"
     delivered(store, "b@x.example")      # and the next one is written again
     assert len(os.listdir(tmp_path)) == 1
     assert saver.state() == {"folder": str(tmp_path), "saved": 1, "failed": 1, "error": None}
@@ -7815,7 +7820,7 @@ def test_webhook_drops_a_message_that_has_ended_meanwhile(caplog):
 def test_stop_of_a_webhook_tells_what_it_did_not_send(caplog):
     hook = webhook(_unreachable(), webhook_pause=60.0)
     pausing = threading.Event()
-    hook._stop.wait = lambda seconds, wait=hook._stop.wait: pausing.set() or wait(seconds)
+    hook._given_up.wait = lambda seconds, wait=hook._given_up.wait: pausing.set() or wait(seconds)
     add_all(hook, *"abc")
     hook.start()
     assert pausing.wait(10)
@@ -7827,7 +7832,8 @@ def test_stop_of_a_webhook_tells_what_it_did_not_send(caplog):
 def test_webhook_queue_is_bounded_and_adding_never_waits(caplog):
     hook = webhook("http://127.0.0.1:9/", webhook_queue=2)
     add_all(hook, *"abc")
-    assert hook.state() == {"sent": 0, "waiting": 2, "dropped": 1, "error": None}
+    assert hook.state() == {"sent": 0, "waiting": 2, "dropped": 1,
+                            "error": "too many are waiting"}
     assert [re.sub(r"[0-9a-f-]{36}", "<id>", text) for _, _, text in caplog.record_tuples] == [
         "--webhook: message <id> was not sent: too many are waiting"]
 
@@ -7856,24 +7862,24 @@ def _unreachable():
 
 def test_pauses_of_a_webhook_double_up_to_thirty_seconds():
     hook = webhook(_unreachable())
-    hook._stop = _Pauses()
+    hook._given_up = _Pauses()
     hook._send(letter("b@x.example"))
-    assert hook._stop.seconds[:7] == [0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 30.0]
+    assert hook._given_up.seconds[:7] == [0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 30.0]
     assert hook.state()["dropped"] == 1
 
 
 def test_webhook_does_not_pause_after_its_last_try():
     hook = webhook(_unreachable(), webhook_tries=2)
-    hook._stop = _Pauses()
+    hook._given_up = _Pauses()
     hook._send(letter("b@x.example"))
-    assert hook._stop.seconds == [0.5]
+    assert hook._given_up.seconds == [0.5]
 
 
 def test_stop_ends_a_pause_of_a_webhook():
     hook = webhook(_unreachable())
-    hook._stop = _Pauses(ends_after=2)
+    hook._given_up = _Pauses(ends_after=2)
     hook._send(letter("b@x.example"))
-    assert hook._stop.seconds == [0.5, 1.0]
+    assert hook._given_up.seconds == [0.5, 1.0]
 
 
 BAD_WEBHOOKS = {
@@ -8009,7 +8015,6 @@ def test_start_opens_all_ports_or_none(name):
         assert error.value.errno == errno.EADDRINUSE
         assert str(error.value).endswith(f": '127.0.0.1:{port}'")
         assert all_end(threads)
-    assert not answers(server.smtp_port) and not answers(server.http_port)
 
 
 def test_webhook_that_is_none_opens_no_port():
@@ -8024,7 +8029,7 @@ def test_webhook_that_is_none_opens_no_port():
 def test_tls_port_needs_a_certificate(arguments):
     with pytest.raises(ValueError) as error:
         mailtest.Mailtest(**arguments)
-    assert str(error.value) == "smtps_port and https need tls, see tls_context()"
+    assert str(error.value) == "smtps_port and https need tls=True, or a certificate's paths"
 
 
 def test_server_starts_once():
@@ -8042,7 +8047,7 @@ def test_followers_tell_their_state_in_healthz(tmp_path):
             post(server, "b@x.example", octets=LETTER)
             assert [path.read_bytes() for path in tmp_path.iterdir()] == [LETTER]
             receiver.next()
-            server._webhook.stop()       # so that it has counted
+            server._followers["webhook"].stop()       # so that it has counted
             state = json.loads(fetch(server.url + "/healthz")[1].decode("utf-8"))
     assert state["save"] == {"folder": str(tmp_path), "saved": 1, "failed": 0, "error": None}
     assert state["webhook"] == {"sent": 1, "waiting": 0, "dropped": 0, "error": None}
@@ -8238,14 +8243,14 @@ BAD_OPTIONS = {
         "argument --exit-after: expected a whole number from 1, got '1.5'"),
     "a time to wait for nothing": (["--timeout", "5"], "--timeout needs --exit-after"),
     "an option without its value": (["--smtp"], "argument --smtp: expected one argument"),
-    "no key": (["--api-key", ""], "argument --api-key: expected a key, got an empty one"),
+    "no key": (["--api-key", ""], "argument --api-key: expected a value, got ''"),
     "no address": (
-        ["--host", ""], "argument --host: expected an address such as 127.0.0.1, or 0.0.0.0"),
+        ["--host", ""], "argument --host: expected a value, got ''"),
     "binary sizes": (
         ["--max-size", "25MiB"],
         "argument --max-size: expected a size such as 200k, 25M or 1G, got '25MiB'"),
-    "half an option": (["--max-m", "1M"], "unrecognized arguments: --max-m 1M"),
-    "an unknown option": (["--smpt", "25"], "unrecognized arguments: --smpt 25"),
+    "half an option": (["--max-m", "1M"], "unrecognized arguments: --max-m 1M; did you mean --max-memory?"),
+    "an unknown option": (["--smpt", "25"], "unrecognized arguments: --smpt 25; did you mean --smtp?"),
     "an argument without option": (["serve"], "unrecognized arguments: serve"),
     "a URL of another scheme": (
         ["--webhook", "ftp://x.example/"],
@@ -8273,16 +8278,14 @@ def test_file_that_is_no_certificate(program, tmp_path):
     status, out, err = program(*BRIEF, "--tls-cert", str(path))
     assert (status, out) == (2, "")
     assert err.splitlines()[-1].startswith(
-        "mailtest.py: error: --tls-cert and --tls-key: expected a PEM certificate and its key in "
-        f"{path}: ")
+        f"mailtest.py: error: expected a PEM certificate and its key in {path}: ")
 
 
 def test_certificate_that_is_not_there(program, tmp_path):
     path = tmp_path / "cert.pem"
     status, out, err = program(*BRIEF, "--tls-cert", str(path))
     assert (status, out, err.splitlines()[-1]) == (
-        2, "", f"mailtest.py: error: --tls-cert and --tls-key: cannot read {path}: No such file "
-               "or directory")
+        2, "", f"mailtest.py: error: cannot read {path}: No such file or directory")
 
 
 # a text, what it means
@@ -8292,12 +8295,12 @@ SIZES = {"1": 1, "200k": 200_000, "25M": 25_000_000, "25 MB": 25_000_000, "2g": 
 
 @pytest.mark.parametrize("text, seconds", DURATIONS.items())
 def test_duration(text, seconds):
-    assert mailtest.duration(text) == seconds
+    assert mailtest.a_time(text) == seconds
 
 
 @pytest.mark.parametrize("text, octets", SIZES.items())
 def test_octets(text, octets):
-    assert mailtest.octets(text) == octets
+    assert mailtest.a_size(text) == octets
 
 
 @pytest.mark.parametrize("option", ["smtp", "http"])
@@ -8454,7 +8457,7 @@ def help_text(program):
 
 def test_help_has_its_options_in_groups(program):
     groups = re.findall(r"^(\S.*):\n((?:  .*\n)+)", help_text(program), re.M)
-    assert [(name, re.findall(r"^  (?:-h, )?(--\S+)", options, re.M))
+    assert [(name, re.findall(r"^  (?:-[hv], )?(--\S+)", options, re.M))
             for name, options in groups if name != "usage"] == [
         ("options", ["--help", "--version"]),
         ("where to listen", ["--smtp", "--http", "--host"]),
@@ -8462,7 +8465,8 @@ def test_help_has_its_options_in_groups(program):
         ("TLS and authentication",
          ["--tls", "--tls-cert", "--tls-key", "--smtps", "--https", "--auth", "--api-key"]),
         ("on a network", ["--hosted", "--rate", "--trust-proxy", "--allow-host"]),
-        ("in scripts", ["--save", "--webhook", "--exit-after", "--timeout"]),
+        ("in scripts", ["--log", "--save", "--webhook", "--exit-after", "--timeout",
+                        "--until-eof"]),
     ]
 
 
@@ -8567,11 +8571,11 @@ def test_tls_makes_a_certificate_that_a_client_can_check(program, tmp_path, monk
     status, out, err = program(*BRIEF, "--tls", "--smtps", "0", "--https", ready=ready)
     assert (status, seen) == (1, [250, 220, 200])
     certificate, key = files
-    assert err.splitlines()[0] == f"mailtest: clients must trust {certificate}"
     assert os.name == "nt" or key_mode & 0o077 == 0
     assert os.listdir(tmp_path) == []    # no key is left behind
     line = json.loads(out)
-    assert (sorted(line), line["http"].partition(":")[0]) == (["http", "smtp", "smtps"], "https")
+    assert (sorted(line), line["http"].partition(":")[0], line["cert"]) == (
+        ["cert", "http", "smtp", "smtps"], "https", str(certificate))
 
 
 def test_tls_without_the_openssl_program(program, tmp_path, monkeypatch):
@@ -8593,23 +8597,6 @@ def test_folder_of_the_certificate_is_removed_in_the_end(program, tmp_path, monk
     monkeypatch.setattr(mailtest, "make_certificate", make)
     assert program(*BRIEF, "--tls")[0] == 1
     assert (len(seen), os.listdir(tmp_path)) == (1, [])
-
-
-# -- memory
-
-def test_c_library_is_asked_for_what_it_has():
-    assert mailtest._libc("no_such_function") is None
-    assert os.name != "posix" or callable(mailtest._libc("free"))
-
-
-def test_heap_is_shared_before_a_thread_has_its_own(monkeypatch):
-    calls = []
-    monkeypatch.setattr(mailtest, "_libc", lambda name: functools.partial(
-        lambda *arguments: calls.append(arguments), name))
-    monkeypatch.setattr(mailtest.Mailtest, "start", lambda server: calls.append("start"))
-    monkeypatch.setattr(mailtest, "_run", lambda server, options: 0)
-    assert mailtest.main(["--smtp", "0", "--http", "0"]) == 0
-    assert calls == [("mallopt", -8, 1), "start"]
 
 
 # -- the sendmail stand-in
@@ -9626,7 +9613,7 @@ def test_nothing_private_of_the_standard_library_is_used():
     assert [f"{node.value.id}.{node.attr}" for node in ast.walk(tree())
             if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name)
             and node.value.id in modules and private.match(node.attr)] == [
-                "os._exit"]              # which is documented
+                ]
     assert [name for name in imported_modules() if re.search(r"(^|\.)_", name)] == []
 
 
