@@ -6394,6 +6394,13 @@ class Mail:
                 f"{', '.join(self.envelope.forward_paths)}>")
 
 
+def _runs_event_loop() -> bool:
+    """Whether the calling thread is inside asyncio's event loop."""
+    with contextlib.suppress(KeyError, RuntimeError):        # nobody imported it; no loop runs
+        return bool(sys.modules["asyncio"].get_running_loop())
+    return False
+
+
 class Inbox:
     """A temporary address, and the mail that it got."""
 
@@ -6512,13 +6519,6 @@ class Inbox:
         return "\n".join(lines)
 
 
-def _runs_event_loop() -> bool:
-    """Whether the calling thread is inside asyncio's event loop."""
-    with contextlib.suppress(KeyError, RuntimeError):        # nobody imported it; no loop runs
-        return bool(sys.modules["asyncio"].get_running_loop())
-    return False
-
-
 def _web_address(option: str, url: str) -> Any:
     """The parts of an http or https URL; ValueError for any other."""
     with contextlib.suppress(ValueError):            # no port, or brackets that do not match
@@ -6540,6 +6540,7 @@ class Follower:
     def __init__(self, store: Store):
         self.done = self.failed = 0
         self.error = ""                  # of the latest try
+        self.retrying = False            # a message that failed before: nobody waits for that
         self._store = store
         self._number = 0                 # of the latest message that was handled
         self._given_up = threading.Event()
@@ -6554,7 +6555,7 @@ class Follower:
         """Lets the thread come to an end, once the store is closed; logs what was left."""
         if not self._thread.ident:       # it never started
             return
-        self._thread.join(self._store.limits.stop_time if not self.error else 0.0)
+        self._thread.join(0.0 if self.retrying else self._store.limits.stop_time)
         self._given_up.set()
         self.hang_up()
         self._thread.join(self._store.limits.stop_time)
@@ -6662,7 +6663,8 @@ class Webhook(Follower):
         pause = limits.webhook_pause
         for left in range(limits.webhook_tries - 1, -1, -1):
             error = self._post(self._body(message))
-            if error and left:
+            self.retrying = bool(error and left)
+            if self.retrying:
                 self.note(error, "trying again")
             if not error or not left or self._given_up.wait(pause):
                 break
@@ -7435,6 +7437,23 @@ def _interrupt_at_eof() -> None:
         while os.read(sys.stdin.fileno(), 4096):
             pass
     signal.raise_signal(signal.SIGINT)
+
+
+def _exit_after(server: Mailtest, count: int, timeout: Optional[float]) -> int:
+    """Prints that many messages once they are there; the exit status."""
+    until = time.monotonic() + (timeout or float("inf"))
+    found: List[Message] = []
+    while len(found) < count and time.monotonic() < until:
+        # In steps: Windows delivers Ctrl-C between them.
+        found += server.wait_for(count - len(found), max(0.0, min(1.0, until - time.monotonic())),
+                                 found[-1].number if found else 0)[::-1]
+    if len(found) < count:
+        print(f"mailtest: expected {count} message{'s' * (count > 1)} within {timeout:g} s, "
+              f"got {len(found)}", file=sys.stderr)
+        return 1
+    server.let_quit(0.5)
+    print("[" + ",\n".join(map(server.json, found)) + "]", flush=True)
+    return 0
 
 
 def _run(server: Mailtest, options: argparse.Namespace) -> int:

@@ -1951,14 +1951,6 @@ def test_sessions_are_remembered_newest_first_up_to_the_bound():
     assert store.counters()["sessions"] == 3
 
 
-def test_keepers_are_called_with_each_message_and_without_the_lock():
-    _, store = store_on_clock()
-    kept = []
-    store.keepers.append(lambda message: kept.append((message, store.counters()["messages"])))
-    message = delivered(store, "a@x.example")
-    assert kept == [(message, 1)]
-
-
 # ---- SMTP session ----------------------------------------------------------
 # Dialogues.  "C: " sends a line, "c: " octets without CRLF, "S: " is a line that comes back, "M: "
 # is a message that is stored then, "E: " says that the session has ended, and how.  \r, \n and
@@ -7471,8 +7463,9 @@ def test_waiting_ends_when_the_mail_arrives(wait, expected, waiting_store):
 
 
 NO_CLIENT = (
-    "no SMTP client has connected since: is the application set to this host and port? (test modes "
-    "replace the mailer: Django's locmem, Flask-Mail's TESTING, Rails' :test, Laravel's array)")
+    "no SMTP client has connected since: is the application set to this host and port? (test "
+    "modes replace the mailer: Django's locmem, Flask-Mail's TESTING, Rails' :test, Laravel's "
+    "array)")
 
 # subjects of the mail in the inbox, arguments of wait_all(), the text of NoMail
 NO_MAIL = {
@@ -7542,7 +7535,7 @@ def test_report_knows_nothing_of_sessions_before_the_inbox():
 # how an inbox ends, what NoMail says of it
 ENDED_INBOXES = {
     "deleted": (lambda clock, store, inbox: inbox.delete(),
-                "the inbox '<inbox>' was deleted at 1970-01-01T00:16:41.000000+00:00; acquire a "
+                "the inbox '<inbox>' was deleted at 1970-01-01T00:16:40.000000+00:00; acquire a "
                 "new one"),
     "expired": (lambda clock, store, inbox: setattr(clock, "now", clock.now + 600),
                 "the inbox '<inbox>' expired at 1970-01-01T00:26:40.000000+00:00; acquire a new "
@@ -7618,7 +7611,28 @@ def test_inbox_knows_its_end():
         print(inbox.expires)
 
 
-# -- Saver
+# -- what follows the store
+
+def follow(follower, *subjects):
+    """Has the follower handle mail with these subjects, up to its stop; the state then."""
+    store = follower._store
+    for subject in subjects:
+        delivered(store, "b@x.example", octets=_with_subject(subject))
+    follower.start()
+    store.close()
+    follower.stop()
+    return follower.state()
+
+
+def logged(caplog):
+    """What was logged as errors, without ids."""
+    return [re.sub(r"[0-9a-f]{8}-[0-9a-f-]{27}", "<id>", record.getMessage())
+            for record in caplog.records if record.levelno == logging.ERROR]
+
+
+def saver(folder):
+    return mailtest.Saver(store_on_clock()[1], str(folder))
+
 
 def test_saved_file_is_whole_before_it_has_its_name(tmp_path, monkeypatch):
     seen = []
@@ -7627,18 +7641,18 @@ def test_saved_file_is_whole_before_it_has_its_name(tmp_path, monkeypatch):
         seen.append((os.listdir(tmp_path), pathlib.Path(old).read_bytes()))
         really(old, new)
     monkeypatch.setattr(os, "replace", replace)
-    _, store = store_on_clock()
-    saver = mailtest.Saver(str(tmp_path))
-    store.keepers.append(saver.add)
-    message = delivered(store, "b@x.example", octets=LETTER)
+    follower = saver(tmp_path / "a" / "b")
+    tmp_path = tmp_path / "a" / "b"      # it makes its folder
+    message = delivered(follower._store, "b@x.example", octets=LETTER)
+    assert follow(follower) == {"folder": str(tmp_path), "saved": 1, "waiting": 0, "failed": 0,
+                                "error": None}
     name = f"19700101T001640.000000Z-{message.id}"
     assert seen == [([f".{name}.part"], LETTER)]
     assert [(path.name, path.read_bytes()) for path in tmp_path.iterdir()] == [
         (name + ".eml", LETTER)]
-    assert saver.state() == {"folder": str(tmp_path), "saved": 1, "failed": 0, "error": None}
 
 
-def _full_disk(monkeypatch, folder):
+def _full_disk(monkeypatch):
     class Full(io.FileIO):
         def write(self, octets):
             super().write(octets[:10])
@@ -7647,14 +7661,14 @@ def _full_disk(monkeypatch, folder):
     return "No space left on device"
 
 
-def _no_permission(monkeypatch, folder):
+def _no_permission(monkeypatch):
     def refuse(path, mode):
         raise PermissionError(errno.EACCES, "Permission denied")
     monkeypatch.setattr(mailtest, "open", refuse, raising=False)
     return "Permission denied"
 
 
-def _cannot_be_named(monkeypatch, folder):
+def _cannot_be_named(monkeypatch):
     def refuse(old, new):
         raise OSError(errno.EIO, "Input/output error")
     monkeypatch.setattr(os, "replace", refuse)
@@ -7669,30 +7683,18 @@ UNWRITABLE = {
 
 
 @pytest.mark.parametrize("breaks", rows(UNWRITABLE))
-def test_mail_that_cannot_be_saved_stays_in_memory(breaks, tmp_path, monkeypatch, caplog):
-    _, store = store_on_clock()
-    saver = mailtest.Saver(str(tmp_path))
-    store.keepers.append(saver.add)
-    with monkeypatch.context() as broken:
-        error = breaks(broken, tmp_path)
-        message = delivered(store, "b@x.example")
+def test_mail_that_cannot_be_saved_stays_and_one_line_tells(breaks, tmp_path, monkeypatch, caplog):
+    follower = saver(tmp_path)
+    error = breaks(monkeypatch)
+    assert follow(follower, *"abc") == {"folder": str(tmp_path), "saved": 0, "waiting": 0,
+                                        "failed": 3, "error": error}
     assert os.listdir(tmp_path) == []
-    assert store.message(message.id) is message
-    assert saver.state() == {"folder": str(tmp_path), "saved": 0, "failed": 1, "error": error}
-    (logger, level, text), = caplog.record_tuples
-    assert (logger, level) == ("mailtest", logging.ERROR)
-    assert text == f"--save: 19700101T001640.000000Z-{message.id} was not written: {error}"
-    delivered(store, "b@x.example")      # and the next one is written again
-    assert len(os.listdir(tmp_path)) == 1
-    assert saver.state() == {"folder": str(tmp_path), "saved": 1, "failed": 1, "error": None}
+    assert len(follower._store.newest("mailtest")) == 3
+    assert logged(caplog) == [f"--save: 19700101T001640.000000Z-<id> was not written: {error}"]
+    monkeypatch.undo()                   # and later mail is written again
+    follower.handle(letter("b@x.example"))
+    assert (len(os.listdir(tmp_path)), follower.error) == (1, "")
 
-
-def test_saver_makes_its_folder(tmp_path):
-    mailtest.Saver(str(tmp_path / "a" / "b"))
-    assert os.listdir(tmp_path / "a") == ["b"]
-
-
-# -- Webhook
 
 class Receiver(http.server.ThreadingHTTPServer):
     """Takes POSTs: what came is in `came`, and is answered with the next of `statuses`, then
@@ -7712,15 +7714,20 @@ class Receiver(http.server.ThreadingHTTPServer):
         self.server_name, self.server_port = self.server_address
 
     def next(self):
-        """(path, content type, subject) of the next POST."""
+        """(path, content type, subject, credentials) of the next POST."""
         return self.came.get(timeout=10)
+
+    def subjects(self):
+        """Those of all POSTs that came."""
+        return [self.next()[2] for _ in range(self.came.qsize())]
 
 
 class _ReceiverHandler(http.server.BaseHTTPRequestHandler):
     def do_POST(self):
         mail = json.loads(self.rfile.read(int(self.headers["Content-Length"])).decode("utf-8"))
         # Before the answer: after it the next POST may come first, in another thread.
-        self.server.came.put((self.path, self.headers["Content-Type"], mail["subject"]))
+        self.server.came.put((self.path, self.headers["Content-Type"], mail["subject"],
+                              self.headers["Authorization"]))
         statuses = self.server.statuses
         self.send_response(statuses.pop(0) if statuses else 200)
         self.send_header("Content-Length", "0")
@@ -7745,97 +7752,74 @@ def receiving(*statuses):
 def webhook(url, **limits):
     """A Webhook that has not started."""
     _, store = store_on_clock(**limits)
-    return mailtest.Webhook(url, mailtest.Api(store), "http://127.0.0.1:8080")
+    api = mailtest.Api(store)
+    return mailtest.Webhook(
+        store, url, lambda message: mailtest.rendered(api, message, "http://127.0.0.1:8080"))
 
 
-def add_all(hook, *subjects):
-    for subject in subjects:
-        hook.add(delivered(hook._api.store, "b@x.example", octets=_with_subject(subject)))
+def hook_state(sent, dropped=0, waiting=0, error=None):
+    return {"sent": sent, "dropped": dropped, "waiting": waiting, "error": error}
 
 
 def test_webhook_posts_each_message_in_order():
     with receiving() as receiver:
-        hook = webhook(receiver.url)
-        add_all(hook, *"abc")
-        hook.start()
+        assert follow(webhook(receiver.url), *"abc") == hook_state(3)
         assert [receiver.next() for _ in range(3)] == [
-            ("/hook?a=b", "application/json", subject) for subject in "abc"]
-        hook.stop()
-        assert hook.state() == {"sent": 3, "waiting": 0, "dropped": 0, "error": None}
+            ("/hook?a=b", "application/json", subject, None) for subject in "abc"]
 
 
-def test_webhook_tries_again_and_keeps_the_order():
-    with receiving(500, 301, 404) as receiver:
-        hook = webhook(receiver.url, webhook_pause=0.001)
-        add_all(hook, *"ab")
+def test_webhook_sends_the_password_of_its_url():
+    with receiving() as receiver:
+        follow(webhook(receiver.url.replace("//", "//me:p%40ss@")), "a")
+        assert receiver.next()[3] == "Basic " + base64.b64encode(b"me:p@ss").decode()
+
+
+# statuses that are answered, limits, subjects as they came, state, what is logged
+HOOKS = {
+    "tries again and keeps the order": (
+        (500, 301, 404), {}, "aaaab", hook_state(2),
+        ["--webhook: trying again: answered 500", "--webhook: trying again: answered 301",
+         "--webhook: trying again: answered 404"]),
+    "gives one message up and goes on": (
+        (500, 500), {"webhook_tries": 2}, "aab", hook_state(1, 1),
+        ["--webhook: trying again: answered 500"]),
+}
+
+
+@pytest.mark.parametrize("statuses, limits, came, state, lines", rows(HOOKS))
+def test_webhook(statuses, limits, came, state, lines, caplog):
+    with receiving(*statuses) as receiver:
+        hook = webhook(receiver.url, webhook_pause=0.001, **limits)
         hook.start()
-        assert [receiver.next()[2] for _ in range(5)] == list("aaaab")
+        for subject in "ab":
+            delivered(hook._store, "b@x.example", octets=_with_subject(subject))
+        assert "".join(receiver.next()[2] for _ in came) == came
+        hook._store.close()
         hook.stop()
-        assert hook.state() == {"sent": 2, "waiting": 0, "dropped": 0, "error": None}
+        assert (hook.state(), logged(caplog)) == (state, lines)
 
 
-def test_webhook_gives_one_message_up_and_goes_on(caplog):
-    with receiving(500, 503) as receiver:
-        hook = webhook(receiver.url, webhook_pause=0.001, webhook_tries=2)
-        add_all(hook, *"ab")
-        hook.start()
-        assert [receiver.next()[2] for _ in range(3)] == list("aab")
-        hook.stop()
-        assert hook.state() == {"sent": 1, "waiting": 0, "dropped": 1, "error": None}
-    assert [re.sub(r"[0-9a-f-]{36}", "<id>", text) for _, _, text in caplog.record_tuples] == [
-        "--webhook: answered 500; trying again",
-        "--webhook: message <id> was not sent: answered 503"]
-
-
-def test_webhook_goes_on_after_a_message_that_cannot_be_rendered(caplog, monkeypatch):
-    def rendered(api, message, base, really=mailtest.rendered):
-        if b"Subject: a" in message.octets:
-            raise RuntimeError("a defect")
-        return really(api, message, base)
-    monkeypatch.setattr(mailtest, "rendered", rendered)
+def test_webhook_goes_on_after_a_message_that_cannot_be_rendered(caplog):
     with receiving() as receiver:
         hook = webhook(receiver.url)
-        add_all(hook, *"ab")
-        hook.start()
-        assert receiver.next()[2] == "b"
-        hook.stop()
-        assert hook.state() == {"sent": 1, "waiting": 0, "dropped": 1, "error": None}
-
-
-def test_webhook_drops_a_message_that_has_ended_meanwhile(caplog):
-    with receiving() as receiver:
-        hook = webhook(receiver.url)
-        add_all(hook, *"ab")
-        newest, oldest = hook._api.store.newest("mailtest")
-        hook._api.store.delete(oldest.id)
-        hook.start()
-        assert receiver.next()[2] == "b"
-        hook.stop()
-        assert hook.state() == {"sent": 1, "waiting": 0, "dropped": 1, "error": None}
-    assert [text for _, _, text in caplog.record_tuples] == [
-        f"--webhook: message {oldest.id} was not sent: no message has the id {oldest.id!r}; it "
-        "may be deleted or expired"]
+        body = hook._body
+        hook._body = lambda message: body(message if b"Subject: a" not in message.octets else None)
+        assert follow(hook, *"ab") == hook_state(1, 1)
+        assert (receiver.subjects(), logged(caplog)) == (["b"], ["--webhook: message <id>"])
 
 
 def test_stop_of_a_webhook_tells_what_it_did_not_send(caplog):
     hook = webhook(_unreachable(), webhook_pause=60.0)
     pausing = threading.Event()
     hook._given_up.wait = lambda seconds, wait=hook._given_up.wait: pausing.set() or wait(seconds)
-    add_all(hook, *"abc")
     hook.start()
+    for subject in "abc":
+        delivered(hook._store, "b@x.example", octets=_with_subject(subject))
     assert pausing.wait(10)
+    hook._store.close()
     hook.stop()
-    assert hook.state() == {"sent": 0, "waiting": 2, "dropped": 1, "error": "Connection refused"}
-    assert caplog.messages[-1] == "--webhook: 2 messages were not sent before the stop"
-
-
-def test_webhook_queue_is_bounded_and_adding_never_waits(caplog):
-    hook = webhook("http://127.0.0.1:9/", webhook_queue=2)
-    add_all(hook, *"abc")
-    assert hook.state() == {"sent": 0, "waiting": 2, "dropped": 1,
-                            "error": "too many are waiting"}
-    assert [re.sub(r"[0-9a-f-]{36}", "<id>", text) for _, _, text in caplog.record_tuples] == [
-        "--webhook: message <id> was not sent: too many are waiting"]
+    assert hook.state() == hook_state(0, 0, 3, "Connection refused")
+    assert caplog.messages[-1] == "--webhook: 3 messages were left at the stop"
 
 
 class _Pauses:
@@ -7846,11 +7830,11 @@ class _Pauses:
         self._ends_after = ends_after
 
     def is_set(self):
-        return False
+        return len(self.seconds) >= self._ends_after
 
     def wait(self, seconds):
         self.seconds.append(seconds)
-        return len(self.seconds) >= self._ends_after
+        return self.is_set()
 
 
 def _unreachable():
@@ -7860,47 +7844,56 @@ def _unreachable():
         return f"http://127.0.0.1:{closed.getsockname()[1]}/"
 
 
-def test_pauses_of_a_webhook_double_up_to_thirty_seconds():
-    hook = webhook(_unreachable())
-    hook._given_up = _Pauses()
-    hook._send(letter("b@x.example"))
-    assert hook._given_up.seconds[:7] == [0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 30.0]
-    assert hook.state()["dropped"] == 1
-
-
-def test_webhook_does_not_pause_after_its_last_try():
-    hook = webhook(_unreachable(), webhook_tries=2)
-    hook._given_up = _Pauses()
-    hook._send(letter("b@x.example"))
-    assert hook._given_up.seconds == [0.5]
-
-
-def test_stop_ends_a_pause_of_a_webhook():
-    hook = webhook(_unreachable())
-    hook._given_up = _Pauses(ends_after=2)
-    hook._send(letter("b@x.example"))
-    assert hook._given_up.seconds == [0.5, 1.0]
-
-
-BAD_WEBHOOKS = {
-    "another scheme": ("ftp://x.example/", "expected --webhook http://host/path, got "
-                                           "'ftp://x.example/'"),
-    "no scheme": ("x.example", "expected --webhook http://host/path, got 'x.example'"),
-    "no host": ("http:///x", "expected --webhook http://host/path, got 'http:///x'"),
-    "a port that is none": ("http://h:99999/",
-                            "expected --webhook http://host/path, got 'http://h:99999/'"),
-    "a port in words": ("http://h:abc/", "expected --webhook http://host/path, got "
-                                         "'http://h:abc/'"),
-    "half an IPv6 address": ("http://[::1/", "expected --webhook http://host/path, got "
-                                             "'http://[::1/'"),
+# limits, the pause that ends it, pauses, how many messages were dropped
+PAUSES = {
+    "they double up to thirty seconds": ({}, 100, [0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 30.0], 1),
+    "none after the last try": ({"webhook_tries": 2}, 100, [0.5], 1),
+    "a stop ends them": ({}, 2, [0.5, 1.0], 0),
 }
 
 
-@pytest.mark.parametrize("url, text", rows(BAD_WEBHOOKS))
-def test_webhook_refuses_a_url_that_is_none(url, text):
+@pytest.mark.parametrize("limits, ends_after, seconds, dropped", rows(PAUSES))
+def test_pauses_of_a_webhook(limits, ends_after, seconds, dropped):
+    hook = webhook(_unreachable(), **limits)
+    hook._given_up = _Pauses(ends_after)
+    hook.handle(letter("b@x.example"))
+    assert (hook._given_up.seconds, hook.failed) == (seconds, dropped)
+
+
+def test_webhook_whose_answer_trickles_in_is_timed_out_as_a_whole():
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen()
+
+        def trickle():
+            client = listener.accept()[0]
+            with contextlib.suppress(OSError), client:
+                while True:              # until the hook hangs up
+                    client.sendall(b"H")
+                    time.sleep(0.02)
+        thread = threading.Thread(target=trickle)
+        thread.start()
+        hook = webhook(f"http://127.0.0.1:{listener.getsockname()[1]}/", webhook_tries=1,
+                       webhook_time=0.1)
+        hook.handle(letter("b@x.example"))
+        assert hook.failed == 1
+        thread.join(10)
+        assert not thread.is_alive()
+
+
+@pytest.mark.parametrize("url", [
+    "ftp://x.example/", "x.example", "http:///x", "http://h:99999/", "http://h:abc/",
+    "http://[::1/", "http://a..b/", "http://h/a b", "http://h/\x0b", "http://h/\u00e9"])
+def test_webhook_refuses_a_url_that_is_none(url):
     with pytest.raises(ValueError) as error:
         webhook(url)
-    assert str(error.value) == text
+    assert str(error.value) == f"expected --webhook http://host/path, got {url!r}"
+
+
+def test_refused_url_does_not_show_its_password():
+    with pytest.raises(ValueError) as error:
+        webhook("http://me:secret@a..b/")
+    assert str(error.value) == "expected --webhook http://host/path, got 'http://...@a..b/'"
 
 
 # -- Mailtest
@@ -8045,12 +8038,47 @@ def test_followers_tell_their_state_in_healthz(tmp_path):
     with receiving() as receiver:
         with mailtest.Mailtest(save=str(tmp_path), webhook=receiver.url) as server:
             post(server, "b@x.example", octets=LETTER)
-            assert [path.read_bytes() for path in tmp_path.iterdir()] == [LETTER]
             receiver.next()
-            server._followers["webhook"].stop()       # so that it has counted
             state = json.loads(fetch(server.url + "/healthz")[1].decode("utf-8"))
-    assert state["save"] == {"folder": str(tmp_path), "saved": 1, "failed": 0, "error": None}
-    assert state["webhook"] == {"sent": 1, "waiting": 0, "dropped": 0, "error": None}
+    assert (sorted(state["save"]), sorted(state["webhook"])) == (
+        ["error", "failed", "folder", "saved", "waiting"],
+        ["dropped", "error", "sent", "waiting"])
+    assert [path.read_bytes() for path in tmp_path.iterdir()] == [LETTER]
+
+
+# arguments, what is said
+BAD_SETTINGS = {
+    "credentials as text": ({"auth": "user:secret"},
+                            "expected auth to be (user, password), got str"),
+    "a time as text": ({"limits": mailtest.Limits(ttl="10m")},
+                       "expected Limits(ttl=...) to be a number such as 600.0, got '10m'"),
+    "limits as a dict": ({"limits": {"ttl": 5}},
+                         "expected limits to be Limits(...), got {'ttl': 5}"),
+    "a certificate alone": ({"tls": "cert.pem"},
+                            "expected tls to be True, (certificate, key) with their paths, or an "
+                            "SSLContext, got 'cert.pem'"),
+}
+
+
+@pytest.mark.parametrize("arguments, text", rows(BAD_SETTINGS))
+def test_settings_are_checked_at_once(arguments, text):
+    with pytest.raises(TypeError) as error:
+        mailtest.Mailtest(**arguments)
+    assert str(error.value) == text
+
+
+def test_port_of_a_server_that_has_not_started():
+    with pytest.raises(RuntimeError) as error:
+        print(mailtest.Mailtest().smtp)
+    assert str(error.value) == ("the smtp port is known once this Mailtest has started: write "
+                                "`with Mailtest() as server:`, or call start()")
+
+
+def test_clear_ends_all_mail(running):
+    inbox = running.inbox("root@localhost")
+    post(running, "root@localhost")
+    running.clear()
+    assert (running.messages, inbox.messages) == ([], [])
 
 
 # -- the pytest plugin
@@ -8249,8 +8277,11 @@ BAD_OPTIONS = {
     "binary sizes": (
         ["--max-size", "25MiB"],
         "argument --max-size: expected a size such as 200k, 25M or 1G, got '25MiB'"),
-    "half an option": (["--max-m", "1M"], "unrecognized arguments: --max-m 1M; did you mean --max-memory?"),
-    "an unknown option": (["--smpt", "25"], "unrecognized arguments: --smpt 25; did you mean --smtp?"),
+    "half an option": (
+        ["--max-m", "1M"],
+        "unrecognized arguments: --max-m 1M; did you mean --max-memory?"),
+    "an unknown option": (
+        ["--smpt", "25"], "unrecognized arguments: --smpt 25; did you mean --smtp?"),
     "an argument without option": (["serve"], "unrecognized arguments: serve"),
     "a URL of another scheme": (
         ["--webhook", "ftp://x.example/"],
