@@ -70,7 +70,7 @@ import urllib.parse
 # Imported where they are used, since a start needs none of them and waits for each:
 # email.policy, hmac, logging, secrets, shutil, smtplib, subprocess, tempfile.
 from typing import Any, Callable, Dict, Iterable, Iterator, List, NamedTuple, Optional, Tuple, \
-    TypeVar, Union
+    Union
 
 __version__ = "1.0.0"
 __all__ = ["Mailtest", "Inbox", "Mail", "NoMail", "Limits"]
@@ -164,15 +164,6 @@ class Limits(NamedTuple):
 class MessageLimits(NamedTuple):
     """How far a mail is read. Beyond a bound reading stops with a warning; the octets are kept."""
 
-    header_octets: int = 1_000_000      # of one header block; Postfix cuts at 102,400
-    header_fields: int = 2_000          # of one header block; Gmail's own mails have about 60
-    field_octets: int = 262_144         # of one field's value: room for 10,000 addresses
-    addresses: int = 10_000             # of one kind (To, Cc ...); Exchange allows 5,000
-    parameters: int = 500               # of one Content-Type or Content-Disposition
-    file_name: int = 1_000              # characters; file systems allow 255
-    parts: int = 1_000                  # leaves and multiparts together; postal-mime: unlimited
-    nesting: int = 200                  # multiparts in multiparts; Postfix stops at 100
-    base64_runs: int = 10_000           # pieces between "=" that are decoded one by one
     shifted_octets: int = 1_000_000     # of Japanese text that needs another codec: 0.6 s
     html_characters: int = 1_000_000    # of HTML scanned for links; Gmail clips at 102,400
     text_characters: int = 1_000_000    # of text scanned for links
@@ -181,8 +172,6 @@ class MessageLimits(NamedTuple):
     codes: int = 100                    # of one body
     url_characters: int = 8_192         # of one link; IIS and nginx stop at 8 kB
     preview_characters: int = 200
-    line_octets: int = 998              # RFC 5322 2.1.1, without CRLF
-    warnings: int = 40
 
 
 MESSAGE_LIMITS = MessageLimits()
@@ -216,10 +205,10 @@ class RateWindow:
 
 
 # ---- Messages --------------------------------------------------------------
-# Octets in, immutable values out: header fields, addresses, bodies, links, images, codes and
-# attachments of one mail. Pure functions; nothing here raises, whatever the octets, and nothing
-# takes more than linear time. What is wrong with a mail is said in its `warnings`.
-
+# Octets in, values out: header fields, addresses, bodies, links, images, codes and attachments of
+# one mail. Nothing here raises, whatever the octets, and nothing takes more than linear time.
+# Beyond a bound reading stops, and the mail's `warnings` say so, as they say all that is wrong
+# with it; its octets are kept.
 
 class _Pattern:
     """A regular expression that is compiled when it is first used: all of those here together
@@ -250,21 +239,23 @@ class Link(NamedTuple):
 
 class Image(NamedTuple):
     """An image of an HTML body; `alt` is None where there is no such attribute."""
+
     src: str
     alt: Optional[str]
 
 
 class Attachment(NamedTuple):
-    """A leaf of the MIME tree that is no body; `attachment_octets` cuts it out of the mail."""
+    """A leaf of the MIME tree that is no body, decoded."""
 
     file_name: str                # "" where the mail gives none
     content_type: str             # "type/subtype", lower case
     content_id: Optional[str]     # without <>
-    length: int                   # octets, decoded
-    inline: bool                  # Content-Disposition: inline
-    encoding: str                 # "base64", "quoted-printable", "uuencode" or "" (as it is)
-    start: int                    # octets[start:end] is the encoded content
-    end: int
+    octets: bytes
+
+    @property
+    def content(self) -> bytes:
+        """The octets, by the name that tests know."""
+        return self.octets
 
 
 class Body(NamedTuple):
@@ -276,50 +267,16 @@ class Body(NamedTuple):
     images: Tuple[Image, ...] = ()
 
 
-class Headers(NamedTuple):
-    """What the header block alone says; cheap to read."""
-
-    headers: Tuple[Tuple[str, str], ...]    # all fields in order, unfolded and decoded
-    subject: str
-    from_: Tuple[Address, ...]
-    to: Tuple[Address, ...]
-    cc: Tuple[Address, ...]
-    bcc: Tuple[Address, ...]                # the Bcc field; the envelope is not read here
-    reply_to: Tuple[Address, ...]
+MAX_WARNINGS = 40
 
 
-class Content(NamedTuple):
-    """One mail, read completely."""
-
-    headers: Tuple[Tuple[str, str], ...]
-    subject: str
-    from_: Tuple[Address, ...]
-    to: Tuple[Address, ...]
-    cc: Tuple[Address, ...]
-    bcc: Tuple[Address, ...]
-    reply_to: Tuple[Address, ...]
-    date: Optional[datetime.datetime]       # aware; None: no Date field, or none that can be read
-    message_id: str                         # with its <>, "" where there is none
-    html: Body
-    text: Body
-    attachments: Tuple[Attachment, ...]     # in the order of the mail
-    preview: str                            # one line, at most `preview_characters`
-    warnings: Tuple[str, ...]               # what is wrong with the mail
-
-
-class _Warnings:
-    """Collects warnings in order, each once, and no more than the bound."""
-
-    def __init__(self):
-        self._texts: Dict[str, None] = {}
+class _Warnings(Dict[str, None]):
+    """Warnings in order, each once, and no more than the bound."""
 
     def add(self, text: str):
         """Adds a warning, once."""
-        if len(self._texts) < MESSAGE_LIMITS.warnings:
-            self._texts[text] = None
-
-    def __iter__(self):
-        return iter(self._texts)
+        if len(self) < MAX_WARNINGS:
+            self[text] = None
 
 
 # Octets to text
@@ -373,9 +330,9 @@ def decode_octets(octets: bytes) -> str:
         return octets.decode("latin-1").translate(_C1_AS_CP1252)
 
 
-_JIS_RUN = _Pattern(rb"\x1b\$(?:[@B]|\(B)([^\x1b]*)|\x1b\(I([^\x1b]*)|\x1b\([BHJ]")
-_JIS_PAIR = _Pattern(rb"[!-~]{2}")
-_EUC_PAIR = _Pattern(rb"[\xa1-\xfe]{2}|\x8e([\xa1-\xdf])")
+_JIS_RUN = re.compile(rb"\x1b\$(?:[@B]|\(B)([^\x1b]*)|\x1b\(I([^\x1b]*)|\x1b\([BHJ]")
+_JIS_PAIR = re.compile(rb"[!-~]{2}")
+_EUC_PAIR = re.compile(rb"[\xa1-\xfe]{2}|\x8e([\xa1-\xdf])")
 
 
 def _shift_pair(match) -> bytes:
@@ -430,52 +387,28 @@ def decode_charset(octets: bytes, label: str) -> Tuple[str, str]:
 
 # Transfer encodings
 
-_BASE64 = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/="
-_NOT_BASE64 = bytes(set(range(256)) - set(_BASE64))
-_CHUNK = 262_144     # octets of base64 at a time: an attachment's length is known without a copy
-
-
-def _chunks(octets: bytes, start: int, end: int) -> Iterator[bytes]:
-    view = memoryview(octets)
-    for at in range(start, end, _CHUNK):
-        yield bytes(view[at:min(end, at + _CHUNK)])
-
-
-def _base64_run(run: bytes) -> bytes:
-    if len(run) % 4 == 1:       # six bits of nothing
-        run = run[:-1]
-    return binascii.a2b_base64(run + b"=" * (-len(run) % 4))
-
-
-def _base64_pieces(octets: bytes, start: int, end: int) -> Iterator[bytes]:
-    """Decoded pieces of base64, run by run: "=" ends a run, junk is skipped, padding may miss.
-
-    `binascii` stops at the first "=" (351 kB of joined base64 became 251 kB) and refuses what
-    lacks its padding.
-    """
-    rest, runs = b"", 0
-    for chunk in _chunks(octets, start, end):
-        chunk = rest + chunk.translate(None, _NOT_BASE64)
-        while b"=" in chunk and runs < MESSAGE_LIMITS.base64_runs:
-            run, _, chunk = chunk.partition(b"=")
-            chunk = chunk.lstrip(b"=")
-            runs += 1
-            yield _base64_run(run)
-        chunk = chunk.replace(b"=", b"")
-        whole = len(chunk) & ~3
-        rest = chunk[whole:]
-        yield binascii.a2b_base64(chunk[:whole])
-    yield _base64_run(rest)
+_NOT_BASE64 = bytes(set(range(256)) - set(
+    b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/="))
 
 
 def decode_base64(octets: bytes) -> bytes:
-    """What base64 stands for, junk and missing padding notwithstanding (RFC 2045 6.8)."""
-    return b"".join(_base64_pieces(octets, 0, len(octets)))
+    """What base64 stands for: "=" ends a run, junk is skipped, padding may miss (RFC 2045 6.8).
+
+    `binascii` alone stops at the first "=" (351 kB of joined base64 became 251 kB) and refuses
+    what lacks its padding.
+    """
+    pieces = []
+    for run in octets.translate(None, _NOT_BASE64).split(b"="):
+        if len(run) % 4 == 1:       # six bits of nothing
+            run = run[:-1]
+        if run:
+            pieces.append(binascii.a2b_base64(run + b"=" * (-len(run) % 4)))
+    return b"".join(pieces)
 
 
 # For `binascii` "=" and blanks at the end of a line is no soft break (RFC 2045 6.7, rule 3), and
 # one with a bare CR swallows the next line.
-_SOFT_BREAK = _Pattern(rb"=(?:[ \t]+\r?\n|[ \t]*\r(?!\n))")
+_SOFT_BREAK = re.compile(rb"=(?:[ \t]+\r?\n|[ \t]*\r(?!\n))")
 
 
 def decode_quoted_printable(octets: bytes) -> bytes:
@@ -487,534 +420,467 @@ def decode_uuencode(octets: bytes) -> bytes:
     """The file between `begin` and `end`; a line that is not uuencode is skipped."""
     found = re.search(rb"^begin [0-7]{3,4} [^\r\n]*\r?\n", octets, re.MULTILINE)
     pieces = []
-    for match in re.finditer(rb"[^\r\n]+", octets[found.end() if found else 0:]):
-        line = match.group()
+    for line in octets[found.end() if found else 0:].splitlines():
         if line.rstrip() == b"end":
             break
-        count = (line[0] - 32) & 63
-        try:    # some encoders write more than the line's count says
-            pieces.append(binascii.a2b_uu(line[:1 + (count + 2) // 3 * 4]))
-        except binascii.Error:
-            continue
+        if line:    # some encoders write more than the line's count says
+            with contextlib.suppress(binascii.Error):
+                pieces.append(binascii.a2b_uu(line[:1 + ((line[0] - 32 & 63) + 2) // 3 * 4]))
     return b"".join(pieces)
 
 
 _DECODERS = {
-    "base64": decode_base64,
-    "quoted-printable": decode_quoted_printable,
-    "uuencode": decode_uuencode,
-    "": bytes,
+    "base64": decode_base64, "quoted-printable": decode_quoted_printable,
+    "quotedprintable": decode_quoted_printable, "uuencode": decode_uuencode,
+    "x-uuencode": decode_uuencode, "x-uue": decode_uuencode, "uue": decode_uuencode,
+    "7bit": bytes, "8bit": bytes, "binary": bytes, "": bytes,
 }
-_ENCODING_NAMES = {
-    "base64": "base64", "quoted-printable": "quoted-printable", "quotedprintable":
-    "quoted-printable", "uuencode": "uuencode", "x-uuencode": "uuencode", "x-uue": "uuencode",
-    "uue": "uuencode", "7bit": "", "8bit": "", "binary": "", "": "",
-}
-_BAD_QUOTED = _Pattern(rb"=(?![0-9A-Fa-f]{2}|[ \t]*\r?\n|[ \t]*\Z)")
+_BAD_QUOTED = re.compile(rb"=(?![0-9A-Fa-f]{2}|[ \t]*\r?\n|[ \t]*\Z)")
 
 
-def _damage(octets: bytes, encoding: str, start: int, end: int) -> str:
+def _damage(octets: bytes, encoding: str) -> str:
     """What is wrong with encoded content, "" if nothing is."""
-    if encoding == "quoted-printable" and _BAD_QUOTED.search(octets, start, end):
+    if encoding.startswith("quoted") and _BAD_QUOTED.search(octets):
         return "broken quoted-printable"
     if encoding == "base64":
-        junk = symbols = 0
-        for chunk in _chunks(octets, start, end):
-            solid = len(chunk.translate(None, b" \t\r\n"))
-            good = len(chunk.translate(None, _NOT_BASE64))
-            junk, symbols = junk + solid - good, symbols + good
-        if junk or symbols % 4:
-            return "broken base64 (%s)" % ("other characters in it" if junk else "cut off")
+        solid = octets.translate(None, b" \t\r\n")
+        symbols = solid.translate(None, _NOT_BASE64)
+        if len(symbols) < len(solid):
+            return "broken base64 (other characters in it)"
+        if len(symbols) % 4:
+            return "broken base64 (cut off)"
     return ""
 
 
 # Header fields
 
-_BLANK_BEFORE_COLON = _Pattern(r"^([!-9;-~]+)[ \t]+:", re.MULTILINE)
-_NO_FIELD = _Pattern(r"^(?![!-9;-~]+:|[ \t]).*\n?(?:^[ \t].*\n?)*", re.MULTILINE)
-_BLANK_LINE = _Pattern(rb"^\r{0,3}\n|(?<=\r)\r(?!\r{0,3}\n)", re.MULTILINE)
-_CONTROL = _Pattern(r"[\x00\r\n\x0b\x0c\x1c-\x1e\x85\u2028\u2029]+")
-
 # RFC 2047, and what mail makes of it: words inside words' neighbours, "?" in Q text, a language.
-_ENCODED_WORD = _Pattern(
+_ENCODED_WORD = re.compile(
     r"=\?([^?\s*]{1,60})(?:\*[^?\s]{0,40})?\?"
     r"(?:[bB]\?([^?]*)|[qQ]\?([^?=]*(?:(?:=(?!\?[^=])|\?(?!=))[^?=]*)*))\?=")
-
-
-def _unfolded(name: str, value: str, warnings: _Warnings) -> str:
-    if len(value) > MESSAGE_LIMITS.field_octets:
-        value = value[:MESSAGE_LIMITS.field_octets]
-        warnings.add("header field %s over %d octets: the rest of it was not read"
-                     % (name[:60], MESSAGE_LIMITS.field_octets))
-    if "\n" in value:                    # not by a pattern: it would try at each of many blanks
-        value = " ".join([line.strip(" \t") for line in value.split("\n")])
-    return value.strip()
-
-
-def _fields(octets: bytes, warnings: _Warnings) -> List[Tuple[str, str]]:
-    """(name, unfolded but undecoded value) of every field of a header block, in order.
-
-    The parser of `email` ends a block at the first line that is no field (`Name :` is one, and so
-    are 8-bit names): what leads to that is mended before.
-    """
-    if len(octets) > MESSAGE_LIMITS.header_octets:
-        octets = octets[:MESSAGE_LIMITS.header_octets]
-        warnings.add("header block over %d octets: the rest of it was not read"
-                     % MESSAGE_LIMITS.header_octets)
-    try:
-        block = octets.decode("utf-8")
-    except UnicodeDecodeError:
-        block = "\n".join(map(decode_octets, octets.split(b"\n")))
-    block = block.replace("\r\n", "\n").replace("\r", "\n").lstrip(" \t\n")
-    block = _NO_FIELD.sub("", _BLANK_BEFORE_COLON.sub(r"\1:", block))
-    mail = email.parser.Parser().parsestr(block, headersonly=True)
-    found = mail.items()
-    if len(found) > MESSAGE_LIMITS.header_fields:
-        del found[MESSAGE_LIMITS.header_fields:]
-        warnings.add("more than %d header fields: the rest of them was not read"
-                     % MESSAGE_LIMITS.header_fields)
-    return [(name, _unfolded(name, value, warnings)) for name, value in found]
-
-
-def _word_octets(match) -> bytes:
-    """The octets that one encoded word stands for."""
-    charset, base64, quoted = match.groups()
-    if base64 is not None:
-        return decode_base64(base64.encode("ascii", "replace"))
-    return binascii.a2b_qp(quoted.encode("utf-8"), header=True)
+_CONTROL = re.compile(r"[\x00\r\n\x0b\x0c\x1c-\x1e\x85\u2028\u2029]+")
 
 
 def decode_words(value: str) -> str:
-    """A field's value with its encoded words (RFC 2047) decoded.
+    """A field's value as a reader sees it: one line, its encoded words (RFC 2047) decoded.
 
     Words of one charset are joined before decoding: one character may be split over two of them.
     """
-    if "=?" not in value:
-        return value
-    pieces, run, charset, end = [], [], "", 0
-    for match in _ENCODED_WORD.finditer(value):
-        gap = value[end:match.start()]
-        same = run and gap.isspace() or run and not gap
-        if not same or match.group(1).lower() != charset:
-            if run:
-                pieces.append(decode_charset(b"".join(run), charset)[0])
+    if "=?" in value:
+        pieces: List[Tuple[str, bytes]] = []     # (charset, octets)
+        run: List[bytes] = []                    # of words that follow each other
+        charset, end = "", 0
+        for match in _ENCODED_WORD.finditer(value):
+            gap = value[end:match.start()]
+            apart = bool(gap.strip()) or not end
+            if apart or match[1].lower() != charset:
+                pieces.append((charset, b"".join(run)))
                 run = []
-            if not same:
-                pieces.append(gap)
-        charset, end = match.group(1).lower(), match.end()
-        run.append(_word_octets(match))
-    if run:
-        pieces.append(decode_charset(b"".join(run), charset)[0])
-    pieces.append(value[end:])
-    return "".join(pieces)
-
-
-def _readable(value: str) -> str:
-    """A field's value as a reader sees it: words decoded, one line."""
-    value = decode_words(value)
-    return _CONTROL.sub(" ", value).strip() if not value.isprintable() else value
+            if apart:
+                pieces.append(("utf-8", gap.encode("utf-8", "replace")))
+            charset, end = match[1].lower(), match.end()
+            run.append(binascii.a2b_qp(match[3].encode("utf-8"), header=True)
+                       if match[2] is None else decode_base64(match[2].encode("ascii", "replace")))
+        pieces += (charset, b"".join(run)), ("utf-8", value[end:].encode("utf-8", "replace"))
+        value = "".join(decode_charset(octets, label)[0] for label, octets in pieces if octets)
+    return value if value.isprintable() else _CONTROL.sub(" ", value).strip()
 
 
 # Addresses
 
 # Own code, because `email.utils.getaddresses` loses the name of `a@b (Name)` and, since 3.13,
 # all of `a@b, c@d,`, and `policy.default` needs minutes for 190 kB of commas.
-_ADDRESS_TOKEN = _Pattern(
-    r'=\?[^?\s]{1,60}\?[bBqQ]\?[^?]{0,2000}\?=|"(?:[^"\\]|\\.)*"|[^\s"(),:;<>\\@]+|\s+'
-    r"|@+|\(+|\)+|\\.|.",
-    re.DOTALL)
-_QUOTED_PAIR = _Pattern(r"\\(.)", re.DOTALL)
+MAX_ADDRESSES = 10_000       # of one kind (To, Cc ...); Exchange allows 5,000
+_ADDRESS_TOKEN = re.compile(
+    r'=\?[^?\s]{1,60}\?[bBqQ]\?[^?]{0,2000}\?='      # an encoded word
+    r'|"(?:[^"\\]|\\.)*"'                            # a quoted string; an address, ">" may miss:
+    r'|<(?:@[^<>:]*:)?(?:"(?:[^"\\]|\\.)*"|\\.|\([^()]*\)|[^<>,;"\\()])*>?'
+    r"|[^\s\"(),:;<>\\@]+|\s+|\\.|.", re.DOTALL)
+_QUOTED = re.compile(r'"((?:[^"\\]|\\.)*)"', re.DOTALL)
+_QUOTED_PAIR = re.compile(r"\\(.)", re.DOTALL)
+_COMMENT = re.compile(r"\([^()]*\)")
 
 
-class _AddressReader:
-    """Reads address lists token by token; wrong syntax costs a name, never the list."""
+def _unquoted(text: str) -> str:
+    return _QUOTED.sub(lambda match: _QUOTED_PAIR.sub(r"\1", match[1]), text)
 
-    def __init__(self):
-        self.found: List[Address] = []
-        self.reset()
 
-    def reset(self):
-        """Begins the next mailbox."""
-        self.phrase = ""
-        self.comment = ""
-        self.angle: Optional[str] = None     # what <> holds
-        self.in_angle = False
-        self.has_at = False                  # an "@" outside quotes and <>
-
-    def read(self, value: str) -> List[Address]:
-        """The mailboxes of a field's value."""
-        depth, tokens = 0, _ADDRESS_TOKEN.findall(value)
-        for index, token in enumerate(tokens):
-            if not depth and not self.in_angle and token[0] not in '"(),:;<>\\@':
-                self.phrase += " " if token[0].isspace() else token
-            elif token[0] == "(" or depth:
-                outer, depth = depth, max(0, depth + token.count("(") - token.count(")"))
-                self.comment += token if outer and depth else " "
-            elif self.in_angle:
-                self.angle_token(token)
-            elif token in "<,;:":
-                self.separator(token)
-            elif token[0] == '"' and len(token) > 1 and tokens[index + 1:index + 2] != ["@"]:
-                self.phrase += _QUOTED_PAIR.sub(r"\1", token[1:-1])
-            elif token not in '">\\':
-                self.has_at = self.has_at or token[0] == "@"
-                self.phrase += token
-            if len(self.found) >= MESSAGE_LIMITS.addresses:
-                break
-        self.flush()
-        return self.found
-
-    def angle_token(self, token: str):
-        """Takes a token within <>."""
-        if token == ">":
-            self.in_angle = False
-        elif token == "<":
-            self.angle = ""
-        elif token in ",;" and self.angle[:1] != "@":    # a ">" is missing
-            self.flush()
-        elif not token.isspace():
-            self.angle += token
-
-    def separator(self, token: str):
-        """Takes one of the characters that have a meaning between words."""
-        if token == "<":
-            self.in_angle = self.angle is None
-            self.angle = self.angle or ""
-        elif token != ":":
-            self.flush()
-        elif not self.has_at and self.angle is None:
-            self.reset()                     # the name of a group, RFC 5322 3.4
-
-    def flush(self):
-        """Ends one mailbox."""
-        phrase, comment, angle = self.phrase.strip(), self.comment.strip(), self.angle
-        if angle is not None:
-            self.add(phrase or comment, angle)
-        elif self.has_at:
-            self.add_bare(phrase, comment)
-        elif "=?" in phrase and "@" in decode_words(phrase):      # all of it in encoded words
-            inner = decode_words(phrase).replace("=?", "= ?")
-            self.found.extend(_AddressReader().read(inner))
-        elif phrase:
-            self.add(*((phrase, "") if " " in phrase else (comment, phrase)))
-        self.reset()
-
-    def add_bare(self, phrase: str, comment: str):
-        """`addr-spec (Name)`, `addr-spec` with blanks in it, or a name before an addr-spec."""
-        local, _, domain = phrase.rpartition("@")
+def _mailbox(name: str, comment: str, angle: str, has_at: bool) -> Address:
+    """The mailbox that words, comments and <...> ("": there is none) make."""
+    box = angle.strip("<>")
+    if has_at and not angle:             # `Ann a@b`, `a@b (Ann)`, `a @ b`, `"a b"@c`
+        local, _, domain = name.rpartition("@")
         name, blank, last = local.rstrip().rpartition(" ")
-        if blank and last[-1:] not in '".':
-            domain = domain.strip().partition(" ")[0]
-            self.add(name.strip() or comment, last + "@" + domain)
+        if not blank or last[-1:] in '".':
+            name, last = "", local
         else:
-            self.add(comment, local + "@" + domain)
-
-    def add(self, name: str, mailbox: str):
-        """Adds a mailbox that is complete."""
-        name = _readable(name)
-        if len(name) > 1 and name[0] == name[-1] and name[0] in "'\"":
-            name = name[1:-1].strip()
-        if mailbox[:1] == "@" and ":" in mailbox:        # an obsolete route, RFC 5322 4.4
-            mailbox = mailbox.rpartition(":")[2]
-        mailbox = _readable(mailbox if '"' in mailbox else "".join(mailbox.split()))
-        if name or mailbox:
-            self.found.append(Address(name, mailbox))
+            domain = domain.strip().partition(" ")[0]
+        box = last + "@" + domain
+    elif not angle and " " not in name:  # `root`
+        name, box = "", _unquoted(name)
+    name = decode_words(_unquoted(name.strip() or comment.strip()))
+    if len(name) > 1 and name[0] == name[-1] and name[0] in "'\"":
+        name = name[1:-1].strip()
+    if box[:1] == "@" and ":" in box:    # an obsolete route, RFC 5322 4.4
+        box = box.rpartition(":")[2]
+    if '"' not in box:
+        box = "".join(_COMMENT.sub("", box).split())
+    return Address(name, decode_words(box))
 
 
 def read_addresses(value: str) -> List[Address]:
-    """The mailboxes of one address field: groups opened, comments as names, in order."""
-    return _AddressReader().read(value)
+    """The mailboxes of one address field: groups opened, comments as names, in order. Wrong
+    syntax costs a name, never the list."""
+    found: List[Address] = []
+    words: List[str] = []                # of the mailbox that is being read
+    comment: List[str] = []
+    angle, depth, has_at = "", 0, False  # <...>; comments in comments; an "@" among the words
+    for token in [*_ADDRESS_TOKEN.findall(value), ""]:
+        first = token[:1]
+        if first == "(" or token and depth:
+            outer, depth = depth, depth + (first == "(") - (first == ")")
+            comment.append(token if outer and depth else " ")
+        elif first not in ',;:<>")\\' or first == '"' and len(token) > 1:
+            words.append(" " if first.isspace() else token)
+            has_at = has_at or first == "@"
+        elif first == "<":
+            angle = angle if len(angle) > 2 else token
+        elif first in ",;":              # "" at the end
+            phrase = "".join(words).strip()
+            if not (has_at or angle) and "=?" in phrase and "@" in decode_words(phrase):
+                found.extend(read_addresses(decode_words(phrase).replace("=?", "= ?")))
+            elif phrase or angle:
+                found.append(_mailbox(phrase, "".join(comment), angle, has_at))
+            words, comment, angle, has_at = [], [], "", False
+            if len(found) > MAX_ADDRESSES:
+                break
+        elif first == ":" and not (has_at or angle):
+            words, comment = [], []      # the name of a group, RFC 5322 3.4
+    return [address for address in found if any(address)]
+
+
+def address_key(address: str) -> str:
+    """What is equal for two spellings of one address: lower case, the domain as in DNS (xn--)."""
+    local, at, domain = address.lower().rpartition("@")
+    if not domain.isascii() and len(domain) <= 255:      # the codec takes quadratic time
+        with contextlib.suppress(UnicodeError):          # no name of DNS
+            domain = domain.encode("idna").decode("ascii")
+    return local + at + domain
+
+
+def hidden_recipients(paths: Iterable[str], named: Iterable[Address]) -> Tuple[Address, ...]:
+    """The envelope's recipients that no header field names: blind copies."""
+    keys = {address_key(address.email) for address in named}
+    return tuple(Address("", path) for path in dict.fromkeys(paths)
+                 if address_key(path) not in keys)
+
+
+# Header blocks
+
+MAX_HEADER = 1_000_000       # octets of a header block; Postfix cuts at 102,400
+MAX_FIELDS = 2_000           # of a header block; Gmail's own mails have about 60
+MAX_FIELD = 262_144          # characters of a field: room for 10,000 addresses
+_FIELD = re.compile(r"^([!-9;-~]+)[ \t]*:(.*(?:\n[ \t].*)*)", re.MULTILINE)
+
+
+class Header:
+    """The fields of a header block: `fields` has them in order, unfolded but not decoded, `first`
+    the first of each name in lower case.
+
+    A line that is no field is skipped, where the parser of `email` ends the block. That takes
+    ten times as long, too: a search reads the header of every mail.
+    """
+
+    def __init__(self, block: bytes, warnings: Optional[_Warnings] = None):
+        self.warnings = _Warnings() if warnings is None else warnings
+        self.fields = [(name, self._unfolded(name, value)) for name, value in self._split(block)]
+        self.first = {name.lower(): value for name, value in reversed(self.fields)}
+
+    def _split(self, block: bytes) -> List[Tuple[str, str]]:
+        if len(block) > MAX_HEADER:
+            block = block[:MAX_HEADER]
+            self.warnings.add(f"header block over {MAX_HEADER} octets: the rest of it was not "
+                              "read")
+        try:
+            text = block.decode("utf-8")
+        except UnicodeDecodeError:
+            text = "\n".join(map(decode_octets, block.split(b"\n")))
+        text = text.replace("\r\n", "\n").replace("\r", "\n").lstrip(" \t\n")
+        found = _FIELD.findall(text)
+        if len(found) > MAX_FIELDS:
+            self.warnings.add(f"more than {MAX_FIELDS} header fields: the rest of them was not "
+                              "read")
+        return found[:MAX_FIELDS]
+
+    def _unfolded(self, name: str, value: str) -> str:
+        if len(value) > MAX_FIELD:
+            value = value[:MAX_FIELD]
+            self.warnings.add(f"header field {name[:60]} over {MAX_FIELD} octets: the rest of it "
+                              "was not read")
+        if "\n" in value:
+            value = " ".join(line.strip(" \t") for line in value.split("\n"))
+        return value.strip()
+
+    def text(self, name: str) -> str:
+        """The first field of that name as a reader sees it, "" where there is none."""
+        return decode_words(self.first.get(name, ""))
+
+    def addresses(self, name: str) -> Tuple[Address, ...]:
+        """The mailboxes of all fields of that name; of several From fields the first counts."""
+        found: List[Address] = []
+        for field, value in self.fields if name in self.first else ():
+            if field.lower() == name and not (name == "from" and found):
+                found.extend(read_addresses(value))
+        if len(found) > MAX_ADDRESSES:
+            self.warnings.add(f"more than {MAX_ADDRESSES} addresses in {name.title()}: the rest "
+                              "of them was not read")
+        return tuple(found[:MAX_ADDRESSES])
 
 
 # Parameters
 
-_MAIN_VALUE = _Pattern(r"[^\s;,]*")
-_PARAMETER = _Pattern(       # some forget the ";" before it
-    r'(?<=[\s;,"])([^\s=;,"]{1,100})\s*=\s*(?:"((?:[^"\\]|\\.)*)(?:"|$)|([^;]*))', re.DOTALL)
-_SECTION = _Pattern(r"([^*]+)(?:\*([0-9]{1,4}))?(\*)?$")
-_COMMENT = _Pattern(r"\([^()]*\)")
+MAX_PARAMETERS = 500         # of one Content-Type or Content-Disposition
+_PARAMETER = re.compile(     # some forget the ";" before it
+    r'(?<=[\s;,"])([^\s=;,"*]{1,100})(?:\*([0-9]{1,4}))?(\*)?\s*=\s*'
+    r'(?:"((?:[^"\\]|\\.)*)(?:"|$)|([^;]*))', re.DOTALL)
 
 
-def _join_sections(numbered: Dict[int, Tuple[bool, str]]) -> str:
+def _joined(numbered: Dict[int, Tuple[str, str]]) -> str:
     """The value of a parameter that came as `name*=` (-1) or as `name*0*=`, `name*1=` ..."""
-    if -1 in numbered:
-        numbered = {0: numbered[-1]}
-    charset, pieces, encoded_any = "", [], False
-    for index in sorted(numbered):
+    charset, pieces = "", []
+    for index in sorted(numbered) if -1 not in numbered else (-1,):
         encoded, text = numbered[index]
-        if encoded and not encoded_any and text.count("'") >= 2:
+        if encoded and not charset and text.count("'") >= 2:
             charset, _, text = text.split("'", 2)
-        encoded_any = encoded_any or encoded
-        raw = text.encode("utf-8")
-        pieces.append(urllib.parse.unquote_to_bytes(raw) if encoded else raw)
-    joined = b"".join(pieces)
-    return decode_charset(joined, charset)[0] if encoded_any else joined.decode("utf-8")
+        pieces.append(urllib.parse.unquote_to_bytes(text) if encoded else text.encode("utf-8"))
+    return decode_charset(b"".join(pieces), charset)[0]
 
 
-def _parameters(value: str, warnings: _Warnings) -> Tuple[str, Dict[str, str]]:
+def read_parameters(value: str, warnings: _Warnings) -> Tuple[str, Dict[str, str]]:
     """(main value, parameters) of a Content-Type or Content-Disposition, RFC 2231 undone.
 
     Names are lower case. `name*=` wins over `name*0=`, that over `name=`; of two alike the first.
     """
-    value = value.strip()
-    main = _MAIN_VALUE.match(value).group()
+    main = re.match(r"[^\s;,]*", value)[0]
     if "=" in main:          # it is missing
         main = ""
-    rest = value[len(main):]
     plain: Dict[str, str] = {}
-    sections: Dict[str, Dict[int, Tuple[bool, str]]] = {}
-    for count, match in enumerate(_PARAMETER.finditer(";" + rest if rest else "")):
-        if count == MESSAGE_LIMITS.parameters:
-            warnings.add("more than %d parameters in one header field: the rest was not read"
-                         % MESSAGE_LIMITS.parameters)
+    sections: Dict[str, Dict[int, Tuple[str, str]]] = {}
+    for count, match in enumerate(_PARAMETER.finditer(";" + value[len(main):])):
+        if count == MAX_PARAMETERS:
+            warnings.add(f"more than {MAX_PARAMETERS} parameters in one header field: the rest "
+                         "was not read")
             break
-        name, quoted, token = match.groups()
+        name, number, encoded, quoted, token = match.groups()
+        name = name.lower()
         if quoted is not None:
             text = _QUOTED_PAIR.sub(r"\1", quoted)
-        elif name.lower() in ("name", "filename"):
-            text = token.strip()
+        else:                # brackets in a name are no comment
+            text = (token if name in ("name", "filename") else _COMMENT.sub("", token)).strip()
+        if number or encoded:                    # `name*=` is section -1: alone and first
+            sections.setdefault(name, {}).setdefault(int(number or -1), (encoded, text))
         else:
-            text = _COMMENT.sub("", token).strip()
-        parsed = _SECTION.match(name.lower())
-        if not parsed or (parsed.group(2) is None and not parsed.group(3)):
-            plain.setdefault(name.lower(), text)
-            continue
-        key, number, encoded = parsed.groups()
-        # `name*=` is kept as section -1: alone and first
-        index = -1 if number is None else int(number)
-        sections.setdefault(key, {}).setdefault(index, (bool(encoded), text))
-    for key, numbered in sections.items():
-        joined = _join_sections(numbered)
-        if joined or key not in plain:
-            plain[key] = joined
+            plain.setdefault(name, text)
+    for name, numbered in sections.items():
+        plain[name] = _joined(numbered) or plain.get(name, "")
     return main.strip('"'), plain
 
 
 # Structure
 
-class _Part(NamedTuple):
-    """A part of the MIME tree: what its header block says, and where its body lies."""
-
-    content_type: str
-    charset: str
-    boundary: bytes
-    disposition: str
-    file_name: str
-    content_id: Optional[str]
-    encoding: str            # a key of _DECODERS
-    named: bool              # Content-Type has a name: a file, even if it is shown inline
-    joins: bool              # delsp=yes: a blank at the end of a line joins it with the next
-    parent: str = ""         # subtype of the multipart around it, "" for the mail itself
-    first: bool = True       # the first part of that multipart
-    start: int = 0           # octets[start:end] is the encoded body
-    end: int = 0
+MAX_PARTS = 1_000            # leaves and multiparts together; postal-mime has no bound
+MAX_NESTING = 200            # multiparts in multiparts; Postfix stops at 100
+MAX_PART_HEADER = 65_536     # octets of a part's header block
+MAX_FILE_NAME = 1_000        # characters; file systems allow 255
+_TYPE = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+(?:/[!#$%&'*+.^_`|~0-9A-Za-z-]+)?")
+_BLANK_LINE = re.compile(rb"\n\r{0,3}\n|\r\r(?!\r{0,3}\n)")
+_DASHES = re.compile(rb"[\r\n]--([^\r\n]{0,1024})[^\r\n]*")
 
 
-_TYPE = _Pattern(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+(?:/[!#$%&'*+.^_`|~0-9A-Za-z-]+)?")
-_DASHES = _Pattern(rb"--(?<=[\r\n]--)([^\r\n]{0,1024})[^\r\n]*(?:\r\n|\n|\r|\Z)")
-_PART_HEADER = 65_536        # octets of a part's header block; a mail's has a bound of its own
+_FLOWED_BREAK = re.compile("(?<!^--) \n", re.M)         # RFC 3676 4.1; "-- " begins a signature
+_META_CHARSET = re.compile(rb"<meta[^>]{1,200}charset\s{0,9}=\s{0,9}[\"']?([\w.:-]{2,40})", re.I)
 
 
-def _content_type(value: str, warnings: _Warnings) -> Tuple[str, Dict[str, str]]:
-    """("type/subtype", parameters); none, or "text" alone, is text/plain (RFC 2045 5.2)."""
-    main, parameters = _parameters(value, warnings)
-    match = _TYPE.match(main)
-    content_type = match.group().lower() if match else ""
-    if "/" not in content_type:
-        warnings.add("Content-Type %r is no type/subtype" % main[:60])
-    return ("text/plain" if content_type in ("", "text") else content_type), parameters
+class Part:
+    """A part of the MIME tree: what its header says of it, and its octets as they are encoded."""
+
+    def __init__(self, header: Header, default: str = "text/plain"):
+        first, self.warnings = header.first, header.warnings
+        main, parameters = read_parameters(first.get("content-type", default), self.warnings)
+        match = _TYPE.match(main)
+        self.type = match[0].lower() if match else ""
+        if "/" not in self.type:
+            self.warnings.add(f"Content-Type {main[:60]!r} is no type/subtype")
+        if self.type in ("", "text"):            # RFC 2045 5.2
+            self.type = "text/plain"
+        disposition, named = read_parameters(first.get("content-disposition", ""), self.warnings)
+        self.disposition = disposition.lower()
+        self.file_name = decode_words(named.get("filename") or named.get("name")
+                                      or parameters.get("name", ""))[:MAX_FILE_NAME]
+        self.is_named = "name" in parameters     # a file, even if it is shown inline
+        self.id = first.get("content-id", "").strip("<> \t") or None
+        self.charset = parameters.get("charset", "")
+        self.boundary = parameters.get("boundary", "").rstrip().encode("utf-8", "replace")
+        self.joins = parameters.get("delsp", "").lower() == "yes"            # RFC 3676 4.1
+        encoding = _COMMENT.sub("", first.get("content-transfer-encoding", "")).partition(";")[0]
+        self.encoding = encoding.strip(" \t\"'").lower()
+        if self.encoding not in _DECODERS:
+            self.warnings.add(f"unknown Content-Transfer-Encoding {self.encoding[:60]!r}: "
+                              "taken as it is")
+        self.octets = b""
+        self.parent = ""                         # type of the multipart around it
+        self.first = True                        # of the parts there
+        self.count = 0                           # of parts in it
+
+    def decoded(self) -> bytes:
+        """What its octets stand for."""
+        return _DECODERS.get(self.encoding, bytes)(self.octets)
+
+    def is_body(self) -> bool:
+        """Whether a leaf is shown as a body, after RFC 8621 4.1.4: text that is not said to be an
+        attachment (RFC 2183 2.8: any word but "inline" says so); beside the first part not what
+        has a name, and in multipart/related HTML alone, which its start parameter may put behind
+        images."""
+        if self.type not in ("text/plain", "text/html") or self.disposition not in ("", "inline"):
+            return False
+        if self.first or self.parent == "multipart/alternative":
+            return True
+        return not self.is_named and (self.parent != "multipart/related" or (
+            self.type == "text/html" and not self.disposition))
+
+    def text(self) -> str:
+        """A text part as text, its line ends as \\n."""
+        octets = self.decoded()
+        text, problem = decode_charset(octets, self.charset)
+        if not self.charset and self.type == "text/html" and not octets.isascii():
+            meta = _META_CHARSET.search(octets, 0, 2048)
+            if meta and text != octets.decode("utf-8", "replace"):
+                text, problem = decode_charset(octets, meta[1].decode("ascii", "replace"))
+        damage = _damage(self.octets, self.encoding)
+        for wrong in filter(None, (problem, damage and "is " + damage)):
+            self.warnings.add(f"{self.type} part {wrong}")
+        text = text[1:] if text.startswith("\ufeff") else text
+        if "\0" in text:                         # JSON has six octets for each
+            text = text.replace("\0", "\ufffd")
+            self.warnings.add(f"{self.type} part has NUL octets")
+        if "\r" in text:     # CR CR LF: quoted-printable made of CRLF twice, as Ruby's mail does
+            text = text.replace("\r\r\n", "\n").replace("\r\n", "\n").replace("\r", "\n")
+        return _FLOWED_BREAK.sub("", text) if self.joins else text
+
+    def attachment(self) -> Attachment:
+        """A leaf that is no body."""
+        damage = _damage(self.octets, self.encoding)
+        if damage:
+            self.warnings.add(f"attachment {self.file_name[:60] or self.type[:60]}: {damage}")
+        return Attachment(self.file_name, self.type, self.id, self.decoded())
 
 
-def _encoding(value: str, warnings: _Warnings) -> str:
-    name = _COMMENT.sub("", value).partition(";")[0].strip(" \t\"'").lower()
-    if name not in _ENCODING_NAMES:
-        warnings.add("unknown Content-Transfer-Encoding %r: taken as it is" % name[:60])
-    return _ENCODING_NAMES.get(name, "")
+def split_mail(octets: bytes) -> Tuple[bytes, int]:
+    """(header block, where the body begins) of a mail: an empty line parts them."""
+    start = 0
+    if octets.startswith((b"From ", b">From ")):
+        start = octets.find(b"\n") + 1           # an mbox's separator line
+    blank = re.compile(rb"\r{0,3}\n").match(octets, start) or _BLANK_LINE.search(octets, start)
+    return (octets[start:blank.start()], blank.end()) if blank else (octets[start:], len(octets))
 
 
-def _part(fields: List[Tuple[str, str]], default: str, warnings: _Warnings) -> _Part:
-    """A part from its header fields; of two alike the first counts."""
-    first: Dict[str, str] = {}
-    for name, value in fields:
-        if name[:8].lower() == "content-":
-            first.setdefault(name.lower(), value)
-    content_type, parameters = default, {}
-    if "content-type" in first:
-        content_type, parameters = _content_type(first["content-type"], warnings)
-    disposition, named = "", {}
-    if "content-disposition" in first:
-        disposition, named = _parameters(first["content-disposition"], warnings)
-    name = _readable(named.get("filename") or named.get("name") or parameters.get("name") or "")
-    content_id = first.get("content-id", "").strip("<> \t")
-    return _Part(content_type, parameters.get("charset", ""),
-                 parameters.get("boundary", "").rstrip().encode("utf-8", "replace"),
-                 disposition.lower(), name[:MESSAGE_LIMITS.file_name], content_id or None,
-                 _encoding(first.get("content-transfer-encoding", ""), warnings),
-                 "name" in parameters, parameters.get("delsp", "").lower() == "yes")
+class _Tree:
+    """The multiparts of a mail that are open at one place, from the outside in."""
 
+    def __init__(self):
+        self.open: List[Part] = []
+        self.levels: Dict[bytes, int] = {}       # boundary: index into `open`
 
-def _delimiter(line: bytes, active: Dict[bytes, int]) -> Optional[Tuple[int, bool]]:
-    """(level, is a close delimiter) of what follows "--" on a line; None if it is neither."""
-    line = line.rstrip(b" \t")
-    if line in active:
-        return active[line], False
-    level = active.get(line[:-2].rstrip(b" \t")) if line.endswith(b"--") else None
-    return None if level is None else (level, True)
-
-
-def _part_header(octets: bytes, start: int, active: Dict[bytes, int]) -> Tuple[int, int]:
-    """(end of the header block, start of the body) of the part at `start`: up to an empty line,
-    or to a delimiter that comes before one."""
-    limit = min(len(octets), start + _PART_HEADER)
-    for line in _DASHES.finditer(octets, start, limit):
-        blank = _BLANK_LINE.search(octets, start, line.start())
-        if blank:
-            return blank.span()
-        if _delimiter(line.group(1), active):
-            return line.start(), line.start()
-        start = line.end()
-    blank = _BLANK_LINE.search(octets, start, limit)
-    return blank.span() if blank else (limit, limit)
-
-
-def _before_line_end(octets: bytes, start: int, end: int) -> int:
-    """`end` without the line end before it: that belongs to the delimiter (RFC 2046 5.1.1)."""
-    if octets[end - 1:end] == b"\n":
-        end -= 1
-    if octets[end - 1:end] == b"\r":
-        end -= 1
-    return max(start, end)
-
-
-def _open(part: _Part, stack: List[_Part], active: Dict[bytes, int],
-          warnings: _Warnings) -> Optional[_Part]:
-    """Puts a multipart on the stack; returns what is a leaf, or must be taken for one."""
-    if not part.content_type.startswith("multipart/"):
-        return part
-    if not part.boundary:
-        warnings.add("%s without a boundary: its parts were not read" % part.content_type[:60])
+    def add(self, part: Part) -> Optional[Part]:
+        """Opens a multipart; returns what is a leaf, or must be taken for one."""
+        if not part.type.startswith("multipart/"):
+            return part
+        if not part.boundary:
+            part.warnings.add(f"{part.type[:60]} without a boundary: its parts were not read")
+            return None
+        if len(self.open) >= MAX_NESTING:
+            part.warnings.add(f"multiparts nested over {MAX_NESTING} deep: deeper ones were not "
+                              "read")
+            return part
+        self.levels[part.boundary] = len(self.open)
+        self.open.append(part)
         return None
-    if len(stack) >= MESSAGE_LIMITS.nesting:
-        warnings.add("multiparts nested over %d deep: deeper ones were not read"
-                     % MESSAGE_LIMITS.nesting)
-        return part
-    stack.append(part)
-    active[part.boundary] = len(stack) - 1
-    return None
+
+    def delimiter(self, line: bytes) -> Optional[Tuple[int, bool]]:
+        """(index of the multipart, whether this ends it) of a line that begins with "--" and then
+        this; None if it is no delimiter."""
+        line = line.rstrip(b" \t")
+        if line in self.levels:
+            return self.levels[line], False
+        level = self.levels.get(line[:-2].rstrip(b" \t")) if line.endswith(b"--") else None
+        return None if level is None else (level, True)
+
+    def cut(self, length: int) -> None:
+        """Closes all but the outer ones."""
+        del self.open[length:]
+        self.levels = {part.boundary: index for index, part in enumerate(self.open)}
+
+    def header(self, octets: bytes, start: int) -> Tuple[int, int]:
+        """(end of the header block, start of the body) of the part at `start`: up to an empty
+        line, or to a delimiter that comes before one."""
+        limit = min(len(octets), start + MAX_PART_HEADER)
+        for line in _DASHES.finditer(octets, start, limit):
+            blank = _BLANK_LINE.search(octets, start, line.start() + 1)
+            if blank:
+                return blank.span()
+            if self.delimiter(line[1]):
+                return line.start(), line.start() + 1
+            start = line.start()
+        blank = _BLANK_LINE.search(octets, start, limit)
+        return blank.span() if blank else (limit, limit)
 
 
-def _split(octets: bytes, part: _Part, warnings: _Warnings) -> List[_Part]:
-    """The leaves of the MIME tree in order; a message/* part is a leaf, whatever it holds.
+def leaves(octets: bytes, start: int, root: Part) -> Iterator[Part]:
+    """The leaves of a mail's MIME tree in order; a message/* part is a leaf, whatever it holds.
 
-    Own code on offsets, because `email.parser` recurses (1,500 multiparts end it), needs four
-    times the mail in memory, rewrites message/* parts, and takes 10 to 100 times as long. Here a
-    line that begins with "--" is looked up once among the boundaries of all open multiparts.
+    Own code, because `email.parser` recurses (1,500 multiparts end it), needs four times the mail
+    in memory, rewrites message/* parts, and takes 10 to 100 times as long.  Here a line that
+    begins with "--" is looked up once among the boundaries of all open multiparts.
     """
-    leaves: List[_Part] = []
-    stack: List[_Part] = []                  # multiparts whose end has not come
-    active: Dict[bytes, int] = {}            # boundary: index into the stack
-    leaf = _open(part, stack, active, warnings)
-    if not stack:
-        return [leaf] if leaf else []
-    count, first, body = 0, True, part.start
-    for line in _DASHES.finditer(octets, part.start):
-        found = _delimiter(line.group(1), active) if line.start() >= body else None
+    tree, body = _Tree(), start
+    leaf = tree.add(root)
+    if leaf:
+        leaf.octets = octets[start:]
+        yield leaf
+    count = 0
+    for line in _DASHES.finditer(octets, max(0, start - 1)) if tree.open else ():
+        found = tree.delimiter(line[1]) if line.start() >= body - 1 else None
         if not found:
             continue
         if leaf:
-            leaves.append(leaf._replace(
-                end=_before_line_end(octets, leaf.start, line.start())))
+            end = line.start()           # the line end there belongs to the delimiter (5.1.1)
+            leaf.octets = octets[body:end - (octets[end - 1:end + 1] == b"\r\n")]
+            yield leaf
             leaf = None
         level, is_close = found
-        if len(stack) - 1 > level:
-            warnings.add("multipart without its final boundary")
-        if len(stack) - 1 > level or is_close:
-            del stack[level if is_close else level + 1:]
-            active = {open_.boundary: index for index, open_ in enumerate(stack)}
-            first = False
-        if not stack:
-            break
+        if level + 1 < len(tree.open):
+            root.warnings.add("multipart without its final boundary")
+        tree.cut(level + (not is_close))
+        if is_close and not tree.open:
+            return
         if is_close:
             continue
         count += 1
-        if count > MESSAGE_LIMITS.parts:
-            warnings.add("more than %d parts: the rest of them was not read"
-                         % MESSAGE_LIMITS.parts)
-            return leaves
-        end, body = _part_header(octets, line.end(), active)
-        default = "message/rfc822" if stack[-1].content_type.endswith("/digest") else "text/plain"
-        part = _part(_fields(octets[line.end():end], warnings), default, warnings)._replace(
-            parent=stack[-1].content_type[10:], first=first, start=body, end=len(octets))
-        depth = len(stack)
-        leaf = _open(part, stack, active, warnings)
-        first = len(stack) > depth
-    if leaf:
-        leaves.append(leaf)
-    if stack:
-        warnings.add("multipart without its final boundary")
-    return leaves
-
-
-# Bodies and attachments
-
-def _is_body(part: _Part) -> bool:
-    """Whether a leaf is shown as a body, after RFC 8621 4.1.4: text that is not said to be an
-    attachment (RFC 2183 2.8: any word but "inline" says so); beside the first part not what has a
-    name, and in multipart/related HTML alone, which its start parameter may put behind images."""
-    if (part.content_type not in ("text/plain", "text/html")
-            or part.disposition not in ("", "inline")):
-        return False
-    if part.first or part.parent == "alternative":
-        return True
-    return not part.named and (part.parent != "related" or (
-        part.content_type == "text/html" and not part.disposition))
-
-
-def _decoded(octets: bytes, part) -> bytes:
-    if part.encoding == "base64":       # without a copy of the encoded octets
-        return b"".join(_base64_pieces(octets, part.start, part.end))
-    return _DECODERS[part.encoding](octets[part.start:part.end])
-
-
-def attachment_octets(octets: bytes, attachment: Attachment) -> bytes:
-    """An attachment as its sender attached it; `octets` is the mail that it was read from."""
-    return _decoded(octets, attachment)
-
-
-def _attachment(octets: bytes, part: _Part, warnings: _Warnings) -> Attachment:
-    if part.encoding == "base64":
-        length = sum(map(len, _base64_pieces(octets, part.start, part.end)))
-    else:
-        length = len(_decoded(octets, part)) if part.encoding else part.end - part.start
-    damage = _damage(octets, part.encoding, part.start, part.end)
-    if damage:
-        warnings.add("attachment %s: %s" % (part.file_name[:60] or part.content_type[:60], damage))
-    return Attachment(part.file_name, part.content_type, part.content_id, length,
-                      part.disposition.startswith("inline"), part.encoding, part.start, part.end)
-
-
-_FLOWED_BREAK = _Pattern("(?<!^--) \n", re.M)           # RFC 3676 4.1; "-- " begins a signature
-_META_CHARSET = _Pattern(rb"<meta[^>]{1,200}charset\s{0,9}=\s{0,9}[\"']?([\w.:-]{2,40})", re.I)
-
-
-def _text(octets: bytes, part: _Part, warnings: _Warnings) -> str:
-    """A text part as text, its line ends as \\n."""
-    content, charset = _decoded(octets, part), part.charset
-    text, problem = decode_charset(content, charset)
-    if not charset and part.content_type == "text/html" and not content.isascii():
-        meta = _META_CHARSET.search(content, 0, 2048)
-        if meta and text != content.decode("utf-8", "replace"):
-            text, problem = decode_charset(content, meta.group(1).decode("ascii", "replace"))
-    damage = _damage(octets, part.encoding, part.start, part.end)
-    for wrong in filter(None, (problem, damage and "is " + damage)):
-        warnings.add("%s part %s" % (part.content_type, wrong))
-    text = text[1:] if text.startswith("\ufeff") else text
-    if "\0" in text:                     # JSON has six octets for each
-        text = text.replace("\0", "\ufffd")
-        warnings.add("%s part has NUL octets" % part.content_type)
-    if "\r" in text:     # CR CR LF: quoted-printable made of CRLF twice, as Ruby's mail does
-        text = text.replace("\r\r\n", "\n").replace("\r\n", "\n").replace("\r", "\n")
-    return _FLOWED_BREAK.sub("", text) if part.joins else text
+        if count > MAX_PARTS:
+            root.warnings.add(f"more than {MAX_PARTS} parts: the rest of them was not read")
+            return
+        outer = tree.open[-1]
+        end, body = tree.header(octets, line.end())
+        part = Part(Header(octets[line.end():end], root.warnings),
+                    "message/rfc822" if outer.type == "multipart/digest" else "text/plain")
+        part.parent, part.first = outer.type, not outer.count
+        outer.count += 1
+        leaf = tree.add(part)
+    if leaf and tree.open:
+        leaf.octets = octets[body:]
+        yield leaf
+    if tree.open:
+        root.warnings.add("multipart without its final boundary")
 
 
 # Text
@@ -1777,94 +1643,51 @@ def _html_body(texts: List[str], subject: str, warnings: _Warnings) -> Tuple[Bod
 
 # Whole mails
 
-def _header_block(octets: bytes) -> Tuple[int, int, int]:
-    """(start of the header block, its end, start of the body) of a mail."""
-    start = 0
-    if octets[:5] == b"From " or octets[:6] == b">From ":
-        start = octets.find(b"\n") + 1      # an mbox's separator line
-    blank = _BLANK_LINE.search(octets, start)
-    if blank is None:
-        return start, len(octets), len(octets)
-    return start, blank.start(), blank.end()
-
-
-_ADDRESS_FIELDS = {"from": 0, "to": 1, "cc": 2, "bcc": 3, "reply-to": 4}
-
-
-def _headers(fields: List[Tuple[str, str]], warnings: _Warnings) -> Headers:
-    """Decoded fields and what is read from them. Of several To, Cc, Bcc or Reply-To fields all
-    count, of several From or Subject fields the first does."""
-    headers, subject = [], None
-    addresses: Tuple[List[Address], ...] = ([], [], [], [], [])
-    for name, value in fields:
-        readable = _readable(value)
-        headers.append((name, readable))
-        key = name.lower()
-        if key == "subject" and subject is None:
-            subject = readable
-        if key not in _ADDRESS_FIELDS:
-            continue
-        found = addresses[_ADDRESS_FIELDS[key]]
-        if key != "from" or not found:
-            found.extend(read_addresses(value))
-        if len(found) >= MESSAGE_LIMITS.addresses:
-            del found[MESSAGE_LIMITS.addresses:]
-            warnings.add("more than %d addresses in %s: the rest of them was not read"
-                         % (MESSAGE_LIMITS.addresses, name))
-    return Headers(tuple(headers), subject or "", *map(tuple, addresses))
-
-
-def read_headers(octets: bytes) -> Headers:
-    """What the header block of a mail says; the body is not looked at."""
-    start, end, _ = _header_block(octets)
-    warnings = _Warnings()
-    return _headers(_fields(octets[start:end], warnings), warnings)
-
-
-def read_date(value: str) -> Optional[datetime.datetime]:
-    """A Date field as an aware datetime (no zone: UTC), None if it cannot be one."""
+def is_date(value: str) -> bool:
+    """Whether a Date field can be read as a date."""
     try:
         # without comments: `10:00 (EDT) -0400` is not read as two zones
         parsed = email.utils.parsedate_tz(_COMMENT.sub(" ", value[:200]))
         zone = datetime.timezone(datetime.timedelta(seconds=parsed[9] or 0))
-        return datetime.datetime(*parsed[:6], tzinfo=zone)
+        return bool(datetime.datetime(*parsed[:6], tzinfo=zone))
     except (ValueError, TypeError, IndexError, OverflowError, NameError):
-        return None     # NameError: 3.8's parsedate_tz at `10.00.00.00`
+        return False    # NameError: 3.8's parsedate_tz at `10.00.00.00`
 
 
-_ONCE = frozenset((     # RFC 5322 3.6 and RFC 2045: at most one each
-    "from", "sender", "reply-to", "to", "cc", "bcc", "subject", "date", "message-id",
-    "mime-version", "content-type", "content-transfer-encoding"))
+MAX_LINE = 998               # octets without CRLF, RFC 5322 2.1.1
+_ONCE = (                    # RFC 5322 3.6 and RFC 2045: at most one each
+    "bcc", "cc", "content-transfer-encoding", "content-type", "date", "from", "message-id",
+    "mime-version", "reply-to", "sender", "subject", "to")
+_FIELD_START = re.compile(rb"[!-9;-~]+[ \t]*:")
 
 
-_FIELD_START = _Pattern(rb"[!-9;-~]+[ \t]*:")
-
-
-def _check_headers(block: bytes, headers: Headers, date, warnings: _Warnings):
+def _check_header(block: bytes, header: Header, mail: "Mail"):
     """What RFC 5322 asks of a mail's header block and this one does not do."""
-    names = [name.lower() for name, _ in headers.headers]
+    names, add = [name.lower() for name, _ in header.fields], header.warnings.add
     for name in ("From", "Date", "Message-ID"):
-        if name.lower() not in names:
-            warnings.add("no %s field" % name)
-    for name in sorted(_ONCE.intersection(names)):
-        if names.count(name) > 1:
-            warnings.add("%d %s fields: one is allowed" % (names.count(name), name.title()))
-    if "date" in names and date is None:
-        warnings.add("Date field that is no date")
-    if "from" in names and not headers.from_:
-        warnings.add("From field without an address")
+        if name.lower() not in header.first:
+            add(f"no {name} field")
+    if len(names) > len(header.first):
+        for name in _ONCE:
+            if names.count(name) > 1:
+                add(f"{names.count(name)} {name.title()} fields: one is allowed")
+    if "date" in header.first and not any(
+            is_date(value) for name, value in header.fields if name.lower() == "date"):
+        add("Date field that is no date")
+    if "from" in header.first and not mail.from_:
+        add("From field without an address")
     if not block.isascii():
-        warnings.add("raw 8-bit octets in the header block: only SMTPUTF8 mail may have them")
-    for line in block[:MESSAGE_LIMITS.header_octets].split(b"\n"):
+        add("raw 8-bit octets in the header block: only SMTPUTF8 mail may have them")
+    for line in block[:MAX_HEADER].split(b"\n"):
         if line[:1] not in b" \t\r" and not _FIELD_START.match(line):
-            warnings.add("header line that is no field: %r"
-                         % line[:60].decode("ascii", "replace").rstrip())
+            add("header line that is no field: "
+                f"{line[:60].decode('ascii', 'replace').rstrip()!r}")
             break
 
 
-def _check_octets(octets: bytes, eight_bit: bool, warnings: _Warnings):
+def _check_octets(octets: bytes, envelope: "Envelope", warnings: _Warnings):
     """What RFC 5321 and 5322 ask of the lines of a mail and these do not do."""
-    if not eight_bit and not octets.isascii():
+    if not envelope.eight_bit and not octets.isascii():
         warnings.add("8-bit octets, but BODY=8BITMIME was not announced")
     ends = octets.count(b"\r\n")
     if octets.count(b"\n") > ends:
@@ -1872,75 +1695,12 @@ def _check_octets(octets: bytes, eight_bit: bool, warnings: _Warnings):
     if octets.count(b"\r") > ends:
         warnings.add("bare CR: a CR without LF")
     at = 0
-    while at + MESSAGE_LIMITS.line_octets < len(octets):
-        end = octets.rfind(b"\n", at, at + MESSAGE_LIMITS.line_octets + 2)
+    while at + MAX_LINE < len(octets):
+        end = octets.rfind(b"\n", at, at + MAX_LINE + 2)
         if end < 0:
-            warnings.add("line over %d octets (RFC 5322 2.1.1)" % MESSAGE_LIMITS.line_octets)
+            warnings.add(f"line over {MAX_LINE} octets (RFC 5322 2.1.1)")
             break
         at = end + 1
-
-
-def read_message(octets: bytes, eight_bit: bool = True) -> Content:
-    """One mail, read completely; never raises. `eight_bit`: BODY=8BITMIME was announced."""
-    warnings = _Warnings()
-    start, end, body = _header_block(octets)
-    fields = _fields(octets[start:end], warnings)
-    headers = _headers(fields, warnings)
-    dates = [read_date(value) for name, value in headers.headers if name.lower() == "date"]
-    date = next(filter(None, dates), None)
-    message_id = next((value for name, value in headers.headers
-                       if name.lower() == "message-id"), "")
-    _check_headers(octets[start:end], headers, date, warnings)
-    _check_octets(octets, eight_bit, warnings)
-    root = _part(fields, "text/plain", warnings)._replace(start=body, end=len(octets))
-    texts, htmls, attachments = [], [], []
-    for part in _split(octets, root, warnings):
-        if not _is_body(part):
-            attachments.append(_attachment(octets, part, warnings))
-        else:
-            bodies = htmls if part.content_type == "text/html" else texts
-            bodies.append(_text(octets, part, warnings))
-    html_body, visible = _html_body(htmls, headers.subject, warnings)
-    text_body = _text_body(texts, headers.subject)
-    if htmls and not texts:
-        warnings.add("HTML without a text alternative")
-    preview = _preview(text_body.body or "", visible, headers.subject)
-    return Content(*headers, date, message_id, html_body, text_body,
-                   tuple(attachments), preview, tuple(warnings))
-
-
-def read_bodies(octets: bytes) -> List[str]:
-    """The texts and HTML sources of a mail, and nothing else of it: what a search looks at."""
-    warnings = _Warnings()
-    start, end, body = _header_block(octets)
-    fields = _fields(octets[start:end], warnings)
-    root = _part(fields, "text/plain", warnings)._replace(start=body, end=len(octets))
-    return [_text(octets, part, warnings) for part in _split(octets, root, warnings)
-            if _is_body(part)]
-
-
-def read_sms(octets: bytes, sender: Optional[str], recipients: Iterable[str]) -> Content:
-    """An SMS in the shape of a mail: a text body, numbers for addresses."""
-    text = octets.decode("utf-8", "replace")
-    to = tuple(Address("", number) for number in recipients)
-    return Content((), "", (Address("", sender or ""),), to, (), (), (), None, "",
-                   Body(), _text_body([text], ""), (), _preview(text), ())
-
-
-_SAME = TypeVar("_SAME")
-
-
-@functools.lru_cache(maxsize=4096)
-def _same(value: _SAME) -> _SAME:
-    return value
-
-
-def shared(value: _SAME, size: int) -> _SAME:
-    """The same value, as one object wherever it is kept: mails of one sender to one recipient
-    differ in little else than their octets.  (sys.intern() would keep it for ever.)
-
-    What is large is left alone: the last few thousand values outlive their mail uncounted."""
-    return _same(value) if size <= 1_000 else value
 
 
 class Envelope(NamedTuple):
@@ -1955,13 +1715,109 @@ class Envelope(NamedTuple):
     eight_bit: bool = True               # BODY=8BITMIME was announced
 
 
-class Keys(NamedTuple):
-    """What a search looks at first, in one case."""
+class Mail:
+    """A mail that was read: what tests, JSON and searches look at. An SMS has the shape of a mail,
+    with numbers for addresses."""
 
-    subject: str
-    senders: Tuple[str, ...]
-    recipients: Tuple[str, ...]          # To, Cc and envelope
-    names: str                           # display names and addresses, for free text
+    headers: Tuple[Tuple[str, str], ...] = ()    # all fields in order, unfolded and decoded
+    subject = ""
+    from_: Tuple[Address, ...] = ()      # addresses have .name and .email
+    to: Tuple[Address, ...] = ()
+    cc: Tuple[Address, ...] = ()
+    reply_to: Tuple[Address, ...] = ()
+    message_id = ""                      # with its <>
+    text_body = Body()
+    html_body = Body()
+    attachments: List[Attachment] = []   # in the order of the mail
+    preview = ""                         # one line
+    warnings: Tuple[str, ...] = ()       # what is wrong with the mail
+
+    def __init__(self, message: "Message"):
+        self._message = message
+        self.id = message.id
+        self.number = message.number     # of its arrival
+        self.octets = message.octets     # exactly as received
+        self.envelope = message.envelope
+        if message.kind == "SMS":
+            self._read_sms()
+        else:
+            self._read_mail()
+
+    def _read_sms(self):
+        text = self.octets.decode("utf-8", "replace")
+        self.from_ = (Address("", self.envelope.reverse_path or ""),)
+        self.to = tuple(Address("", number) for number in self.envelope.forward_paths)
+        self.text_body, self.preview = _text_body([text], ""), _preview(text)
+
+    def _read_mail(self):
+        block, start = split_mail(self.octets)
+        warnings = _Warnings()
+        header = Header(block, warnings)
+        self.headers = tuple((name, decode_words(value)) for name, value in header.fields)
+        self.subject = header.text("subject")
+        self.from_, self.to, self.cc, self.reply_to = map(
+            header.addresses, ("from", "to", "cc", "reply-to"))
+        self.message_id = header.text("message-id")
+        _check_header(block, header, self)
+        _check_octets(self.octets, self.envelope, warnings)
+        texts, htmls, attachments = [], [], []
+        for part in leaves(self.octets, start, Part(header)):
+            if part.is_body():
+                (htmls if part.type == "text/html" else texts).append(part.text())
+            else:
+                attachments.append(part.attachment())
+        self.html_body, visible = _html_body(htmls, self.subject, warnings)
+        self.text_body = _text_body(texts, self.subject)
+        self.attachments = attachments
+        if htmls and not texts:
+            warnings.add("HTML without a text alternative")
+        self.preview = _preview(self.text_body.body or "", visible, self.subject)
+        self.warnings = tuple(warnings)
+
+    @property
+    def received(self) -> datetime.datetime:
+        """When it came."""
+        return datetime.datetime.fromtimestamp(self._message.received, datetime.timezone.utc)
+
+    @property
+    def bcc(self) -> Tuple[Address, ...]:
+        """The envelope recipients that neither To nor Cc names."""
+        return hidden_recipients(self.envelope.forward_paths, self.to + self.cc)
+
+    @property
+    def text(self) -> str:
+        """The text, "" where there is none."""
+        return self.text_body.body or ""
+
+    @property
+    def html(self) -> str:
+        """The HTML source, "" where there is none."""
+        return self.html_body.body or ""
+
+    @property
+    def links(self) -> List[str]:
+        """The URLs of the HTML, or of the text where that has none."""
+        return [link.href for link in self.html_body.links or self.text_body.links]
+
+    @property
+    def codes(self) -> List[str]:
+        """The codes of the text, or of the HTML where that has none."""
+        return list(self.text_body.codes or self.html_body.codes)
+
+    @property
+    def transcript(self) -> str:
+        """The SMTP dialogue that brought it."""
+        return self._message.transcript().decode("utf-8", "replace")
+
+    def header(self, name: str, default: str = "") -> str:
+        """The value of the first header field of that name."""
+        return next((value for field, value in self.headers if field.lower() == name.lower()),
+                    default)
+
+    def __repr__(self) -> str:
+        sender = self.from_[0].email if self.from_ else ""
+        return (f"<Mail {self.subject!r} from {sender!r} to "
+                f"{', '.join(self.envelope.forward_paths)}>")
 
 
 class Message:
@@ -1971,8 +1827,7 @@ class Message:
     """
 
     __slots__ = ("id", "number", "kind", "direction", "received", "envelope", "octets",
-                 "session", "cost", "inboxes", "servers", "summary", "rendered", "_keys",
-                 "_folded")
+                 "session", "cost", "inboxes", "servers", "summary", "rendered")
 
     def __init__(self, id: str, octets: bytes, envelope: Envelope, kind: str = "Email",
                  direction: str = "Received", session: Tuple[bytes, ...] = ()):
@@ -1989,8 +1844,6 @@ class Message:
         self.servers: Tuple[str, ...] = ()
         self.summary: Optional[bytes] = None         # kept JSON: see HTTP API
         self.rendered: Optional[bytes] = None
-        self._keys: Optional[Keys] = None
-        self._folded: Union[str, Tuple[int, int], None] = None
 
     def transcript(self) -> bytes:
         """The dialogue that brought it: lines with CRLF.  The last two are not kept, because they
@@ -2000,86 +1853,133 @@ class Message:
         return b"%bC: (%d octets of mail data)\r\nS: 250 2.0.0 Ok: queued as %b\r\n" % (
             b"".join(self.session), len(self.octets), self.id.encode())
 
-    def content(self) -> Content:
+    def read(self) -> Mail:
         """Everything that the octets say, read anew at each call: it is large and seldom used."""
+        return Mail(self)
+
+    def header(self) -> Header:
+        """What the header block alone says; an SMS has none."""
+        return Header(split_mail(self.octets)[0] if self.kind == "Email" else b"")
+
+    def bodies(self) -> List[str]:
+        """The texts and HTML sources, and nothing else."""
         if self.kind == "SMS":
-            return read_sms(self.octets, self.envelope.reverse_path, self.envelope.forward_paths)
-        return read_message(self.octets, self.envelope.eight_bit)
-
-    def bcc(self, head) -> Tuple[Address, ...]:
-        """The envelope recipients that neither To nor Cc names (head: Content or Headers)."""
-        named = {address.email.lower() for address in head.to + head.cc}
-        hidden = dict.fromkeys(path for path in self.envelope.forward_paths
-                               if path.lower() not in named)
-        return tuple(Address("", path) for path in hidden)
-
-    def keys(self) -> Keys:
-        """What a search looks at first; costs the reading of the header once."""
-        if self._keys is None:
-            head = self.content() if self.kind == "SMS" else read_headers(self.octets)
-            parties = head.from_ + head.to + head.cc
-            recipients = [address.email for address in head.to + head.cc]
-            recipients.extend(self.envelope.forward_paths)
-            names = "\n".join(f"{address.name} {address.email}" for address in parties).lower()
-            senders = [address.email.lower() for address in head.from_]
-            recipients = list(dict.fromkeys(path.lower() for path in recipients))
-            size = len(names) + sum(map(len, recipients))
-            self._keys = Keys(head.subject.lower(), shared(tuple(senders), size),
-                              shared(tuple(recipients), size), shared(names, size))
-        return self._keys
-
-    def folded_body(self) -> str:
-        """The text and the HTML source in lower case.  Once somebody has searched bodies they are
-        kept, or where the only one stands in the octets, if nothing encodes it there."""
-        if self._folded is None:
-            texts = ([self.octets.decode("utf-8", "replace")] if self.kind == "SMS" else
-                     read_bodies(self.octets))
-            if len(texts) == 1:
-                plain = texts[0].replace("\n", "\r\n").encode("utf-8", "replace")
-                start = self.octets.find(plain)
-                self._folded = (start, start + len(plain)) if start >= 0 else None
-            if self._folded is None:
-                self._folded = "\0".join(texts).lower()
-        if isinstance(self._folded, str):
-            return self._folded
-        start, end = self._folded
-        return self.octets[start:end].decode("utf-8").replace("\r\n", "\n").lower()
+            return [self.octets.decode("utf-8", "replace")]
+        block, start = split_mail(self.octets)
+        return [part.text() for part in leaves(self.octets, start, Part(Header(block)))
+                if part.is_body()]
 
 
 # ---- Search ----------------------------------------------------------------
-# Which messages a request means: terms on a message, all or any of them.
-# Header fields are looked at before bodies, since they cost less to read.
+# Which messages a request means: terms on a message, all or any of them. One table of words
+# serves the search box, the API's q=, the filters, the page and the README.
+
+class Searched:
+    """A message while a search looks at it: each piece is read once, when a term asks for it."""
+
+    def __init__(self, message: Message):
+        self.message = message
+        self.paths = message.envelope.forward_paths
+
+    @functools.cached_property
+    def header(self) -> Header:
+        """Its header block."""
+        return self.message.header()
+
+    @functools.cached_property
+    def mail(self) -> Mail:
+        """All of it."""
+        return self.message.read()
+
+    @functools.cached_property
+    def body(self) -> str:
+        """Its text and HTML source in lower case."""
+        return "\0".join(self.message.bodies()).lower()
+
+    @functools.cached_property
+    def subject(self) -> str:
+        """Its subject in lower case."""
+        return self.header.text("subject").lower()
+
+    def addresses(self, field: str) -> Tuple[Address, ...]:
+        """The mailboxes of a field; an SMS has a sender, too."""
+        if field == "from" and self.message.kind == "SMS":
+            return (Address("", self.message.envelope.reverse_path or ""),)
+        return self.header.addresses(field)
+
+    @property
+    def senders(self) -> Tuple[Address, ...]:
+        """Whom From names."""
+        return self.addresses("from")
+
+    @functools.cached_property
+    def recipients(self) -> Tuple[Address, ...]:
+        """To, Cc and the envelope."""
+        return (self.addresses("to") + self.addresses("cc")
+                + tuple(Address("", path) for path in self.paths))
+
+    @property
+    def hidden(self) -> Tuple[Address, ...]:
+        """The Bcc field, and the envelope recipients that neither To nor Cc names."""
+        return self.addresses("bcc") + hidden_recipients(
+            self.paths, self.addresses("to") + self.addresses("cc"))
+
+
+def _named(addresses: Iterable[Address], value: str) -> bool:
+    """Whether a part of a name or an address is `value`."""
+    return any(value in name.lower() or value in box.lower() or value in address_key(box)
+               for name, box in addresses)
+
+
+def _is(addresses: Iterable[Address], value: str) -> bool:
+    """Whether a whole address is `value`."""
+    key = address_key(value)
+    return any(key == address_key(box) for _, box in addresses)
+
+
+_HAS: Dict[str, Callable[[Mail], Any]] = {
+    "attachment": lambda mail: mail.attachments,
+    "code": lambda mail: mail.codes,
+    "html": lambda mail: mail.html_body.body,
+    "image": lambda mail: mail.html_body.images,
+    "link": lambda mail: mail.links,
+    "text": lambda mail: mail.text_body.body,
+    "warning": lambda mail: mail.warnings,
+}
+# word: (what it looks for, its test); what costs less to look at comes first
+WORDS: Dict[str, Tuple[str, Callable[[Searched, str], bool]]] = {
+    "id": ("the id of the message, or a part of its Message-ID", lambda mail, value: (
+        value == mail.message.id.lower() or value in mail.header.text("message-id").lower())),
+    "user": ("a part of the user that AUTH named", lambda mail, value: (
+        value in mail.message.envelope.user.lower())),
+    "subject": ("a part of the subject", lambda mail, value: value in mail.subject),
+    "from": ("a part of the sender's name or address", lambda mail, value: (
+        _named(mail.senders, value))),
+    "to": ("the same of any recipient", lambda mail, value: _named(mail.recipients, value)),
+    "cc": ("the same of Cc", lambda mail, value: _named(mail.addresses("cc"), value)),
+    "bcc": ("the same of a hidden recipient", lambda mail, value: _named(mail.hidden, value)),
+    "header": ("a part of a header field, as in \"x-mailer: acme\"", lambda mail, value: any(
+        value in f"{name}: {decode_words(text)}".lower() for name, text in mail.header.fields)),
+    "body": ("a part of the text or the HTML source", lambda mail, value: value in mail.body),
+    "file": ("a part of an attachment's name", lambda mail, value: any(
+        value in part.file_name.lower() for part in mail.mail.attachments)),
+    "has": (", ".join(_HAS), lambda mail, value: bool(_HAS[value](mail.mail))),
+}
+_TESTS = {
+    **{word: test for word, (_, test) in WORDS.items()},
+    "sender": lambda mail, value: _is(mail.senders, value),
+    "recipient": lambda mail, value: _is(mail.recipients, value),
+    "free": lambda mail, value: (value in mail.subject or _named(mail.senders, value)
+                                 or _named(mail.recipients, value) or value in mail.body),
+}
+
 
 class Term(NamedTuple):
-    """One condition on a message.  `field` is a key of _TESTS; `value` is in lower case."""
+    """One condition on a message. `field` is a key of _TESTS; `value` is in lower case."""
 
     field: str
     value: str
     wanted: bool = True
-
-
-def _has(message: Message, what: str) -> bool:
-    content = message.content()
-    return bool({"attachment": content.attachments, "attachments": content.attachments,
-                 "code": content.text.codes or content.html.codes,
-                 "link": content.text.links or content.html.links,
-                 "html": content.html.body, "text": content.text.body,
-                 "warning": content.warnings}.get(what))
-
-
-_TESTS: Dict[str, Callable[[Message, str], bool]] = {
-    "sent-from": lambda message, value: value in message.keys().senders,
-    "sent-to": lambda message, value: value in message.keys().recipients,
-    "subject": lambda message, value: value in message.keys().subject,
-    "body": lambda message, value: value in message.folded_body(),
-    "from": lambda message, value: any(value in sender for sender in message.keys().senders),
-    "to": lambda message, value: any(value in path for path in message.keys().recipients),
-    "has": _has,
-    "free": lambda message, value: (value in message.keys().subject
-                                    or value in message.keys().names
-                                    or any(value in path for path in message.keys().recipients)
-                                    or value in message.folded_body()),
-}
 
 
 class Criteria(NamedTuple):
@@ -2090,30 +1990,47 @@ class Criteria(NamedTuple):
 
     def match(self, message: Message) -> bool:
         """Whether the message is meant."""
-        results = (_TESTS[field](message, value) is wanted for field, value, wanted in self.terms)
+        mail = Searched(message)
+        results = (_TESTS[field](mail, value) is wanted for field, value, wanted in self.terms)
         return any(results) if self.any_of and self.terms else all(results)
 
 
-def criteria(sent_from: str = "", sent_to: str = "", subject: str = "", body: str = "",
+def criteria(subject: str = "", sender: str = "", to: str = "", body: str = "", header: str = "",
              any_of: bool = False) -> Criteria:
-    """Mailosaur's criteria: full addresses, parts of a subject or a body; "" is no condition."""
-    given = (("subject", subject), ("sent-from", sent_from), ("sent-to", sent_to),
-             ("body", body))
-    return Criteria(tuple(Term(field, value.lower()) for field, value in given if value), any_of)
+    """The filters of HTTP and Python: a part of the subject, of the body or of a header field; the
+    sender's or a recipient's full address. "" is no condition."""
+    given = {"subject": subject, "sender": sender, "recipient": to, "header": header,
+             "body": body}
+    for name, value in given.items():
+        if not isinstance(value, str):
+            name = "to" if name == "recipient" else name
+            raise TypeError(f"expected {name} to be text, got {value!r}")
+    return Criteria(tuple(Term(name, value.lower()) for name, value in given.items() if value),
+                    any_of)
 
 
-_WORD = _Pattern(r'(-?)(?:(from|to|subject|body|has):)?(?:"([^"]*)"|(\S+))', re.I)
+_WORD = re.compile(      # a URL is no word with a colon, nor is what ends with one
+    r'(-?)(?:(?!(?:mailto|tel|cid|data):)([a-z]+):(?=[^\s/]))?(?:"([^"]*)"|(\S+))', re.I)
 
 
 def words(query: str) -> Criteria:
-    """The criteria of a search box: free, from: to: subject: body: has:, "two words", -not."""
+    """The criteria of a search box: WORDS with their colon, free text, "two words", -not.
+    ValueError if it has a word that is none."""
     terms = []
-    for minus, field, quoted, plain in _WORD.findall(query):
-        value = (quoted or plain).lower()
+    for minus, word, quoted, plain in _WORD.findall(query):
+        value, word = (quoted or plain).lower(), word.lower()
+        if word == "has":
+            value = "attachment" if value == "attachments" else value
+            if value not in _HAS:
+                raise ValueError(f"expected one of {', '.join(_HAS)} after has:, got "
+                                 f"{_seen(value)}")
+        if word and word not in WORDS:
+            known = " ".join(name + ":" for name in sorted(WORDS))
+            raise ValueError(f"expected one of {known} or the text in quotes, got {_seen(word)}:")
         if value:
-            terms.append(Term((field or "free").lower(), value, not minus))
-    terms.sort(key=lambda term: term.field in ("body", "free", "has"))
-    return Criteria(tuple(terms))
+            terms.append(Term(word or "free", value, not minus))
+    order = [*WORDS, "free"]
+    return Criteria(tuple(sorted(terms, key=lambda term: order.index(term.field))))
 
 
 # ---- Store -----------------------------------------------------------------
@@ -2174,7 +2091,7 @@ class Failure:
         self.answered = 0
 
 
-_FAILURE = _Pattern(r"(mail|rcpt|data):(?:([45][0-9]{2})|(drop)|delay=([0-9]+(?:\.[0-9]+)?))"
+_FAILURE = re.compile(r"(mail|rcpt|data):(?:([45][0-9]{2})|(drop)|delay=([0-9]+(?:\.[0-9]+)?))"
                     r"(?:\*([1-9][0-9]{0,5}))?", re.I)
 
 
@@ -3076,11 +2993,11 @@ _ATOM = r'[^\s<>()\[\]\\,;:@"]'
 _PATH = (rf'<(?:(?:@[^\s:<>]*:)?((?:"(?:[^"\\]|\\.)*"|{_ATOM}+)'
          rf'(?:@(?:\[[^\s\[\]\\<>]*\]|{_ATOM}*))?))?>'
          r'(?: +(.*?))? *')
-_MAIL = _Pattern("FROM: *" + _PATH, re.I)
-_RCPT = _Pattern("TO: *" + _PATH, re.I)
-_LABEL = _Pattern(r"(?!-)[^\x00-,./:-@\[-^`{-\x7f]{1,63}")     # letters, digits, - and _
+_MAIL = re.compile("FROM: *" + _PATH, re.I)
+_RCPT = re.compile("TO: *" + _PATH, re.I)
+_LABEL = re.compile(r"(?!-)[^\x00-,./:-@\[-^`{-\x7f]{1,63}")     # letters, digits, - and _
 _FORBIDDEN = re.compile(rb"[\x00-\x1f\x7f]")
-_HTTP = _Pattern(rb"[A-Z]{3,20} (?:/|https?:)|Host:", re.I)
+_HTTP = re.compile(rb"[A-Z]{3,20} (?:/|https?:)|Host:", re.I)
 _NO_CONTROL = "Expected no control character, NUL, bare CR or bare LF in a command"
 _END = b"\r\n.\r\n"
 _OBSOLETE = frozenset((b"EXPN", b"TURN", b"ETRN", b"ATRN", b"SEND", b"SOML", b"SAML"))
@@ -3174,8 +3091,7 @@ def _read_mail(argument: str) -> _Mail:
     if not match:
         raise Refuse(501, "5.5.4", f"Expected MAIL FROM:<address>, got 'MAIL' {_seen(argument)}")
     path, parameters = match.group(1) or "", match.group(2)
-    said = _Mail(shared(path, len(path)), *_mail_parameters(parameters)) if parameters else (
-        _Mail(shared(path, len(path))))
+    said = _Mail(path, *_mail_parameters(parameters)) if parameters else _Mail(path)
     local, _, domain = path.rpartition("@")
     if domain and local and not _is_domain(domain):      # an empty one is a real client's
         raise Refuse(501, "5.1.7", "Expected a domain or address literal, got "
@@ -3195,7 +3111,7 @@ def _read_rcpt(argument: str) -> str:
     local, at, domain = path.rpartition("@")
     if at and not _is_domain(domain) or not at and path.lower() != "postmaster":
         raise Refuse(501, "5.1.3", f"Expected local-part@domain, got {_seen(path)}")
-    return shared(path, len(path))
+    return path
 
 
 _LINES: Dict[bytes, Line] = {}           # that were read, with CRLF: senders repeat themselves
@@ -3613,8 +3529,7 @@ class Session:
             envelope = (_envelope if len(paths) == 1 else Envelope)(
                 mail.path, paths, self.helo, self.client, self.user, self.tls, mail.eight_bit)
             self.store.deliver(Message(id, octets, envelope,
-                                       session=shared((self._opening, dialogue),
-                                                      len(self._opening) + len(dialogue))))
+                                       session=(self._opening, dialogue)))
             self._accepted += 1
             return reply
         except Full as full:
@@ -4656,13 +4571,13 @@ def _addresses(addresses: Iterable[Address], kind: str = "Email") -> List[Dict[s
             for address in addresses]
 
 
-def _head(message: Message, content: Content) -> Dict[str, Any]:
+def _head(message: Message, mail: Mail) -> Dict[str, Any]:
     """What a message and its summary have in common."""
     return {"id": message.id, "type": message.kind, "received": iso_time(message.received),
-            "subject": content.subject,
-            "from": _addresses(content.from_, message.kind),
-            "to": _addresses(content.to, message.kind),
-            "cc": _addresses(content.cc), "bcc": _addresses(message.bcc(content))}
+            "subject": mail.subject,
+            "from": _addresses(mail.from_, message.kind),
+            "to": _addresses(mail.to, message.kind),
+            "cc": _addresses(mail.cc), "bcc": _addresses(mail.bcc)}
 
 
 def _server(message: Message) -> str:
@@ -4675,14 +4590,14 @@ def summary(api: "Api", message: Message, server: str = "") -> bytes:
     octets, inboxes = message.summary, message.inboxes
     if octets is None:
         with api.reading(message):
-            content = message.content()
-        codes = content.text.codes + content.html.codes
-        value = _head(message, content)
-        value.update(summary=content.preview or content.subject or "(empty)",
-                     attachments=len(content.attachments), size=len(message.octets),
+            mail = message.read()
+        codes = mail.text_body.codes + mail.html_body.codes
+        value = _head(message, mail)
+        value.update(summary=mail.preview or mail.subject or "(empty)",
+                     attachments=len(mail.attachments), size=len(message.octets),
                      code=codes[0] if codes else None,
-                     links=len(content.html.links or content.text.links),
-                     warnings=len(content.warnings), inboxes=inboxes,
+                     links=len(mail.html_body.links or mail.text_body.links),
+                     warnings=len(mail.warnings), inboxes=inboxes,
                      server=_server(message))
         octets = _json(value)
         api.store.keep(message, "summary", octets, inboxes)
@@ -4705,27 +4620,27 @@ def _lines(octets: bytes) -> List[str]:
     return octets.decode("utf-8", "replace").replace("\0", "\ufffd").splitlines()
 
 
-def _whole(message: Message, content: Content, files: str) -> Dict[str, Any]:
+def _whole(message: Message, mail: Mail, files: str) -> Dict[str, Any]:
     """Mailosaur's message object (see the README for what is beside it).  Lists are never null,
     html, text and metadata never absent: several of the clients die of that."""
     envelope, sms = message.envelope, message.kind == "SMS"
-    value = _head(message, content)
-    value["html"] = {"body": content.html.body, **_found(content.html)}
-    value["text"] = {"body": content.text.body, **_found(content.text)}
+    value = _head(message, mail)
+    value["html"] = {"body": mail.html_body.body, **_found(mail.html_body)}
+    value["text"] = {"body": mail.text_body.body, **_found(mail.text_body)}
     value["attachments"] = [
         {"id": f"{message.id}-{number}", "contentType": part.content_type,
-         "fileName": part.file_name, "contentId": part.content_id, "length": part.length,
+         "fileName": part.file_name, "contentId": part.content_id, "length": len(part.octets),
          "url": f"{files}{message.id}-{number}"}
-        for number, part in enumerate(content.attachments)]
+        for number, part in enumerate(mail.attachments)]
     value["metadata"] = {
-        "headers": [{"field": name, "value": text} for name, text in content.headers],
+        "headers": [{"field": name, "value": text} for name, text in mail.headers],
         "ehlo": envelope.helo, "mailFrom": envelope.reverse_path,
         "rcptTo": [{"name": None, "email": None if sms else path, "phone": path if sms else None}
                    for path in envelope.forward_paths],
         "client": envelope.client or None, "user": envelope.user or None, "tls": envelope.tls}
     value["size"] = len(message.octets)
     value["direction"] = message.direction
-    value["warnings"] = list(content.warnings)
+    value["warnings"] = list(mail.warnings)
     value["session"] = _lines(message.transcript())
     value["server"] = _server(message)
     return value
@@ -4736,9 +4651,9 @@ def rendered(api: "Api", message: Message, base: str) -> bytes:
     octets = message.rendered
     if octets is None:
         with api.reading(message):
-            content = message.content()
+            mail = message.read()
             files = "/v1/attachments/" if api.policy.hosted else "/api/files/attachments/"
-            octets = _json(_whole(message, content, "\0" + files))
+            octets = _json(_whole(message, mail, "\0" + files))
         api.store.keep(message, "rendered", octets)
     return octets.replace(_URL_MARK, b'"url":"' + _json(base)[1:-1])
 
@@ -4749,7 +4664,7 @@ def _items(api: "Api", messages: Iterable[Message], server: str) -> bytes:
 
 # -- requests
 
-_ISO = _Pattern(r"(\d{4})-(\d\d)-(\d\d)(?:[T ](\d\d):(\d\d)(?::(\d\d)(?:\.(\d{1,9}))?)?"
+_ISO = re.compile(r"(\d{4})-(\d\d)-(\d\d)(?:[T ](\d\d):(\d\d)(?::(\d\d)(?:\.(\d{1,9}))?)?"
                 r"(?:(Z)|([+\- ])(\d\d):?(\d\d))?)?", re.I)
 
 
@@ -4887,7 +4802,7 @@ def _inbox(api: Api, request: Request, address: str, least: int) -> Response:
     if silence not in ("", "0"):
         raise _bad("expect", "0, which proves that no mail comes", silence)
     count = 1 if silence else count
-    wanted = criteria(query.text("from"), "", query.text("subject"), query.text("body"))
+    wanted = criteria(query.text("subject"), query.text("from"), body=query.text("body"))
     after = api.store.message(query.text("after")).number if query.text("after") else 0
     if not timeout or api.store.strict:  # nobody waits, or nothing can come
         api.store.inbox(address)
@@ -4989,12 +4904,12 @@ def follow_events(api: Api, request: Request) -> Response:
                     stream=_event_stream(api, request, after))
 
 
-_MEDIA_TYPE = _Pattern(r"[a-z0-9!#$&^_.+-]{1,127}/[a-z0-9!#$&^_.+-]{1,127}", re.I)
+_MEDIA_TYPE = re.compile(r"[a-z0-9!#$&^_.+-]{1,127}/[a-z0-9!#$&^_.+-]{1,127}", re.I)
 
 
-def _with_images(api: Api, message: Message, content: Content) -> str:
+def _with_images(api: Api, message: Message, mail: Mail) -> str:
     """The HTML with its cid: images as data: URLs, as long as that is not too large."""
-    images = {part.content_id: part for part in content.attachments
+    images = {part.content_id: part for part in mail.attachments
               if part.content_id and _MEDIA_TYPE.fullmatch(part.content_type)}
     data: Dict[str, str] = {}
     room = api.store.limits.max_size * 3 // 2
@@ -5003,19 +4918,19 @@ def _with_images(api: Api, message: Message, content: Content) -> str:
         nonlocal room
         name = urllib.parse.unquote(html.unescape(match.group(1)))
         if name in images and name not in data:
-            encoded = base64.b64encode(attachment_octets(message.octets, images[name])).decode()
+            encoded = base64.b64encode(images[name].octets).decode()
             data[name] = f"data:{images[name].content_type};base64,{encoded}"
         url = data.get(name, "")
         room -= len(url)
         return url if url and room > 0 else match.group()
-    return re.sub(r"cid:([^\s\"'<>)\\]{1,998})", inline, content.html.body or "")
+    return re.sub(r"cid:([^\s\"'<>)\\]{1,998})", inline, mail.html_body.body or "")
 
 
 def preview(api: Api, request: Request, id: str) -> Response:
     """A mail's HTML for a sandboxed frame; remote content only with remote=1"""
     message = api.store.message(id)
-    content = message.content()
-    body = _with_images(api, message, content)
+    mail = message.read()
+    body = _with_images(api, message, mail)
     remote = " http: https:" if Query(request.query).text("remote") == "1" else ""
     policy = (f"default-src 'none'; img-src data:{remote}; style-src 'unsafe-inline'{remote}; "
               f"font-src data:{remote}; media-src data:{remote}; frame-ancestors 'self'; "
@@ -5077,7 +4992,10 @@ def list_messages(api: Api, request: Request) -> Response:
     query = Query(request.query)
     server = _server_of(query)
     (skip, size), after, direction = _page(query), query.time("receivedAfter"), _direction(query)
-    wanted = words(query.text("q")[:1000])
+    try:
+        wanted = words(query.text("q")[:1000])
+    except ValueError as error:
+        raise ApiError(400, "bad_request", f"q: {error}", "q") from None
     if wanted.terms:
         found = filter(wanted.match, api.store.newest(server, direction, after))
         return Response(body=_items(api, itertools.islice(found, skip, skip + size), server))
@@ -5092,8 +5010,9 @@ def _criteria(values: Dict[str, Any]) -> Criteria:
         match, (dict, list, bool)) else match
     if not isinstance(kind, str) or kind.upper() not in ("ALL", "ANY", ""):
         raise _bad("match", "ALL or ANY", match)
-    wanted = criteria(_string(values, "sentFrom"), _string(values, "sentTo"),
-                      _string(values, "subject"), _string(values, "body"), kind.upper() == "ANY")
+    wanted = criteria(_string(values, "subject"), _string(values, "sentFrom"),
+                      _string(values, "sentTo"), _string(values, "body"),
+                      any_of=kind.upper() == "ANY")
     if not wanted.terms:
         raise ApiError(400, "bad_request", "Expected at least one of sentFrom, sentTo, subject "
                                            "and body", "sentTo")
@@ -5169,12 +5088,12 @@ def get_attachment(api: Api, request: Request, id: str) -> Response:
         raise Unknown(f"no attachment has the id {id[:80]!r}")
     message = api.store.message(message_id)
     with api.reading(message):
-        attachments = message.content().attachments
+        attachments = message.read().attachments
     if not number.isdecimal() or not number.isascii() or int(number[:9]) >= len(attachments):
         raise Unknown(f"no attachment has the id {id[:80]!r}")
     part = attachments[int(number)]
     with api.reading(message):
-        octets = attachment_octets(message.octets, part)
+        octets = part.octets
     kind = part.content_type if _MEDIA_TYPE.fullmatch(part.content_type) else ""
     return Response(body=octets,
                     type=kind or "application/octet-stream", headers=_as_download(part.file_name))
@@ -5197,14 +5116,14 @@ def get_email(api: Api, request: Request, id: str) -> Response:
 _BREAKS = r"[\n-\r\x1c-\x1e\x85\u2028\u2029]"       # what ends a line for str.splitlines()
 
 
-def _quoted(text: str, source: str, quoted: Content) -> Tuple[str, str]:
+def _quoted(text: str, source: str, quoted: Mail) -> Tuple[str, str]:
     """A reply's or forward's bodies with the original below."""
     sender = quoted.from_[0].email if quoted.from_ else "someone"
     if text or not source:
         text += f"\n\n{sender} wrote:\n" + "".join(
-            f"> {line}\n" for line in (quoted.text.body or quoted.preview).splitlines())
+            f"> {line}\n" for line in (quoted.text_body.body or quoted.preview).splitlines())
     if source:
-        original = quoted.html.body or html.escape(quoted.text.body or "")
+        original = quoted.html_body.body or html.escape(quoted.text_body.body or "")
         source += f"<p>{html.escape(sender)} wrote:</p><blockquote>{original}</blockquote>"
     return text, source
 
@@ -5230,7 +5149,7 @@ def _attachments(values: Dict[str, Any]) -> Iterator[Tuple[str, str, Optional[st
 
 
 def _composed(most: int, values: Dict[str, Any], given: Dict[str, str],
-              quoted: Optional[Content] = None,
+              quoted: Optional[Mail] = None,
               parts: Iterable[Tuple[str, str, Optional[str], bytes]] = ()) -> bytes:
     """A new mail of at most `most` octets: `given` header fields, text and html of the body,
     attachments."""
@@ -5338,19 +5257,19 @@ def _check_mail(message: Message) -> None:
         raise ApiError(400, "bad_request", f"Expected a mail, got an {message.kind}", "id")
 
 
-def _answer(api: Api, request: Request, original: Message, content: Content,
+def _answer(api: Api, request: Request, original: Message, mail: Mail,
             values: Dict[str, Any], prefix: str, to: str, recipients: List[str],
             parts: Iterable[Tuple[str, str, Optional[str], bytes]]) -> Response:
     """Composes and keeps a reply or a forward."""
     cc = _mailboxes(values, "cc")
     sender = next(iter(original.envelope.forward_paths), f"sample@{api.store.domain}")
-    subject = content.subject
+    subject = mail.subject
     if not subject.lower().startswith(prefix.lower()):
         subject = prefix + subject
     octets = _composed(api.store.limits.max_size, values, {
         "From": sender, "To": to, "Cc": _string(values, "cc"),
         "Subject": re.sub(_BREAKS + "+", " ", subject),
-        "In-Reply-To": re.sub(r"[^!-~]", "", content.message_id)}, content, parts)
+        "In-Reply-To": re.sub(r"[^!-~]", "", mail.message_id)}, mail, parts)
     sent = _store_sent(api, octets, sender, recipients + cc, _server(original))
     return Response(body=rendered(api, sent, request.base))
 
@@ -5362,12 +5281,12 @@ def forward_message(api: Api, request: Request, id: str) -> Response:
     if not to:
         raise _bad("to", "an address to forward to", "")
     _check_mail(original)
-    content = original.content()
+    mail = original.read()
     parts = [(part.file_name or "attachment", part.content_type, part.content_id,
-              attachment_octets(original.octets, part)) for part in content.attachments
+              part.octets) for part in mail.attachments
              if _MEDIA_TYPE.fullmatch(part.content_type)
              and not part.content_type.startswith(("multipart/", "message/"))]
-    return _answer(api, request, original, content, values, "Fwd: ", _string(values, "to"),
+    return _answer(api, request, original, mail, values, "Fwd: ", _string(values, "to"),
                    to, parts)
 
 
@@ -5375,11 +5294,11 @@ def reply_to_message(api: Api, request: Request, id: str) -> Response:
     """Reply to a message; stored as sent"""
     values, original = _object(request), api.store.message(id)
     _check_mail(original)
-    content = original.content()
-    to = [address.email for address in content.reply_to or content.from_ if address.email]
+    mail = original.read()
+    to = [address.email for address in mail.reply_to or mail.from_ if address.email]
     if not to:
         raise ApiError(400, "bad_request", "Expected a message with From or Reply-To", "id")
-    return _answer(api, request, original, content, values, "Re: ", ", ".join(to), to, ())
+    return _answer(api, request, original, mail, values, "Re: ", ", ".join(to), to, ())
 
 
 # -- Mailosaur: servers, devices, usage
@@ -5520,34 +5439,34 @@ def usage_transactions(api: Api, request: Request) -> Response:
 
 # -- Mailosaur: analysis
 
-_SHORTENERS = _Pattern(r"https?://(?:bit\.ly|t\.co|goo\.gl|tinyurl\.com|ow\.ly|is\.gd|buff\.ly|"
+_SHORTENERS = re.compile(r"https?://(?:bit\.ly|t\.co|goo\.gl|tinyurl\.com|ow\.ly|is\.gd|buff\.ly|"
                        r"rebrand\.ly|cutt\.ly|shorturl\.at)/", re.I)
 _ELEMENTS = ("embed", "iframe", "object", "script", "form")
 _OFFLINE = "Not checked: this catcher works offline, and asks no other machine"
 
 
-def _findings(message: Message, content: Content) -> Dict[str, Any]:
+def _findings(message: Message, mail: Mail) -> Dict[str, Any]:
     """What can be said of a mail's content by looking at it."""
-    source = (content.html.body or "").lower()
-    names = {name.lower() for name, _ in content.headers}
+    source = (mail.html_body.body or "").lower()
+    names = {name.lower() for name, _ in mail.headers}
     return {**{name: f"<{name}" in source for name in _ELEMENTS},
             "shortUrls": any(_SHORTENERS.match(link.href)
-                             for link in content.html.links + content.text.links),
-            "textSize": len((content.text.body or "").encode("utf-8", "replace")),
+                             for link in mail.html_body.links + mail.text_body.links),
+            "textSize": len((mail.text_body.body or "").encode("utf-8", "replace")),
             "totalSize": len(message.octets),
-            "missingAlt": any(image.alt is None for image in content.html.images),
+            "missingAlt": any(image.alt is None for image in mail.html_body.images),
             "missingListUnsubscribe": "list-unsubscribe" not in names}
 
 
 def spam(api: Api, request: Request, id: str) -> Response:
     """What the content says; no score, since no spam filter is asked"""
     message = api.store.message(id)
-    content = message.content()
+    mail = message.read()
     rules = [("NOT_SCORED", "No spam filter was asked: the score 0 is no verdict")]
     rules += [(f"CONTENT_{name.upper()}", f"The HTML has a {name} element")
-              for name, found in _findings(message, content).items()
+              for name, found in _findings(message, mail).items()
               if found and name in _ELEMENTS]
-    rules += [("WARNING", warning) for warning in content.warnings]
+    rules += [("WARNING", warning) for warning in mail.warnings]
     return Response(body=_json({"spamFilterResults": {"spamAssassin": [
         {"score": 0, "rule": rule, "description": text} for rule, text in rules]}, "score": 0}))
 
@@ -5558,7 +5477,7 @@ def deliverability(api: Api, request: Request, id: str) -> Response:
     unknown = {"result": "Timeout", "description": _OFFLINE, "rawValue": "", "tags": {}}
     return Response(body=_json({
         "spf": unknown, "dkim": [unknown], "dmarc": unknown, "blockLists": [],
-        "content": _findings(message, message.content()),
+        "content": _findings(message, message.read()),
         "dnsRecords": {"a": [], "mx": [], "ptr": []},
         "spamAssassin": {"score": 0, "result": "Timeout", "rules": [
             {"score": 0, "rule": "NOT_SCORED", "description": _OFFLINE}]}}))
@@ -5988,7 +5907,7 @@ def answer(api: Api, request: Request) -> Response:
 _TOKEN = re.compile(rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
 _VALUE = re.compile(rb"[\t\x20-\x7e\x80-\xff]*")
 _TARGET = re.compile(rb"[\x21-\x7e]+")
-_TUNNELS = _Pattern(r"(?:[a-z0-9-]+\.)?mailosaur\.(?:com|net|io)|localhost|127\.0\.0\.1|\[::1\]",
+_TUNNELS = re.compile(r"(?:[a-z0-9-]+\.)?mailosaur\.(?:com|net|io)|localhost|127\.0\.0\.1|\[::1\]",
                     re.I)
 _FIXED = (b"Server: mailtest\r\nCache-Control: no-store\r\nX-Content-Type-Options: nosniff\r\n"
           b"Referrer-Policy: no-referrer\r\nCross-Origin-Resource-Policy: same-origin\r\n")
@@ -6343,57 +6262,6 @@ class NoMail(AssertionError):
     what did arrive, and what may explain the silence."""
 
 
-class MailAttachment(NamedTuple):
-    """An attachment with its octets."""
-
-    file_name: str
-    content_type: str
-    content_id: Optional[str]
-    content: bytes
-
-
-class Mail:
-    """A message as a test asserts on it.  `content` has all that was read (see Content)."""
-
-    def __init__(self, message: Message):
-        self._message = message
-        self.content = message.content()
-        self.id = message.id
-        self.number = message.number                 # of its arrival
-        self.octets = message.octets                 # exactly as received
-        self.envelope = message.envelope
-        self.received = datetime.datetime.fromtimestamp(message.received, datetime.timezone.utc)
-        self.subject = self.content.subject
-        self.from_ = self.content.from_              # addresses have .name and .email
-        self.to = self.content.to
-        self.cc = self.content.cc
-        self.bcc = message.bcc(self.content)
-        self.text = self.content.text.body or ""
-        self.html = self.content.html.body or ""
-        self.links = [link.href for link in self.content.html.links or self.content.text.links]
-        self.codes = list(self.content.text.codes or self.content.html.codes)
-        self.headers = self.content.headers          # (name, value) in order
-        self.warnings = self.content.warnings
-        self.transcript = message.transcript().decode("utf-8", "replace")
-
-    @property
-    def attachments(self) -> List[MailAttachment]:
-        """The attachments with their octets."""
-        return [MailAttachment(part.file_name, part.content_type, part.content_id,
-                               attachment_octets(self.octets, part))
-                for part in self.content.attachments]
-
-    def header(self, name: str, default: str = "") -> str:
-        """The value of the first header field of that name."""
-        return next((value for field, value in self.headers if field.lower() == name.lower()),
-                    default)
-
-    def __repr__(self) -> str:
-        sender = self.from_[0].email if self.from_ else ""
-        return (f"<Mail {self.subject!r} from {sender!r} to "
-                f"{', '.join(self.envelope.forward_paths)}>")
-
-
 def _runs_event_loop() -> bool:
     """Whether the calling thread is inside asyncio's event loop."""
     with contextlib.suppress(KeyError, RuntimeError):        # nobody imported it; no loop runs
@@ -6481,7 +6349,7 @@ class Inbox:
         for name, text in wanted.items():
             if not isinstance(text, str):
                 raise TypeError(f"expected {name} to be text, got {text!r}")
-        named = criteria(wanted["sender"], wanted["to"], wanted["subject"], wanted["body"])
+        named = criteria(wanted["subject"], wanted["sender"], wanted["to"], wanted["body"])
 
         def match(message: Message) -> bool:
             return named.match(message) and (where is None or bool(where(Mail(message))))
@@ -7222,23 +7090,24 @@ def _completed(octets: bytes, flags: Dict[str, str],
     """The mail with CRLF, without Bcc, with the header fields that sendmail adds; and whom it
     names as recipients."""
     head, body = _head_and_body(octets, dot_ends="i" not in flags and "m" not in flags)
-    mail = read_headers(head + b"\r\n")
-    named = [address.email for address in mail.to + mail.cc + mail.bcc if address.email]
+    header = Header(head)
+    named = [address.email for field in ("to", "cc", "bcc")
+             for address in header.addresses(field) if address.email]
     head = re.sub(rb"(?im)^bcc[ \t]*:.*\r\n(?:[ \t].*\r\n)*", b"", head)
     head = re.sub(rb"(?im)^(?:from|to|cc)[ \t]*:[^\"\r]*$", _qualified_field, head)
-    names = {name.lower() for name, _ in mail.headers}
     sender = read_addresses(flags.get("f", ""))
     if sender:                           # -f "Bob <bob@x.example>" is bob@x.example
         flags["f"] = sender[0].email
-    flags.setdefault("f", mail.from_[0].email if mail.from_ else _user_address())
-    if "from" not in names:
+    author = header.addresses("from")
+    flags.setdefault("f", author[0].email if author else _user_address())
+    if "from" not in header.first:
         sender = _qualified(flags["f"].strip("<>")) or _user_address()
         head += f"From: {email.utils.formataddr((flags.get('F', ''), sender))}\r\n".encode()
-    if not names & {"to", "cc", "bcc"} and recipients:
+    if recipients and not {"to", "cc", "bcc"} & header.first.keys():
         head += f"To: {', '.join(map(_qualified, recipients))}\r\n".encode()
-    if "date" not in names:
+    if "date" not in header.first:
         head += f"Date: {email.utils.formatdate(localtime=True)}\r\n".encode()
-    if "message-id" not in names:
+    if "message-id" not in header.first:
         head += f"Message-ID: <{new_id()}@localhost>\r\n".encode()
     return head + body, named
 
