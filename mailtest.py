@@ -6141,7 +6141,7 @@ class HttpHandler(http.server.BaseHTTPRequestHandler):
                                                f"{_seen(self._target)}")
         known = _TUNNELS.fullmatch(host) or host.lower() in self.server.api.policy.allow_hosts
         if not known or number not in ("443", str(self.server.port)):
-            log_info("refused a tunnel to %s for %s", _seen(self._target), self.client_address[0])
+            log_info("refused a tunnel to %s for %s", _seen(self._target), self.client_address)
             raise ApiError(403, "forbidden", "Expected CONNECT mailosaur.com:443 (all other "
                            f"tunnels are refused), got {_seen(self._target)}")
         if self.server.tls is None:
@@ -6304,39 +6304,38 @@ class Inbox:
         """Ends it and its mail now."""
         self._store.drop_inbox(self.address)
 
-    def wait(self, subject: str = "", sender: str = "", body: str = "", timeout: float = 5.0,
-             after: Optional[Mail] = None, **more: Any) -> Mail:
-        """The newest mail that matches, at once or when it arrives; NoMail after `timeout`
-        seconds.  wait_all() tells what matches."""
+    def wait(self, subject: str = "", timeout: float = 5.0, count: int = 1, **more: Any) -> Mail:
+        """The newest mail that matches, at once or when it arrives, with `count` once there are
+        so many; NoMail after `timeout` seconds.  wait_all() tells what matches."""
         __tracebackhide__ = True         # pytest then shows the line that waits
-        return self.wait_all(1, subject, sender, body, timeout, after, **more)[0]
+        return self.wait_all(count, subject, timeout, **more)[0]
 
-    def wait_all(self, count: int, subject: str = "", sender: str = "", body: str = "",
-                 timeout: float = 5.0, after: Optional[Mail] = None, to: str = "",
-                 where: Optional[Callable[[Mail], Any]] = None) -> List[Mail]:
-        """At least `count` mails that match, newest first: a part of the subject, the full
-        address of the sender or of a recipient, a part of a body, whatever `where` calls true."""
+    def wait_all(self, count: int, subject: str = "", timeout: float = 5.0,
+                 after: Optional[Mail] = None, where: Optional[Callable[[Mail], Any]] = None,
+                 **filters: str) -> List[Mail]:
+        """At least `count` mails that match, newest first: that came after the mail `after`, for
+        which `where` returns something true, and that the filters of criteria() mean: a part of
+        the `subject`, of a `body`, of a `header` field; the `sender` or a recipient (`to`)."""
         __tracebackhide__ = True
-        wanted = {"subject": subject, "sender": sender, "to": to, "body": body}
-        found = self._collect(count, wanted, timeout, after, where)
+        filters["subject"] = subject
+        found = self._collect(count, timeout, after, where, filters)
         if len(found) < count:
-            shown = ", ".join(f"{name}={value!r}" for name, value in wanted.items() if value)
+            shown = ", ".join(f"{name}={filters[name]!r}" for name in (
+                "subject", "sender", "to", "body", "header") if filters.get(name))
             raise NoMail(f"expected {count} mail{'s' * (count > 1)} for {self.address}"
                          f"{' with ' * bool(shown)}{shown} within {timeout:g} s, "
                          f"got {len(found)}\n{self.report()}")
         return found
 
-    def expect_none(self, timeout: float = 1.0, subject: str = "", sender: str = "",
-                    body: str = "", after: Optional[Mail] = None, to: str = "",
-                    where: Optional[Callable[[Mail], Any]] = None) -> None:
+    def expect_none(self, timeout: float = 1.0, after: Optional[Mail] = None,
+                    where: Optional[Callable[[Mail], Any]] = None, **filters: str) -> None:
         """Returns after `timeout` seconds of silence; NoMail once a matching mail is there."""
         __tracebackhide__ = True
-        wanted = {"subject": subject, "sender": sender, "to": to, "body": body}
-        if self._collect(1, wanted, timeout, after, where):
+        if self._collect(1, timeout, after, where, filters):
             raise NoMail(f"expected no mail for {self.address}\n{self.report()}")
 
-    def _collect(self, count: int, wanted: Dict[str, str], timeout: float, after: Optional[Mail],
-                 where: Optional[Callable[[Mail], Any]]) -> List[Mail]:
+    def _collect(self, count: int, timeout: float, after: Optional[Mail],
+                 where: Optional[Callable[[Mail], Any]], filters: Dict[str, str]) -> List[Mail]:
         """See collect(); NoMail if the inbox or the catcher has ended, since then nothing can
         come, and silence proves nothing."""
         __tracebackhide__ = True
@@ -6346,13 +6345,10 @@ class Inbox:
             raise ValueError(f"expected timeout to be seconds, 0 or more, got {timeout!r}")
         if not (after is None or isinstance(after, Mail)):
             raise TypeError(f"expected after to be a Mail, got {after!r}")
-        for name, text in wanted.items():
-            if not isinstance(text, str):
-                raise TypeError(f"expected {name} to be text, got {text!r}")
-        named = criteria(wanted["subject"], wanted["sender"], wanted["to"], wanted["body"])
+        wanted = criteria(**filters)
 
         def match(message: Message) -> bool:
-            return named.match(message) and (where is None or bool(where(Mail(message))))
+            return wanted.match(message) and (where is None or bool(where(Mail(message))))
         try:
             found = collect(self._store, Place(self.address), match, count, timeout,
                             after.number if after is not None else 0)
@@ -6375,19 +6371,19 @@ class Inbox:
             lines.append(f"  {mail.received:%H:%M:%S.%f} {mail!r}")
             lines.extend(f"    warning: {warning}" for warning in mail.warnings)
         lines.extend(silence(self._store, self.address, self._since))
-        refused = [record for record in self._store.sessions()
-                   if record.refused and record.ended >= self._since]
+        refused = next((record for record in self._store.sessions()
+                        if record.refused and record.ended >= self._since), None)
         if refused:
-            lines.append(f"last refused SMTP session ({refused[0].refused}):")
+            lines.append(f"last refused SMTP session ({refused.refused}):")
             lines.extend("  " + line for line in
-                         refused[0].transcript.decode("utf-8", "replace").splitlines()[-20:])
+                         refused.transcript.decode("utf-8", "replace").splitlines()[-20:])
         if not mails and _runs_event_loop():
             lines.append("this thread runs an event loop, which stands still while a test waits; "
                          "write: await asyncio.to_thread(inbox.wait, ...)")
         return "\n".join(lines)
 
 
-def _web_address(option: str, url: str) -> Any:
+def _webhook_parts(url: str) -> Any:
     """The parts of an http or https URL; ValueError for any other."""
     with contextlib.suppress(ValueError):            # no port, or brackets that do not match
         parts = urllib.parse.urlsplit(url)
@@ -6395,61 +6391,58 @@ def _web_address(option: str, url: str) -> Any:
         if (parts.scheme in ("http", "https") and parts.port != 0
                 and re.fullmatch("[!-~]+", url) and (":" in host or _is_domain(host))):
             return parts
-    shown = re.sub("//[^/]*@", "//...@", url)        # no password belongs into a log
-    raise ValueError(f"expected {option} http://host/path, got {shown!r}")
+    shown = re.sub("//[^/]*@", "//...@", url)        # a log shows no password
+    raise ValueError(f"expected --webhook http://host/path, got {shown!r}")
 
 
 class Follower:
     """Does something with each message beside keeping it, in order, in a thread of its own: mail
-    never waits for it.  Counts, and logs a fault once, not for each message."""
+    never waits for it.  A fault is logged once, not for each message."""
 
     option = ""                          # of the command line
+    words = ("done", "failed")           # how /healthz calls what was handled
 
     def __init__(self, store: Store):
         self.done = self.failed = 0
-        self.error = ""                  # of the latest try
-        self.retrying = False            # a message that failed before: nobody waits for that
+        self.error = ""                  # of the message that is being handled, or of the last
+        self.given_up = threading.Event()
         self._store = store
+        self._logged = ""                # the error that was logged, until something works
         self._number = 0                 # of the latest message that was handled
-        self._given_up = threading.Event()
         self._thread = threading.Thread(target=self._run, name=self.option[2:], daemon=True)
         self.start = self._thread.start
 
-    def handle(self, message: Message) -> None:
-        """What is done."""
+    def handle(self, message: Message) -> str:
+        """Does it; "", or why it failed."""
         raise NotImplementedError
-
-    def stop(self) -> None:
-        """Lets the thread come to an end, once the store is closed; logs what was left."""
-        if not self._thread.ident:       # it never started
-            return
-        self._thread.join(0.0 if self.retrying else self._store.limits.stop_time)
-        self._given_up.set()
-        self.hang_up()
-        self._thread.join(self._store.limits.stop_time)
-        left = len(self._new(0.0))
-        if left:
-            log_error("%s: %d messages were left at the stop", self.option, left)
 
     def hang_up(self) -> None:
         """Ends what is under way."""
 
-    def count(self, error: str, what: str = "") -> None:
-        """Counts a message that was done with."""
-        self.done += not error
-        self.failed += bool(error)
-        self.note(error, what)
+    def stop(self) -> None:
+        """Lets the thread come to its end once the store is closed, unless nothing works just
+        now; logs what was left."""
+        if self._thread.ident:           # else it never started
+            self._thread.join(0.0 if self.error else self._store.limits.stop_time)
+            self.given_up.set()
+            self.hang_up()
+            self._thread.join(self._store.limits.stop_time)
+            left = len(self._new(0.0))
+            if left:
+                log_error("%s: %d messages were left at the stop", self.option, left)
 
-    def note(self, error: str, what: str = "") -> None:
-        """Remembers how the latest try went."""
-        if error and error != self.error:
-            log_error("%s: %s: %s", self.option, what, error)
+    def tell(self, error: str) -> None:
+        """Remembers why the latest try failed; logs that if it is new."""
+        if error and error != self._logged:
+            log_error("%s: %s", self.option, error)
+            self._logged = error
         self.error = error
 
     def state(self) -> Dict[str, Any]:
         """For /healthz."""
-        return {"done": self.done, "waiting": len(self._new(0.0)), "failed": self.failed,
-                "error": self.error or None}
+        done, failed = self.words
+        return {done: self.done, "waiting": len(self._new(0.0)), failed: self.failed,
+                "error": self._logged or None}
 
     def _new(self, timeout: float) -> List[Message]:
         """What is to be handled yet, oldest first, waited for."""
@@ -6457,28 +6450,33 @@ class Follower:
             return collect(self._store, Place(server=DEFAULT_SERVER), lambda message: True, 1,
                            timeout, self._number)[::-1]
         except Full:                     # too many others wait
-            self._given_up.wait(0.1)
+            self.given_up.wait(0.1)
             return []
 
     def _run(self) -> None:
         ending = False
         while not ending:
-            ending = self._store.closed  # nothing can come after what _new() returns then
+            ending = self._store.closed  # then nothing comes after what _new() returns
             for message in self._new(1.0):
+                self.error = ""
                 try:
-                    self.handle(message)
-                except Exception:        # the edge of a thread: the next message has its turn
+                    error = self.handle(message)
+                except Exception as defect:          # the next message has its turn
                     log_error("%s: message %s", self.option, message.id, trace=True)
-                    self.failed += 1
-                if self._given_up.is_set():
+                    error = self._logged = type(defect).__name__
+                if error and self.given_up.is_set():
                     return
                 self._number = message.number
+                self.done += not error
+                self.failed += bool(error)
+                self._logged = error and self._logged
+                self.tell(error)
 
 
 class Saver(Follower):
     """Writes each message as <time>-<id>.eml.  A reader never sees half a file."""
 
-    option = "--save"
+    option, words = "--save", ("saved", "failed")
 
     def __init__(self, store: Store, folder: str):
         super().__init__(store)
@@ -6489,8 +6487,8 @@ class Saver(Follower):
             raise ValueError(f"--save: cannot make the folder {folder!r}: {error.strerror}"
                              ) from None
 
-    def handle(self, message: Message) -> None:
-        """Writes one message; a full disk is reported, and the mail stays in memory."""
+    def handle(self, message: Message) -> str:
+        """Writes one message.  If the disk is full, the mail stays in memory."""
         when = datetime.datetime.fromtimestamp(message.received, datetime.timezone.utc)
         name = f"{when:%Y%m%dT%H%M%S.%fZ}-{message.id}"
         unfinished = os.path.join(self._folder, f".{name}.part")
@@ -6498,26 +6496,25 @@ class Saver(Follower):
             with open(unfinished, "wb") as file:
                 file.write(message.octets)
             os.replace(unfinished, os.path.join(self._folder, name + ".eml"))
-            self.count("")
+            return ""
         except OSError as error:
-            self.count(error.strerror or type(error).__name__, f"{name} was not written")
             with contextlib.suppress(OSError):
                 os.remove(unfinished)
+            return error.strerror or type(error).__name__
 
     def state(self) -> Dict[str, Any]:
         """For /healthz."""
-        state = super().state()
-        return {"folder": self._folder, "saved": state.pop("done"), **state}
+        return {"folder": self._folder, **super().state()}
 
 
 class Webhook(Follower):
     """POSTs each message as JSON to a URL."""
 
-    option = "--webhook"
+    option, words = "--webhook", ("sent", "dropped")
 
     def __init__(self, store: Store, url: str, body: Callable[[Message], bytes]):
         super().__init__(store)
-        self._parts = parts = _web_address("--webhook", url)
+        self._parts = parts = _webhook_parts(url)
         self._body = body
         self._fields = {"Content-Type": "application/json"}
         if parts.username is not None:
@@ -6525,30 +6522,21 @@ class Webhook(Follower):
             self._fields["Authorization"] = "Basic " + base64.b64encode(pair).decode()
         self._connection: Any = None     # of the POST that is under way
 
-    def handle(self, message: Message) -> None:
+    def handle(self, message: Message) -> str:
         """Tries until the other side answers 2xx, with pauses that double."""
-        limits = self._store.limits
-        pause = limits.webhook_pause
-        for left in range(limits.webhook_tries - 1, -1, -1):
+        pause = self._store.limits.webhook_pause
+        for left in range(self._store.limits.webhook_tries - 1, -1, -1):
             error = self._post(self._body(message))
-            self.retrying = bool(error and left)
-            if self.retrying:
-                self.note(error, "trying again")
-            if not error or not left or self._given_up.wait(pause):
+            self.tell(error)
+            if not error or not left or self.given_up.wait(pause):
                 break
             pause = min(30.0, pause * 2)
-        if not self._given_up.is_set():  # else it counts as left
-            self.count(error, f"message {message.id} was not sent")
+        return error
 
     def hang_up(self) -> None:
         """Ends the POST that is under way."""
         with contextlib.suppress(AttributeError, OSError):       # there is none, or it has ended
             self._connection.sock.shutdown(socket.SHUT_RDWR)
-
-    def state(self) -> Dict[str, Any]:
-        """For /healthz."""
-        state = super().state()
-        return {"sent": state.pop("done"), "dropped": state.pop("failed"), **state}
 
     def _post(self, octets: bytes) -> str:
         """"" when it was taken, else why not."""
@@ -6989,21 +6977,6 @@ def _why_not(error: Exception, options: argparse.Namespace) -> str:
 
 _EX_OK, _EX_USAGE, _EX_NOUSER, _EX_UNAVAILABLE, _EX_TEMPFAIL = 0, 64, 67, 69, 75   # sysexits.h
 
-_SENDMAIL = """\
-usage: sendmail [-t] [-i] [-f ADDRESS] [-F NAME] [-S HOST:PORT] [RECIPIENT ...] < MAIL
-       sendmail -s SUBJECT -m TEXT [RECIPIENT ...]
-
-Takes a mail to the catcher at HOST:PORT, at $MAILTEST_SMTP, or at 127.0.0.1:2525.
-
-  -t            recipients are those of To, Cc and Bcc, too
-  -i            a line with a lone dot does not end the mail
-  -f ADDRESS    the sender; -F NAME: and the name
-  -s, -m        a subject and a text in place of standard input
-
-Exit status: 0, 64 used wrongly, 67 a recipient is refused, 69 the mail is refused, 75 try later.
-"""
-
-
 def _line(text: str) -> str:
     """The text, if it can stand in a header field: what ends a line for Python or for SMTP would
     let it add fields of its own."""
@@ -7012,48 +6985,50 @@ def _line(text: str) -> str:
     return text
 
 
-def _add_flags(flags: Dict[str, str], word: str, words: Iterator[str]) -> None:
-    """Takes a word of flags apart: letters without a value may stand together, as in -ti."""
-    for at, letter in enumerate(word[1:], 1):
-        if letter in "frFSsmBNRLXCO":    # these take a value
-            value = word[at + 1:] or next(words, None)
-            if value is None:
-                raise ValueError(f"expected a value after -{letter}")
-            flags["f" if letter == "r" else letter] = value if letter == "m" else _line(value)
-            return
-        if letter in "obdqe":            # -oi, -oem, -bm ...: what follows belongs to it
-            if word[at:at + 2] in ("bs", "bd", "bp", "bv"):
-                raise ValueError(f"{word} is not implemented: expected a mail on standard input")
-            if word[at:at + 2] == "oi":
-                flags["i"] = ""
-            return
-        if letter not in "tinvUG":
-            raise ValueError(f"unknown flag -{letter} in {word!r}: expected -t, -i, -f ADDRESS, "
-                             "-F NAME, -o..., -s SUBJECT, -m TEXT, -S HOST:PORT")
-        flags[letter] = ""
+class _SendmailParser(argparse.ArgumentParser):
+    def error(self, message: str) -> Any:
+        raise ValueError(message)
 
 
-def _address_list(text: str) -> List[str]:
+def _sendmail_mode(text: str) -> str:
+    if text[:1] in tuple("sdpv"):
+        raise argparse.ArgumentTypeError(f"-b{text} is not implemented: expected a mail on "
+                                         "standard input")
+    return text
+
+
+def _recipients(text: str) -> List[str]:
     """The addresses of an argument, which may be several with commas."""
     found = [address.email for address in read_addresses(_line(text))]
     if not found or not all(found):
-        raise ValueError(f"expected an address, got {_seen(text)}")
+        raise argparse.ArgumentTypeError(f"expected an address, got {_seen(text)}")
     return found
 
 
-def _sendmail_flags(arguments: List[str]) -> Tuple[Dict[str, str], List[str]]:
-    """Flags by letter, and recipients; ValueError for what sendmail does not know."""
-    flags: Dict[str, str] = {}
-    recipients: List[str] = []
-    words = iter(arguments)
-    for word in words:
-        if word == "--":
-            recipients.extend(itertools.chain.from_iterable(map(_address_list, words)))
-        elif not word.startswith("-") or word == "-":
-            recipients.extend(_address_list(word))
-        else:
-            _add_flags(flags, word, words)
-    return flags, recipients
+def _sendmail_options(arguments: List[str]) -> argparse.Namespace:
+    """What the flags mean; ValueError for what sendmail does not know."""
+    parser = _SendmailParser(
+        prog="sendmail", description="Takes a mail on standard input to a catcher.",
+        epilog="Other flags of sendmail are taken and change nothing.  Exit status: 0, 64 used "
+        "wrongly, 67 a recipient is refused, 69 the mail is refused, 75 try again later.")
+    add = parser.add_argument
+    add("recipients", nargs="*", type=_recipients, metavar="RECIPIENT")
+    add("-t", action="store_true", help="send to the recipients in To, Cc and Bcc, too")
+    add("-i", action="store_true", help="a line with a lone dot does not end the mail")
+    add("-f", "-r", type=_line, metavar="ADDRESS", help="the sender")
+    add("-F", type=_line, metavar="NAME", help="the sender's name", default="")
+    add("-s", type=_line, metavar="SUBJECT", help="the subject, with -m", default="")
+    add("-m", metavar="TEXT", help="the text, in place of standard input")
+    add("-S", type=_line, metavar="HOST:PORT", help="the catcher (MAILTEST_SMTP, 127.0.0.1:2525)")
+    for flag in "nvUG":
+        add("-" + flag, help=argparse.SUPPRESS, action="store_true")
+    for flag in "odeqBNRLXCO":
+        add("-" + flag, help=argparse.SUPPRESS, action="append")
+    add("-b", type=_sendmail_mode, help=argparse.SUPPRESS)
+    options = parser.parse_intermixed_args(arguments)
+    options.i = options.i or "i" in (options.o or ())
+    options.recipients = list(itertools.chain.from_iterable(options.recipients))
+    return options
 
 
 def _qualified(address: str) -> str:
@@ -7085,26 +7060,25 @@ def _head_and_body(octets: bytes, dot_ends: bool) -> Tuple[bytes, bytes]:
     return head, body if body.startswith(b"\r\n") else b"\r\n" + body
 
 
-def _completed(octets: bytes, flags: Dict[str, str],
-               recipients: List[str]) -> Tuple[bytes, List[str]]:
+def _completed(octets: bytes, options: argparse.Namespace) -> Tuple[bytes, List[str]]:
     """The mail with CRLF, without Bcc, with the header fields that sendmail adds; and whom it
-    names as recipients."""
-    head, body = _head_and_body(octets, dot_ends="i" not in flags and "m" not in flags)
+    names as recipients.  Settles the sender, `options.f`."""
+    head, body = _head_and_body(octets, dot_ends=not options.i and options.m is None)
     header = Header(head)
     named = [address.email for field in ("to", "cc", "bcc")
              for address in header.addresses(field) if address.email]
     head = re.sub(rb"(?im)^bcc[ \t]*:.*\r\n(?:[ \t].*\r\n)*", b"", head)
-    head = re.sub(rb"(?im)^(?:from|to|cc)[ \t]*:[^\"\r]*$", _qualified_field, head)
-    sender = read_addresses(flags.get("f", ""))
-    if sender:                           # -f "Bob <bob@x.example>" is bob@x.example
-        flags["f"] = sender[0].email
-    author = header.addresses("from")
-    flags.setdefault("f", author[0].email if author else _user_address())
+    head = re.sub(rb"(?im)^(?:from|to|cc)[ \t]*:[^\"\r\n]*(?=\r\n)", _qualified_field, head)
+    if options.f is None:
+        author = header.addresses("from")
+        options.f = author[0].email if author else _user_address()
+    sender = read_addresses(options.f)   # -f "Bob <bob@x.example>" is bob@x.example
+    options.f = _qualified(sender[0].email if sender else options.f.strip("<>"))
     if "from" not in header.first:
-        sender = _qualified(flags["f"].strip("<>")) or _user_address()
-        head += f"From: {email.utils.formataddr((flags.get('F', ''), sender))}\r\n".encode()
-    if recipients and not {"to", "cc", "bcc"} & header.first.keys():
-        head += f"To: {', '.join(map(_qualified, recipients))}\r\n".encode()
+        shown = email.utils.formataddr((options.F, options.f or _user_address()))
+        head += f"From: {shown}\r\n".encode()
+    if options.recipients and not {"to", "cc", "bcc"} & header.first.keys():
+        head += f"To: {', '.join(map(_qualified, options.recipients))}\r\n".encode()
     if "date" not in header.first:
         head += f"Date: {email.utils.formatdate(localtime=True)}\r\n".encode()
     if "message-id" not in header.first:
@@ -7112,9 +7086,8 @@ def _completed(octets: bytes, flags: Dict[str, str],
     return head + body, named
 
 
-def _catcher(flags: Dict[str, str]) -> Tuple[str, int]:
+def _catcher(where: str) -> Tuple[str, int]:
     """Host and port of the catcher to send to."""
-    where = flags.get("S") or os.environ.get("MAILTEST_SMTP") or "127.0.0.1:2525"
     host, _, number = where.rpartition(":")
     if not host or not re.fullmatch("[0-9]{1,5}", number) or int(number) > 65535:
         raise ValueError(f"expected HOST:PORT in -S or MAILTEST_SMTP, got {_seen(where)}")
@@ -7153,71 +7126,54 @@ def _hand_over(host: str, number: int, sender: str, recipients: List[str], octet
 def sendmail(arguments: List[str]) -> int:
     """Takes a mail on standard input to a catcher, as /usr/sbin/sendmail would; exit status by
     sysexits.h."""
-    if arguments[:1] == ["--help"]:
-        print(_SENDMAIL, end="")
-        return _EX_OK
     try:
-        flags, recipients = _sendmail_flags(arguments)
-        catcher = _catcher(flags)
-        if "m" in flags:                 # with -s and -m the whole mail is on the command line
-            from email.header import Header
-            subject = Header(flags.get("s", ""), "utf-8" if not flags.get("s", "").isascii() else
-                             "us-ascii").encode()
-            octets = f"Subject: {subject}\n\n{flags['m']}\n".encode("utf-8", "surrogateescape")
-        else:
+        options = _sendmail_options(arguments)
+        catcher = _catcher(options.S or os.environ.get("MAILTEST_SMTP") or "127.0.0.1:2525")
+        if options.m is None:
             octets = sys.stdin.buffer.read()
-        octets, named = _completed(octets, flags, recipients)
-        recipients = recipients + (named if "t" in flags else [])
+        else:                            # the whole mail is on the command line
+            import email.header
+            subject = email.header.Header(
+                options.s, "us-ascii" if options.s.isascii() else "utf-8").encode()
+            octets = f"Subject: {subject}\n\n{options.m}\n".encode("utf-8", "surrogateescape")
+        octets, named = _completed(octets, options)
+        recipients = options.recipients + (named if options.t else [])
         if not recipients:
             raise ValueError("expected a recipient: as an argument, or with -t in To, Cc or Bcc")
     except ValueError as error:
         print(f"sendmail: {error}", file=sys.stderr)
         return _EX_USAGE
-    return _hand_over(*catcher, _qualified(flags["f"].strip("<>")),
-                      list(dict.fromkeys(map(_qualified, recipients))), octets)
+    return _hand_over(*catcher, options.f, list(dict.fromkeys(map(_qualified, recipients))),
+                      octets)
 
 
 # -- running
 
-def _health(parts: Any) -> str:
-    """"" if a catcher answers there, else why not: its text."""
-    try:
-        if parts.scheme == "https":
-            context = ssl.create_default_context()   # whoever asks for health needs no trust
-            context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
-            client: Any = http.client.HTTPSConnection(parts.hostname, parts.port, timeout=2,
-                                                      context=context)
-        else:
-            client = http.client.HTTPConnection(parts.hostname, parts.port, timeout=2)
-        with contextlib.closing(client):
-            client.request("GET", "/healthz")
-            status = client.getresponse().status
-        return "" if status == 200 else f"/healthz answered {status}"
-    except (OSError, http.client.HTTPException) as error:
-        return getattr(error, "strerror", None) or str(error) or type(error).__name__
-
-
 def ready(arguments: List[str]) -> int:
     """Waits until a catcher answers; exit status 0, or 1 when it does not."""
-    parser = argparse.ArgumentParser(prog="mailtest.py ready", allow_abbrev=False,
-                                     description="Waits until a catcher answers.")
+    import urllib.request
+    parser = argparse.ArgumentParser(prog="mailtest.py ready", description=ready.__doc__)
     parser.add_argument("url", nargs="?", default="http://127.0.0.1:8080", metavar="URL")
     parser.add_argument("--timeout", type=a_time, default=10.0, metavar="TIME")
     options = parser.parse_args(arguments)
-    try:
-        parts = _web_address("URL", options.url)
-    except ValueError as error:
-        parser.error(str(error))
+    trusting = ssl.create_default_context()          # no password goes there
+    trusting.check_hostname, trusting.verify_mode = False, ssl.CERT_NONE
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}),
+                                         urllib.request.HTTPSHandler(context=trusting))
+    url = options.url if "://" in options.url else "http://" + options.url
     until = time.monotonic() + options.timeout
     while True:
-        why = _health(parts)
-        if not why or time.monotonic() >= until:
-            break
+        try:
+            with opener.open(url.rstrip("/") + "/healthz", timeout=2):
+                return 0
+        except (OSError, http.client.HTTPException) as error:
+            if time.monotonic() >= until:
+                print(f"mailtest: {url} does not answer within {options.timeout:g} s: {error}",
+                      file=sys.stderr)
+                return 1
+        except ValueError as error:
+            parser.error(str(error))
         time.sleep(0.05)
-    if why:
-        print(f"mailtest: {options.url} does not answer within {options.timeout:g} s: {why}",
-              file=sys.stderr)
-    return int(bool(why))
 
 
 class _LogStream:

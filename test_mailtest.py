@@ -8,6 +8,7 @@ test.  Sessions and requests are played in memory; sockets appear where the sock
 """
 
 import ast
+import asyncio
 import base64
 import contextlib
 import datetime
@@ -7491,6 +7492,37 @@ def test_no_mail_says_what_was_expected_and_what_came(got, arguments, expected):
     assert str(no_mail.value) == expected.replace("<inbox>", inbox.address)
 
 
+def test_where_is_asked_of_each_mail():
+    _, _, inbox = inbox_on_clock("a", "b")
+    assert inbox.wait(where=lambda mail: mail.subject == "a").subject == "a"
+    assert inbox.wait(to="B@x.example", timeout=0).subject == "b"
+    inbox.expect_none(to="c@x.example", timeout=0)
+
+
+def test_silence_is_explained():
+    _, store, inbox = inbox_on_clock()
+    for number in range(7):
+        delivered(store, f"{number}@x.example")
+    store.add_session(mailtest.SessionRecord(
+        0, "127.0.0.1", "c", "", False, 0.0, 1001.0, 0, "", "connection closed", b""))
+    assert inbox.report().splitlines()[1:] == [
+        "mail to other addresses since: 6@x.example, 5@x.example, 4@x.example, 3@x.example, "
+        "2@x.example, ...",
+        "SMTP sessions that were broken: 1, the last: connection closed"]
+
+
+def test_silence_in_an_event_loop_is_explained():
+    _, _, inbox = inbox_on_clock()
+
+    async def waits():
+        with pytest.raises(mailtest.NoMail) as no_mail:
+            inbox.wait(timeout=0)
+        return str(no_mail.value).splitlines()[-1]
+    assert asyncio.run(waits()) == (
+        "this thread runs an event loop, which stands still while a test waits; write: await "
+        "asyncio.to_thread(inbox.wait, ...)")
+
+
 def test_no_mail_is_an_assertion_that_failed():
     assert issubclass(mailtest.NoMail, AssertionError)
 
@@ -7684,10 +7716,9 @@ def test_mail_that_cannot_be_saved_stays_and_one_line_tells(breaks, tmp_path, mo
                                         "failed": 3, "error": error}
     assert os.listdir(tmp_path) == []
     assert len(follower._store.newest("mailtest")) == 3
-    assert logged(caplog) == [f"--save: 19700101T001640.000000Z-<id> was not written: {error}"]
+    assert logged(caplog) == [f"--save: {error}"]
     monkeypatch.undo()                   # and later mail is written again
-    follower.handle(letter("b@x.example"))
-    assert (len(os.listdir(tmp_path)), follower.error) == (1, "")
+    assert (follower.handle(letter("b@x.example")), len(os.listdir(tmp_path))) == ("", 1)
 
 
 class Receiver(http.server.ThreadingHTTPServer):
@@ -7772,11 +7803,11 @@ def test_webhook_sends_the_password_of_its_url():
 HOOKS = {
     "tries again and keeps the order": (
         (500, 301, 404), {}, "aaaab", hook_state(2),
-        ["--webhook: trying again: answered 500", "--webhook: trying again: answered 301",
-         "--webhook: trying again: answered 404"]),
+        ["--webhook: answered 500", "--webhook: answered 301",
+         "--webhook: answered 404"]),
     "gives one message up and goes on": (
         (500, 500), {"webhook_tries": 2}, "aab", hook_state(1, 1),
-        ["--webhook: trying again: answered 500"]),
+        ["--webhook: answered 500"]),
 }
 
 
@@ -7805,7 +7836,7 @@ def test_webhook_goes_on_after_a_message_that_cannot_be_rendered(caplog):
 def test_stop_of_a_webhook_tells_what_it_did_not_send(caplog):
     hook = webhook(_unreachable(), webhook_pause=60.0)
     pausing = threading.Event()
-    hook._given_up.wait = lambda seconds, wait=hook._given_up.wait: pausing.set() or wait(seconds)
+    hook.given_up.wait = lambda seconds, wait=hook.given_up.wait: pausing.set() or wait(seconds)
     hook.start()
     for subject in "abc":
         delivered(hook._store, "b@x.example", octets=_with_subject(subject))
@@ -7838,20 +7869,20 @@ def _unreachable():
         return f"http://127.0.0.1:{closed.getsockname()[1]}/"
 
 
-# limits, the pause that ends it, pauses, how many messages were dropped
+# limits, the pause that ends it, pauses
 PAUSES = {
-    "they double up to thirty seconds": ({}, 100, [0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 30.0], 1),
-    "none after the last try": ({"webhook_tries": 2}, 100, [0.5], 1),
-    "a stop ends them": ({}, 2, [0.5, 1.0], 0),
+    "they double up to thirty seconds": ({}, 100, [0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 30.0]),
+    "none after the last try": ({"webhook_tries": 2}, 100, [0.5]),
+    "a stop ends them": ({}, 2, [0.5, 1.0]),
 }
 
 
-@pytest.mark.parametrize("limits, ends_after, seconds, dropped", rows(PAUSES))
-def test_pauses_of_a_webhook(limits, ends_after, seconds, dropped):
+@pytest.mark.parametrize("limits, ends_after, seconds", rows(PAUSES))
+def test_pauses_of_a_webhook(limits, ends_after, seconds):
     hook = webhook(_unreachable(), **limits)
-    hook._given_up = _Pauses(ends_after)
-    hook.handle(letter("b@x.example"))
-    assert (hook._given_up.seconds, hook.failed) == (seconds, dropped)
+    hook.given_up = _Pauses(ends_after)
+    assert hook.handle(letter("b@x.example")) == "Connection refused"
+    assert hook.given_up.seconds == seconds
 
 
 def test_webhook_whose_answer_trickles_in_is_timed_out_as_a_whole():
@@ -7869,8 +7900,7 @@ def test_webhook_whose_answer_trickles_in_is_timed_out_as_a_whole():
         thread.start()
         hook = webhook(f"http://127.0.0.1:{listener.getsockname()[1]}/", webhook_tries=1,
                        webhook_time=0.1)
-        hook.handle(letter("b@x.example"))
-        assert hook.failed == 1
+        assert hook.handle(letter("b@x.example"))
         thread.join(10)
         assert not thread.is_alive()
 
@@ -8469,6 +8499,69 @@ def test_script_ends_with_the_status_of_main():
         assert (done.returncode, says in done.stdout.decode()) == (status, True), done.stdout
 
 
+def test_until_eof_ends_with_standard_input(program, monkeypatch):
+    reading, writing = os.pipe()
+    with open(reading) as stdin:
+        monkeypatch.setattr(sys, "stdin", stdin)
+        assert program(*FREE, "--until-eof", ready=lambda line: os.close(writing))[::2] == (0, "")
+
+
+def test_log_has_a_line_for_mail_and_for_what_was_refused(running, monkeypatch):
+    lines = []
+    monkeypatch.setattr(mailtest, "log_info", lambda text, *rest: lines.append(text % rest))
+    with mailtest.Mailtest() as server:
+        thread = in_thread(mailtest._log_events, server.store)
+        inbox = server.acquire("rcpt:550")
+        for _ in range(2):
+            with contextlib.suppress(smtplib.SMTPException):
+                post(server, inbox.address)
+        id = inbox.wait().id
+        while len(lines) < 2:            # the thread has not seen the mail yet
+            pass
+    thread.join_value()
+    assert lines == [
+        "SMTP session of 127.0.0.1 refused: 550 5.0.0 Scripted: fail=rcpt:550",
+        f"mail from <s@sender.example> to <{inbox.address}>: 'x', 17 octets, id {id}"]
+
+
+def test_log_never_waits_for_whoever_reads_it(monkeypatch):
+    written, stalled = [], threading.Event()
+
+    class Pipe:
+        def write(self, text):
+            stalled.wait(10)
+            written.append(text)
+
+        def flush(self):
+            pass
+    monkeypatch.setattr(sys, "stderr", Pipe())
+    stream = mailtest._LogStream()
+    for number in range(2_000):
+        stream.write(f"{number}\n")
+    stalled.set()
+    stream._thread.join(0)
+    stream._lines.put("")
+    stream._thread.join(10)
+    assert written[0] == "0\n" and 1_000 <= len(written) <= 1_002
+
+
+def test_ready(program, running):
+    assert program("ready", running.url) == (0, "", "")
+    assert program("ready", running.url[len("http://"):]) == (0, "", "")
+    where = _unreachable()[:-1]
+    status, out, err = program("ready", where, "--timeout", "0.01")
+    assert (status, out) == (1, "")
+    assert err.startswith(f"mailtest: {where} does not answer within 0.01 s: ")
+
+
+def test_start_without_a_thread_is_told_in_a_line(program, monkeypatch):
+    def start(server):
+        raise RuntimeError("can't start new thread")
+    monkeypatch.setattr(mailtest.Mailtest, "start", start)
+    assert program(*FREE) == (1, "", "mailtest: cannot start with --host 127.0.0.1 --smtp 0, "
+                                     "--http 0: can't start new thread\n")
+
+
 def test_version(program):
     assert program("--version") == (0, f"mailtest {mailtest.__version__}\n", "")
 
@@ -8668,7 +8761,8 @@ FLAGS = {
         ["-FCronDaemon", "-i", "-B8BITMIME", "-oem", "root"],
         b"From: root (Cron Daemon)\nTo: root\nSubject: Cron <root@host> ls\n\nout\n",
         "root@localhost", ("root@localhost",),
-        b"From: root (Cron Daemon)\r\nTo: root\r\nSubject: Cron <root@host> ls\r\n" + DATED
+        b"From: root@localhost (Cron Daemon)\r\nTo: root@localhost\r\n"
+        b"Subject: Cron <root@host> ls\r\n" + DATED
         + b"\r\nout\r\n"),
     "cron with MAILTO=ops@x.example": (
         ["-FCronDaemon", "-i", "-B8BITMIME", "-oem", "ops@x.example"],
@@ -8788,13 +8882,12 @@ USED_WRONGLY = {
         [], "expected a recipient: as an argument, or with -t in To, Cc or Bcc"),
     "-t and nobody named": (
         ["-t"], "expected a recipient: as an argument, or with -t in To, Cc or Bcc"),
-    "a flag without its value": (["b@x.example", "-f"], "expected a value after -f"),
+    "a flag without its value": (
+        ["b@x.example", "-f"], "argument -f/-r: expected one argument"),
     "an unknown flag": (
-        ["-Z", "b@x.example"],
-        "unknown flag -Z in '-Z': expected -t, -i, -f ADDRESS, -F NAME, -o..., -s SUBJECT, "
-        "-m TEXT, -S HOST:PORT"),
+        ["-Z", "b@x.example"], "unrecognized arguments: -Z"),
     "a mode that is none here": (
-        ["-bs"], "-bs is not implemented: expected a mail on standard input"),
+        ["-bs"], "argument -b: -bs is not implemented: expected a mail on standard input"),
     "a catcher without port": (
         ["-S", "localhost", "b@x.example"],
         "expected HOST:PORT in -S or MAILTEST_SMTP, got 'localhost'"),
@@ -8818,6 +8911,8 @@ INJECTIONS = {
     "in a recipient": ["b@x.example\nX-Evil: 1"],
     "in a recipient after --": ["--", "b@x.example\r\nX-Evil: 1"],
     "in the subject": ["-s", "Hi\nX-Evil: 1", "-m", "text", "b@x.example"],
+    **{f"in the subject with {break_!a}": ["-s", f"Hi{break_}X-Evil: 1", "-m", "x", "b@x.example"]
+       for break_ in "\r\x0b\x0c\x1c\x1d\x1e\x85\u2028\u2029\0"},
 }
 
 
@@ -8826,6 +8921,24 @@ def test_sendmail_arguments_inject_no_header_field(arguments, standin):
     status, err, messages = standin(arguments, b"Subject: Hi\n\nx\n")
     assert (status, messages, "Traceback" in err) in [(64, [], False), (0, messages, False)]
     assert not any(b"\nX-Evil:" in message.octets for message in messages)
+
+
+def test_sendmail_qualifies_names_without_a_domain(standin):
+    mail = b'To: root, bob (the builder)\nCc: "A, b" <c@x.example>\nFrom: me\n\nx\n'
+    status, _, messages = standin(["-t"], mail)
+    assert messages[0].octets.startswith(
+        b'To: root@localhost, bob@localhost (the builder)\r\nCc: "A, b" <c@x.example>\r\n'
+        b"From: me@localhost\r\n")
+    assert messages[0].envelope.forward_paths == ("root@localhost", "bob@localhost", "c@x.example")
+
+
+def test_sendmail_help(program):
+    assert program("sendmail", "--help")[1].startswith("usage: sendmail [-h] [-t] [-i] ")
+
+
+def test_program_that_is_called_sendmail_is_it(running, monkeypatch, tmp_path):
+    monkeypatch.setattr(sys, "argv", ["/usr/sbin/sendmail", "-S", "nowhere", "b@x.example"])
+    assert mailtest.main() == 64
 
 
 def test_sendmail_tells_of_an_argument_that_is_no_address(standin):
