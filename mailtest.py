@@ -1099,63 +1099,92 @@ zh  码 碼 代码 代碼 | 密码 密碼 口令 | 号 號 编号 編號 | 订�
     單號
 zu  ikhodi | iphasiwedi | inombolo | i-oda oda ikhasimende
 """
-# What is left out, and what is written otherwise in plain ASCII: blanks, dashes, full width.
-_PLAIN = {**{code: code - 0xFEE0 for code in range(0xFF01, 0xFF5F)},
-          **dict.fromkeys((0xA0, 0x2007, 0x2009, 0x202F, 0x3000), " "),
-          **dict.fromkeys((0x2010, 0x2011, 0x2012, 0x2013), "-"),
-          **dict.fromkeys((0xAD, *range(0x200B, 0x2010), *range(0x202A, 0x202F), 0x2060, 0xFEFF))}
+_ODD = _Pattern("[\xa0\xad\u2007\u2009\u200b-\u2013\u202a-\u202f\u2060\u3000\ufeff\uff01-\uff5e]")
+_OTHER_DIGIT = _Pattern("[^\\D0-9]")
+
+
+def _ascii_of(odd) -> str:
+    """A blank, dash or sign of full width in ASCII; "" for what has no width."""
+    code = ord(odd.group())
+    if code in (0xA0, 0x2007, 0x2009, 0x202F, 0x3000):
+        return " "
+    return chr(code - 0xFEE0) if 0xFF00 < code < 0xFF5F else "-" * (0x2010 <= code < 0x2014)
+
+
+def _in_ascii(text: str) -> str:
+    """Text with its digits, blanks and dashes in ASCII, without what has no width."""
+    if text.isascii():
+        return text
+    text = _ODD.sub(_ascii_of, text)
+    return _OTHER_DIGIT.sub(lambda digit: str(int(digit.group())), text)
+
+
 _KINDS = ("code", "secret", "number", "thing")
 
 
-def _key(text: str, at: int) -> str:
-    return text[at] if text[at] >= "\u0590" else text[at:at + 2]
-
-
 @functools.lru_cache(maxsize=None)
-def _words() -> Dict[str, List[Tuple[str, str, bool, bool]]]:
-    """_WORDS by their first letters: (word, kind, may end a longer word, may have an ending)."""
-    index: Dict[str, List[Tuple[str, str, bool, bool]]] = {}
-    for line in _WORDS.replace("\n   ", " ").translate(_PLAIN).strip().splitlines():
+def _words() -> Tuple[Dict[str, List[Tuple[str, str, bool]]], List[Tuple[str, str, bool]]]:
+    """_WORDS: by their first two letters (one from Hebrew on), and those that end longer words.
+    Each as (word, kind, whether it may have an ending)."""
+    index: Dict[str, List[Tuple[str, str, bool]]] = {}
+    endings = []
+    for line in _in_ascii(_WORDS.replace("\n   ", " ")).strip().splitlines():
         for kind, words in zip(_KINDS, line[4:].split("|")):
             for word in words.split():
                 bare = word.strip("-.").replace("_", " ")
-                ending = word[-1] == "-" or len(word) > 3 and word[-1] != "."
-                index.setdefault(_key(bare, 0), []).append((bare, kind, word[0] == "-", ending))
+                entry = bare, kind, (bare >= "\u0590" or word[-1] == "-"
+                                     or len(word) > 3 and word[-1] != ".")
+                index.setdefault(bare[:1 if bare >= "\u0590" else 2], []).append(entry)
+                if word[0] == "-":
+                    endings.append(entry)
     for entries in index.values():
         entries.sort(key=lambda entry: -len(entry[0]))
-    return index
+    return index, sorted(set(endings))
 
 
-def _labels(text: str) -> List[Tuple[str, int, int]]:
-    """(kind, start, end) of the words in a text, in lower case, that _WORDS knows."""
-    found, at, index = [], 0, _words()
-    while at < len(text):
-        for word, kind, inside, ending in index.get(_key(text, at), ()):
+_BEGINNING = _Pattern(r"\b[^\W\d\u0590-\uffff][^\W\u0590-\uffff]|[\u0590-\uffff]")
+
+
+def _labels(text: str) -> List[Tuple[int, int, str]]:
+    """(start, end, kind) of the words in a text, in lower case, that _WORDS knows."""
+    found = []
+    index, endings = _words()
+    for match in _BEGINNING.finditer(text):
+        at = match.start()
+        for word, kind, may_end in index.get(match.group(), ()):
             end = at + len(word)
-            if (text.startswith(word, at)
-                    and (inside or word >= "\u0590" or not text[at - 1:at].isalnum())
-                    and (ending or word >= "\u0590" or not text[end:end + 1].isalnum())):
-                found.append((kind, at, end))
-                at = end - 1
+            if text.startswith(word, at) and (may_end or not text[end:end + 1].isalnum()):
+                found.append((at, end, kind))
                 break
-        at += 1
-    return found
+    for word, kind, may_end in endings:
+        at = text.find(word, 1)
+        while at > 0:
+            end = at + len(word)
+            if text[at - 1].isalnum() and (may_end or not text[end:end + 1].isalnum()):
+                found.append((at, end, kind))
+            at = text.find(word, end)
+    found.sort(key=lambda label: (label[0], -label[1]))
+    kept: List[Tuple[int, int, str]] = []
+    for label in found:
+        if not kept or label[0] >= kept[-1][1]:
+            kept.append(label)
+    return kept
 
 
 _BESIDE = _Pattern(r"\w{0,3}[\s-]{0,2}"
                    r"|\w{0,5}[\s-]{1,2}(?:d\w{1,2}|of|for|von|del|van)?[\s'-]{0,2}")
 
 
-def _meaning(text: str, labels: List[Tuple[str, int, int]], which: int) -> int:
+def _meaning(text: str, labels: List[Tuple[int, int, str]], which: int) -> int:
     """1 if labels[which] speaks for a code, -1 against it."""
-    kind, start, end = labels[which]
+    start, end, kind = labels[which]
     if kind in ("secret", "thing"):
         return 1 if kind == "secret" else -1
     beside = []
-    if which and _BESIDE.fullmatch(text, labels[which - 1][2], start):
-        beside.append(labels[which - 1][0])
-    if which + 1 < len(labels) and _BESIDE.fullmatch(text, end, labels[which + 1][1]):
-        beside.append(labels[which + 1][0])
+    if which and _BESIDE.fullmatch(text, labels[which - 1][1], start):
+        beside.append(labels[which - 1][2])
+    if which + 1 < len(labels) and _BESIDE.fullmatch(text, end, labels[which + 1][0]):
+        beside.append(labels[which + 1][2])
     if "secret" in beside:
         return 1
     if "thing" in beside:
@@ -1178,18 +1207,15 @@ def _heading(line: str) -> int:
     return 0
 
 
-_OTHER_DIGIT = _Pattern("[^\\D0-9]")
 _WEB_ADDRESS = _Pattern(r"https?://[^\s<>\"]*", re.I)
 _SPREAD = _Pattern(r"[A-Za-z0-9](?:[ \t]+[A-Za-z0-9]){3,15}")
 
 
 def _laid_out(text: str) -> List[str]:
     """The lines of a text that say something; a character a line or cell is put together."""
-    if not text.isascii():
-        text = _OTHER_DIGIT.sub(lambda digit: str(int(digit.group())), text.translate(_PLAIN))
     lines: List[str] = []
     single = False
-    for line in _WEB_ADDRESS.sub("\ufffc", text).split("\n"):
+    for line in _WEB_ADDRESS.sub("\ufffc", _in_ascii(text)).split("\n"):
         line = line.strip(" \t\r*_>|")
         if len(line) < 64 and _SPREAD.fullmatch(line):
             line = line.replace(" ", "").replace("\t", "")
@@ -1201,10 +1227,12 @@ def _laid_out(text: str) -> List[str]:
     return lines
 
 
-_CANDIDATE = _Pattern(
+_CANDIDATE = _Pattern(      # a number with all its groups, or a word that may be a code
     r"(?<![!-~])(?:[\[(<*\"'_]*[+(]?[0-9][0-9()+./,:'-]*(?: [0-9(+][0-9()+./,:'-]*)*"
-    r"[\])>.,;:!?*\"'_]*(?![!-~])|[!-~]+)")
-_ANY_DIGIT = _Pattern("[0-9]")
+    r"[\])>.,;:!?*\"'_]*(?![!-~])"
+    r"|(?=[!-~]*?(?:[0-9]|[A-Z][A-Z-]|-[a-z]+-|[a-f]+(?![!-~])))[!-~]+)")
+_MAYBE = _Pattern(r"[0-9]|[A-Z][A-Z-][A-Z-][A-Z]|-[a-z]+-")      # a line with one
+_DIGIT = _Pattern("[0-9]")
 _AROUND = "\"'()[]<>*_.,;:!?|`{}"
 _DIGITS = _Pattern(r"[0-9]{4,9}|[0-9]{3}([ -])[0-9]{3}(?:\1[0-9]{3})?"
                    r"|[0-9]{4}(?:([ -])[0-9]{4}){1,3}"
@@ -1226,17 +1254,19 @@ class _Candidate(NamedTuple):
 
 def _shape(word: str) -> Tuple[str, str]:
     """(code, look) of a token, ("", "") if it cannot be one."""
+    if len(word) < 4:
+        return "", ""
     if _DIGITS.fullmatch(word):
         return word.replace(" ", "").replace("-", ""), "digits"
-    head, _, rest = word.partition("-")
-    if rest.isdigit() and len(head) < 3 and head.isalpha() and len(rest) > 3:
-        return rest, "digits"                                            # "G-482913"
     groups = word.split("-")
+    if len(groups) == 2 and groups[1].isdigit() and len(groups[1]) > 3 and len(groups[0]) < 3 and (
+            groups[0].isalpha()):
+        return groups[1], "digits"                                            # "G-482913"
     longest = 16 if len(groups) == 1 else 8
-    if (not word.isascii() or len(groups) > 10 or not 4 <= len(word) <= 60
+    if (not word.isascii() or len(word) > 60
             or not all(group.isalnum() and len(group) <= longest for group in groups)):
         return "", ""
-    if not _ANY_DIGIT.search(word):
+    if not _DIGIT.search(word):
         odd = word.isupper() or word.islower() and (len(groups) > 2 or set(word) <= set("abcdef"))
         return (word, "letters") if odd else ("", "")
     if word.replace("-", "").isdigit():
@@ -1244,181 +1274,212 @@ def _shape(word: str) -> Tuple[str, str]:
     return word, "mixed" if word == word.upper() else "small"
 
 
-def _tokens(line: str) -> Iterator[_Candidate]:
-    """What in a line looks like a code."""
-    for match in _CANDIDATE.finditer(line):
+def _is_joined(text: str, start: int, end: int) -> bool:
+    """Whether a token is part of a word or an amount."""
+    before, after = text[start - 1:start], text[end:end + 1]
+    return bool(before.isalpha() and before < "\u0590" or after.isalpha() and after < "\u0590"
+                or before and before in "€£¥₹" or _UNIT.match(text, end))
+
+
+def _candidates(text: str) -> Iterator[_Candidate]:
+    """What in a line or cell looks like a code."""
+    for match in _CANDIDATE.finditer(text):
         word, start, end = match.group(), match.start(), match.end()
-        before, after = line[start - 1:start], line[end:end + 1]
-        if (before.isalpha() and before < "\u0590" or after.isalpha() and after < "\u0590"
-                or before and before in "\u20ac\u00a3\u00a5\u20b9" or _UNIT.match(line, end)):
+        if len(word) < 4:
             continue
         head, sign, tail = word.rpartition(":") if ":" in word[:-1] else word.rpartition("=")
         if sign and head.strip(_AROUND).isalpha() and tail:
             start, word = start + len(head) + 1, tail
         bare = word.strip(_AROUND)
         start += word.find(bare)
-        code, look = _shape(bare)
-        if code:
-            yield _Candidate(start, start + len(bare), code, look)
-        elif " " in bare and len(set(map(len, bare.split(" ")))) == 1:      # a row of codes
-            for piece in bare.split(" "):
-                code, look = _shape(piece)
-                if code:
-                    yield _Candidate(start, start + len(piece), code, look)
-                start += len(piece) + 1
+        found = [(bare, *_shape(bare))]
+        if not found[0][1] and " " in bare:                       # a row of equal numbers?
+            pieces = bare.split(" ")
+            found = [(piece, *_shape(piece)) for piece in pieces if len(piece) == len(pieces[0])]
+            found *= len(found) == len(pieces)
+        if not found or not found[0][1] or _is_joined(text, match.start(), end):
+            continue
+        for piece, code, look in found:
+            if code:
+                yield _Candidate(start, start + len(piece), code, look)
+            start += len(piece) + 1
 
 
-_ORDINAL = _Pattern(r"(?<![^\s])[0-9]{1,2}[.):]?(?![^\s])|[^\w]")
-_MAYBE = _Pattern(r"[0-9]|[A-Z]{3}[A-Z-]|[a-z]-[a-z]+-[a-z]")
+_CHANGE = _Pattern("(?<=[0-9])(?=[A-Z])|(?<=[A-Z])(?=[0-9])")
+_FILLING = _Pattern(r"(?<!\S)[0-9]{1,2}[.):]?(?!\S)|[^\w]")
+
+
+def _alone(text: str, tokens: List[_Candidate]) -> bool:
+    """Whether a text holds tokens and nothing else but their numbers in a list."""
+    rest, at = [], 0
+    for token in tokens:
+        if token.look != "letters" or len(tokens) == 1:
+            rest.append(text[at:token.start])
+            at = token.end
+    return bool(at) and not _FILLING.sub("", " ".join(rest) + " " + text[at:])
+
+
+# What stands between a label and what it names, if nothing else does.
 _COPULA = _Pattern(r"(?:.*\W)?(?:is|ist|lautet|est|es|è|é|jest|er|är|on|to|je)\s*[\"'*(]*"
                    r"|.*[:=]\s*[\"'*(]*|.*[-\u2014]\s|.*[\u0590-\uffff]", re.I | re.S)
 _OR = _Pattern(r"[\s,;/|()]*(?:(?:or|and|oder|und|ou|et|o|y|e|of|en|lub)\s)?[\s(]*")
 
 
-class _Codes:
-    """The codes of one text."""
+class _CodeFinder:
+    """Finds the codes of one text; each line is looked at once as a line, once as a label."""
 
     def __init__(self, text: str, subject: str):
         self.lines = _laid_out(text)
         self.subject = subject
-        self.length = len(text)
-        self.headings: Dict[int, int] = {}
-        self.rows: Dict[int, bool] = {}         # lines that hold candidates and nothing else
-        self.found: Dict[str, int] = {}
+        self.is_short = len(text) <= 2_000
+        self.headings: Dict[int, int] = {}              # what a line says of those under it
+        self.lists: Dict[int, Tuple[int, int]] = {}     # lines of candidates alone, with `above`
+        self.found: Dict[str, int] = {}                 # code: how sure that is, 1 to 5
 
     def find(self) -> Dict[str, int]:
+        """The codes in order of appearance."""
+        above: List[str] = []
         for number, line in enumerate(self.lines):
-            if not _MAYBE.search(line) and (len(line) > 40 or " " in line):
-                continue
-            tokens = list(_tokens(line))
-            if not tokens:
-                continue
-            rest = line
-            for token in reversed(tokens):
-                if token.look != "letters" or len(tokens) == 1:
-                    rest = rest[:token.start] + " " + rest[token.end:]
-            alone = not _ORDINAL.sub("", rest)
-            self.rows[number] = alone
-            for which, token in enumerate(tokens):
-                score = (self.alone(number, token) if alone else
-                         self.inline(number, line, tokens, which))
-                if score > 0:
-                    self.found[token.code] = max(score, self.found.get(token.code, 0))
-                    if len(self.found) >= MESSAGE_LIMITS.codes:
-                        return self.found
+            cells = line.split("\t")
+            if _MAYBE.search(line) or len(line) <= 40 and " " not in line:
+                self.row(number, cells, above)
+                if len(self.found) >= MESSAGE_LIMITS.codes:
+                    break
+            above = cells
         return self.found
 
+    def row(self, number: int, cells: List[str], above: List[str]):
+        """Judges the candidates of a line."""
+        row = [(cell, list(_candidates(cell))) for cell in cells]
+        alone = [_alone(cell, tokens) for cell, tokens in row]
+        if all(is_alone or not cell.strip() for is_alone, cell in zip(alone, cells)):
+            if all(token.look == "letters" for _, tokens in row for token in tokens) and not (
+                    number and self.heading(number - 1) > 0):
+                return
+            self.lists[number] = self.above(number)
+        for column, (cell, tokens) in enumerate(row):
+            if number in self.lists:
+                for token in tokens:
+                    self.judge(token, *self.lists[number])
+            elif alone[column]:
+                said = self.beside(number, cells, column, above)
+                for token in tokens:
+                    self.judge(token, said, 4 * abs(said))
+            else:
+                self.inline(number, cell, tokens)
+
     def heading(self, number: int) -> int:
+        """What a line says of those under it."""
         if number not in self.headings:
             self.headings[number] = _heading(self.lines[number])
         return self.headings[number]
 
-    def alone(self, number: int, token: _Candidate) -> int:
-        """Judges a token that has its line for itself."""
-        lines, at, said, distance = self.lines, number - 1, 0, 0
-        while at >= 0 and self.rows.get(at) and number - at <= 50:
-            at -= 1
-        while at >= 0 and distance < 4 and not said and not self.rows.get(at):
-            said = self.heading(at)
-            distance += 1
-            at -= 1
-        between = not said and at >= 0 and self.rows.get(at, False)
-        if not said and number + 1 < len(lines) and not between:
-            said, distance = self.heading(number + 1), 2
-            if said < 0:
-                said = 0
-        if not said and not between:
-            said, distance = _heading(self.subject), 3
-        if said:
-            return self.judge(token, said, distance == 1, distance)
-        return 0 if between else self.unlabelled(number, token)
+    def above(self, number: int) -> Tuple[int, int]:
+        """(what is said, how near that is: 1 to 4) of tokens that have their line for themselves:
+        by one of the four lines above, down to another such line, by the next, by the subject."""
+        if number - 1 in self.lists:
+            return self.lists[number - 1]
+        for distance in range(1, min(4, number) + 1):
+            if number - distance in self.lists:
+                return 0, 0
+            said = self.heading(number - distance)
+            if said:
+                return said, 4 if distance == 1 else 3
+        if number + 1 < len(self.lines) and self.heading(number + 1) > 0:
+            return 1, 3
+        said = _heading(self.subject)
+        return (said, 2) if said else (self.unlabelled(number), 1)
 
-    def unlabelled(self, number: int, token: _Candidate) -> int:
-        """Judges a token alone in its line that nothing names: in a short mail it is a code, if
-        it looks like one and no other number is spoken of."""
+    def unlabelled(self, number: int) -> int:
+        """1 if a token alone in its line that nothing names may be a code, because the mail is
+        short and speaks of no other number."""
         above = self.lines[number - 1] if number else ""
-        strong = token.look == "digits" and len(token.code) == 6 or token.look == "mixed" and (
-            sum(a.isdigit() != b.isdigit() for a, b in zip(token.code, token.code[1:])) > 1
-            or "-" in token.code)
-        if self.length > 2_000 or not strong or len(above) < 25 and above.endswith(":"):
-            return 0
-        return int(all(label[0] not in ("thing", "number") for line in self.lines + [self.subject]
-                       for label in _labels(line.lower())))
+        return int(self.is_short and not (len(above) < 25 and above.endswith(":")) and not any(
+            kind in ("thing", "number") for line in self.lines + [self.subject]
+            for _, _, kind in _labels(line.lower())))
 
-    def judge(self, token: _Candidate, said: int, direct: bool, distance: int) -> int:
-        if said < 0:
-            return 0
-        if token.look == "letters":
-            return int(direct)
-        return 5 - distance
+    def beside(self, number: int, cells: List[str], column: int, above: List[str]) -> int:
+        """What is said of a token alone in its cell of a row that holds more: by the cell before
+        it, or the head of its column."""
+        before = next((cell for cell in reversed(cells[max(0, column - 3):column])
+                       if cell.strip()), "")
+        said = _heading(before)
+        if not said and len(above) == len(cells):
+            said = _heading(above[column])
+        elif not said and not before and number:
+            said = self.heading(number - 1)
+        return said
 
-    def inline(self, number: int, line: str, tokens: List[_Candidate], which: int) -> int:
-        """Judges a token with other words in its line."""
-        token = tokens[which]
-        ends = [other.end for other in tokens[:which] if other.look != "letters"]
-        start = max(ends[-1] if ends else 0, token.start - 120)
-        left = line[start:token.start]
-        cell = left.rfind("\t") + 1
-        left = left[cell:]
-        if not left.strip(_AROUND + " -#") and "\t" in line:
-            return self.cell(number, line, token)
+    def judge(self, token: _Candidate, said: int, near: int):
+        """Takes a token for a code, or not. How near the label is: 5 colon or copula between,
+        4 right before or above, 3 near, 2 the subject, 1 there is none."""
+        if said <= 0 or token.look == "letters" and near < 4:
+            return
+        if near == 1 and not (
+                token.look == "digits" and len(token.code) == 6 or token.look == "mixed" and (
+                    "-" in token.code or len(_CHANGE.findall(token.code)) > 1)):
+            return
+        self.found[token.code] = max(near, self.found.get(token.code, 0))
+
+    def inline(self, number: int, text: str, tokens: List[_Candidate]):
+        """Judges tokens with other words around them."""
+        last: Optional[_Candidate] = None
+        for token in tokens:
+            near = self.in_sentence(number, text, token, last)
+            if near:
+                self.judge(token, 1, near)
+            if token.look != "letters":
+                last = token
+
+    def in_sentence(self, number: int, text: str, token: _Candidate,
+                    last: Optional[_Candidate]) -> int:
+        """How near the label of a token is, 0 where it has none that speaks for a code."""
+        start = last.end if last else 0
+        left = text[max(start, token.start - 120):token.start]
         sentence = _SENTENCE_END.split(left.lower())[-1]
         labels = _labels(sentence)
-        year = token.look == "digits" and _DATE.fullmatch(token.code)
+        is_date = token.look == "digits" and _DATE.fullmatch(token.code)
         if labels:
             if _meaning(sentence, labels, len(labels) - 1) < 0:
                 return 0
-            gap = sentence[labels[-1][2]:]
-            colon = _COPULA.fullmatch(gap)
+            gap = sentence[labels[-1][1]:]
             words = len(gap.split())
-            direct = bool(colon) or words < 3
-            if token.look == "letters":
-                return 3 * bool(not line.isupper() and (
-                    colon or len(token.code) > 7 and gap == " " and token.code.isupper()))
-            if token.look == "small":
-                return 3 * direct
-            if year:
-                return 3 * bool(colon or not gap.strip())
-            if len(token.code) == 4 and not colon and words > 1:
+            if token.look == "letters" and text.isupper():
                 return 0
-            return 4 if direct else 2 * (words < 12)
-        if which and tokens[which - 1].look != "letters":
-            between = line[tokens[which - 1].end:token.start]
-            if tokens[which - 1].code in self.found:
-                return self.found[tokens[which - 1].code] * bool(_OR.fullmatch(between))
-            if _COPULA.fullmatch(between):               # "The PIN for your card 4711 is 9182"
-                sentence = line[:start].lower()
-                return 3 * any(label[0] == "secret" for label in _labels(sentence))
+            if _COPULA.fullmatch(gap):
+                return 5
+            if token.look == "letters":
+                return 4 * (len(token.code) > 7 and gap == " ")
+            if is_date:
+                return 4 * (not words)
+            if words < (3 if token.look == "small" else 2 if len(token.code) == 4 else 12):
+                return 4 if words < 3 else 3
+            return 0
+        if last:
+            between = text[last.end:token.start]
+            if last.code in self.found and token.look != "letters" and _OR.fullmatch(between):
+                return self.found[last.code]
+            if _COPULA.fullmatch(between[-40:]):        # "The PIN for your card 4711 is 9182"
+                before = text[max(0, start - 80):start].lower()
+                return 3 * any(kind == "secret" for _, _, kind in _labels(before))
         if len(sentence.split()) < 4:
-            right = _SENTENCE_END.split(line[token.end:token.end + 60].lower())[0]
-            right = right.partition("\t")[0]
+            right = _SENTENCE_END.split(text[token.end:token.end + 60].lower())[0]
             labels = _labels(right)
             if labels:
                 return 3 * (_meaning(right, labels, 0) > 0 and token.look in ("digits", "mixed")
-                            and not (year and not _COPULA.fullmatch(right[:labels[0][1]])))
+                            and not (is_date and not _COPULA.fullmatch(right[:labels[0][0]])))
             if not sentence.strip() and number and self.lines[number - 1].endswith(":"):
-                return self.judge(token, self.heading(number - 1), True, 1) if (
-                    self.heading(number - 1) > 0) else 0
+                return 4 * (self.heading(number - 1) > 0)
         return 0
-
-    def cell(self, number: int, line: str, token: _Candidate) -> int:
-        """Judges a token alone in its cell of a row that holds more."""
-        before = line[:token.start].rstrip("\t ").rpartition("\t")[2] if token.start else ""
-        said = _heading(before) if before else 0
-        if not said and number:
-            above, column = self.lines[number - 1].split("\t"), line.count("\t", 0, token.start)
-            if len(above) == line.count("\t") + 1:
-                said = _heading(above[column])
-            elif not before:
-                said = self.heading(number - 1)
-        return self.judge(token, said, True, 1) if said else 0
 
 
 def find_codes(text: str, subject: str) -> Tuple[str, ...]:
     """The codes of a text, each once, in order of appearance, as they are typed: "482 913" and
     "123-456" are 482913 and 123456, "K7Q-T2M" stays."""
-    return tuple(_Codes(text[:MESSAGE_LIMITS.code_characters], subject).find()) or tuple(
-        _Codes(subject, "").find())
+    found = _CodeFinder(text[:MESSAGE_LIMITS.code_characters], subject).find()
+    if not found and _MAYBE.search(subject):
+        found = _CodeFinder(subject, "").find()
+    return tuple(found)
 
 
 def _text_body(texts: List[str], subject: str) -> Body:
