@@ -4548,26 +4548,22 @@ class SmtpServer(Listener):
 
 
 # ---- HTTP API --------------------------------------------------------------
-# Requests in, responses out; no socket.  ROUTES, after the functions, is
-# dispatcher, Allow, OpenAPI, and the README's table at once.
+# Requests in, responses out; no socket.  ROUTES says which endpoint takes which
+# parameters, declare() what each of them is: the checks, OpenAPI and the README's
+# tables all come from these two.  Handlers take values and return values.
 
 class Request(NamedTuple):
-    """A request whose framing and header fields were found right."""
+    """A request whose head was found right.  Its body is read when somebody asks for it."""
 
     method: str
     path: str                            # still percent-encoded
     query: str = ""
     headers: Dict[str, str] = {}         # names in lower case
-    body: bytes = b""
+    read: Callable[[int], bytes] = lambda most: b""  # the body; ApiError 413 if it is larger
     client: str = "127.0.0.1"            # network address
     secure: bool = False
     tunnel: bool = False                 # came through CONNECT, which checked the host
     gone: Callable[[], bool] = lambda: False         # the client has hung up
-
-    @property
-    def base(self) -> str:
-        """The URL that the client used for this catcher, without a trailing slash."""
-        return f"http{'s' if self.secure else ''}://{self.headers.get('host') or 'localhost'}"
 
 
 class Response(NamedTuple):
@@ -4600,339 +4596,712 @@ class ApiPolicy(NamedTuple):
 
     api_key: str = ""
     hosted: bool = False
-    trust_proxy: bool = False            # X-Forwarded-For names the client
+    trust_proxy: bool = False            # X-Forwarded-For, -Proto, -Prefix are true
     allow_hosts: Tuple[str, ...] = ()    # Host header fields taken beside the usual ones
+    allow_origins: Tuple[str, ...] = ()  # whose pages may read (CORS)
     password: str = ""                   # of --auth
     smtp: str = ""                       # where mail is to be sent, as host:port
+    certificate: str = ""                # PEM
     files: Dict[str, Tuple[str, bytes]] = {}         # the page: path -> media type, octets
     state: Callable[[], Dict[str, Any]] = dict       # what else /healthz should say
 
 
+# -- JSON
+
+_encoded = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
+
+
 def _json(value: Any) -> bytes:
     """JSON in UTF-8.  A lone surrogate can come from a request's JSON: it becomes "?"."""
-    return json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode("utf-8", "replace")
+    return _encoded(value).encode("utf-8", "replace")
 
 
-def _bad(field: str, expected: str, got: Any) -> ApiError:
+def _pieces(value: Any) -> Iterator[bytes]:
+    """The JSON of a value, piece by piece: an iterator is a list whose items are made one by one,
+    octets are JSON already, a long text is cut.  So an answer is never in memory as a whole."""
+    if isinstance(value, bytes):
+        yield value
+    elif isinstance(value, dict):
+        before = b"{"
+        for name, member in value.items():
+            yield before + _json(name) + b":"
+            yield from _pieces(member)
+            before = b","
+        yield b"}" if value else b"{}"
+    elif isinstance(value, str) and len(value) > 100_000:
+        yield b'"'
+        for start in range(0, len(value), 100_000):
+            yield _json(value[start:start + 100_000])[1:-1]
+        yield b'"'
+    elif hasattr(value, "__next__"):
+        before = b"["
+        for item in value:
+            yield before
+            yield from _pieces(item)
+            before = b","
+        yield b"]" if before == b"," else b"[]"
+    else:
+        yield _json(value)
+
+
+def _response(value: Any) -> Response:
+    """What a handler returned, as a response: nothing, JSON, or the Response itself.  JSON of
+    more than 64 kB is sent in pieces."""
+    if isinstance(value, Response):
+        return value
+    if value is None:
+        return Response(204)
+    pieces, first, size = _pieces(value), [], 0
+    for piece in pieces:
+        first.append(piece)
+        size += len(piece)
+        if size > 65_536:
+            return Response(stream=itertools.chain((b"".join(first),), pieces))
+    return Response(body=b"".join(first))
+
+
+_STRING, _NULLABLE = {"type": "string"}, {"type": "string", "nullable": True}
+_COUNT, _FACT = {"type": "integer"}, {"type": "boolean"}
+
+
+def _object(**members: Any) -> Dict[str, Any]:
+    return {"type": "object", "properties": members, "required": list(members)}
+
+
+def _list(items: Dict[str, Any]) -> Dict[str, Any]:
+    return {"type": "array", "items": items}
+
+
+# -- parameters
+
+class Kind(NamedTuple):
+    """How a parameter is read: what is expected, in words ("": the error says it); a function
+    from what came to the value, which raises ValueError; the JSON schema; the value when nothing
+    came; whether it may be repeated in a query (the value is a list then)."""
+
+    expected: str
+    read: Callable[[Any], Any]
+    schema: Dict[str, Any]
+    default: Any = ""
+    many: bool = False
+
+
+class Parameter(NamedTuple):
+    """A parameter of the query, or a member of a body."""
+
+    name: str                            # on the wire
+    kind: Kind
+    text: str                            # what it does
+    missing: str = ""                    # what is said when it is required and not there,
+    code: int = 0                        # and by which of Twilio's codes
+
+
+def _bad(name: str, expected: str, got: Any) -> ApiError:
     """400: what was expected of a parameter, and what came."""
     if isinstance(got, (dict, list)):    # not shown: it may be nested without end
         shown = "an object" if isinstance(got, dict) else "a list"
     else:
         shown = repr(got[:80]) if isinstance(got, str) else json.dumps(got)[:80]
-    return ApiError(400, "bad_request", f"Expected {field} to be {expected}, got {shown}", field)
+    return ApiError(400, "bad_request", f"Expected {name} to be {expected}, got {shown}", name)
+
+
+def _pairs(text: str) -> Dict[str, List[str]]:
+    """The names of a query or a form with their values."""
+    try:
+        pairs = urllib.parse.parse_qsl(text, keep_blank_values=True, errors="strict",
+                                       max_num_fields=100)
+    except ValueError:                   # UnicodeDecodeError is one
+        raise ApiError(400, "bad_request", "Expected at most 100 parameters in percent-encoded "
+                                           "UTF-8") from None
+    found: Dict[str, List[str]] = {}
+    for name, value in pairs:
+        found.setdefault(name, []).append(value)
+    return found
+
+
+def _members(octets: bytes) -> Dict[str, Any]:
+    """The JSON object of a body; {} for none."""
+    def refuse(constant: str) -> None:
+        raise ValueError(constant)
+    try:
+        value = json.loads(octets.decode("utf-8-sig") or "{}", parse_constant=refuse)
+    except (ValueError, RecursionError):             # not UTF-8, not JSON, NaN, or too deep
+        raise ApiError(400, "bad_request", "Expected a JSON object in UTF-8 as the body, got "
+                       f"{octets[:60].decode('utf-8', 'replace')!r}", "body") from None
+    if not isinstance(value, dict):
+        raise _bad("the body", "a JSON object", value)
+    return value
+
+
+def _argument(parameter: Parameter, came: Any) -> Any:
+    """The value of a parameter; null, "" and nothing at all are the same."""
+    name, kind = parameter.name, parameter.kind
+    if came is None or came == "":
+        return kind.default
+    try:
+        return [kind.read(each) for each in came] if kind.many else kind.read(came)
+    except ValueError as error:
+        raise (_bad(name, kind.expected, came) if kind.expected else
+               ApiError(400, "bad_request", str(error), name)) from None
+
+
+def _arguments(words: str, given: Dict[str, Any],
+               parameters: Dict[str, Parameter]) -> Dict[str, Any]:
+    """The values of the parameters that `words` names (see Route), from what was given."""
+    values: Dict[str, Any] = {}
+    for word in words.split():
+        names = re.findall(r"\w+", word)
+        for name in names:
+            values[name] = _argument(parameters[name], given.get(parameters[name].name))
+        needed = "!" in word or "|" in word or ">" in word and values[names[0]]
+        if needed and not any(values[name] for name in names[">" in word:]):
+            _, _, _, missing, code = parameters[names[">" in word]]
+            name = parameters[names[">" in word]].name
+            more = {"code": code, "message": f"'{name}' is required"} if code else {}
+            raise ApiError(400, "bad_request", missing, name, **more)
+    return values
+
+
+def _from_query(words: str, query: str, parameters: Dict[str, Parameter]) -> Dict[str, Any]:
+    """The same from a query or a form, where only some parameters may be repeated."""
+    given: Dict[str, Any] = _pairs(query)
+    for name in re.findall(r"\w+", words):
+        name, kind, *_ = parameters[name]
+        if name in given and not kind.many:
+            if len(given[name]) > 1:
+                raise ApiError(400, "bad_request", f"Expected {name} once, got it "
+                               f"{len(given[name])} times", name)
+            given[name], = given[name]
+    return _arguments(words, given, parameters)
+
+
+def _from_object(words: str, value: Dict[Any, Any],
+                 parameters: Dict[str, Parameter]) -> Dict[str, Any]:
+    """The same from an object, whatever case its names have: .NET sends PascalCase."""
+    given = {str(name).lower(): each for name, each in value.items()}
+    return _arguments(words, {parameters[name].name: given.get(parameters[name].name.lower())
+                              for name in re.findall(r"\w+", words)}, parameters)
+
+
+def _a_text(value: Any) -> str:
+    if not isinstance(value, str):
+        raise ValueError
+    return value
+
+
+def _matching(expected: str, form: str, **schema: Any) -> Kind:
+    """A text of which all of it matches."""
+    def read(value: Any) -> str:
+        if not re.fullmatch(form, _a_text(value)):
+            raise ValueError
+        return value
+    return Kind(expected, read, {"type": "string", "pattern": f"^({form})$", **schema})
+
+
+def _number(least: int, most: float, default: float, whole: bool = True) -> Kind:
+    """A number within bounds."""
+    form = r"[0-9]{1,9}" if whole else r"[0-9]{1,6}(\.[0-9]{0,40})?(e[+-]?[0-9]{1,3})?"
+
+    def read(value: Any) -> float:
+        if not re.fullmatch(form, _a_text(value), re.I):
+            raise ValueError
+        number = int(value) if whole else float(value)
+        if not least <= number <= most:
+            raise ValueError
+        return number
+    return Kind(f"a {'whole ' * whole}number from {least} to {most:.0f}", read, {
+        "type": "integer" if whole else "number", "minimum": least, "maximum": most}, default)
+
+
+def _choice(expected: str, choices: Dict[Any, Any], default: Any) -> Kind:
+    """One of some words, in any case; choices: word -> value."""
+    def read(value: Any) -> Any:
+        for choice, meaning in choices.items():
+            if type(value) is type(choice) and str(value).lower() == str(choice).lower():
+                return meaning
+        raise ValueError
+    return Kind(expected, read, {"enum": [*choices, ""]}, default)
+
+
+_ISO = _Pattern(r"(\d{4})-(\d\d)-(\d\d)(?:[T ](\d\d):(\d\d)(?::(\d\d)(?:\.(\d{1,9}))?)?"
+                r"(?:(Z)|([+\- ])(\d\d):?(\d\d))?)?", re.I)
+
+
+def _time(text: str) -> float:
+    """Seconds since 1970: ISO 8601 or, as Java's client has it, milliseconds.  Without an offset
+    it is UTC; a "+" may have decoded to a blank."""
+    if re.fullmatch(r"[0-9]{10,15}", text):          # ten or eleven digits: seconds
+        return int(text) / (1 if len(text) < 12 else 1000)
+    match = _ISO.fullmatch(text.strip())
+    if match is None:
+        raise ValueError
+    year, month, day = map(int, match.group(1, 2, 3))
+    hour, minute, second = (int(part or 0) for part in match.group(4, 5, 6))
+    micro = int((match.group(7) or "0")[:6].ljust(6, "0"))
+    hours, minutes = (int(part or 0) for part in match.group(10, 11))
+    if hours > 23 or minutes > 59:
+        raise ValueError
+    offset = datetime.timedelta(hours=hours, minutes=minutes)
+    when = datetime.datetime(year, month, day, hour, minute, second, micro)
+    since = when - datetime.datetime(1970, 1, 1)
+    return (since + offset if match.group(9) == "-" else since - offset).total_seconds()
+
+
+# Every character at which Python's splitlines() or SMTP would end a line.
+LINE_ENDS = r"\n-\r\x1c-\x1e\x85\u2028\u2029"
+_MAILBOX = r"""((\w[\w '-]*|"\w[\w .,'-]*" ?)?<SPEC>|SPEC)""".replace(
+    "SPEC", r"[0-9A-Za-z]+([._+-][0-9A-Za-z]+)*@[0-9A-Za-z]+([.-][0-9A-Za-z]+)*")
+
+
+def _mailboxes(text: str) -> List[str]:
+    """The addresses of a list such as "Anna <anna@example.com>, bob@example.com"."""
+    return [address.email for address in read_addresses(text)]
+
+
+def _mailbox_list(value: Any) -> str:
+    if len(_a_text(value)) > 2_000 or re.search(f"[{LINE_ENDS}]", value):
+        raise ValueError
+    if not all("@" in address for address in _mailboxes(value) or [value.strip() and "none"]):
+        raise ValueError
+    return value
+
+
+def _bool(value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise ValueError
+    return value
+
+
+def _base64(value: Any) -> bytes:
+    """Ruby's client sends it with line breaks; nothing else may be there."""
+    return base64.b64decode("".join(_a_text(value).split()), validate=True)
+
+
+def _secret_key(secret: str) -> bytes:
+    """The key that a base32 secret stands for."""
+    text = re.sub(r"[\s=-]", "", secret)
+    return base64.b32decode(text + "=" * (-len(text) % 8), casefold=True)
+
+
+def _secret(value: Any) -> str:
+    if not _secret_key(_a_text(value)):
+        raise ValueError
+    return value
+
+
+_PHONE = r"[^\x00-\x20\x7f]+( [^\x00-\x20\x7f]+)*"
+
+
+def _phone(value: Any) -> str:
+    if len(_a_text(value)) > 100 or not re.fullmatch(_PHONE, value):
+        raise ValueError
+    return value
+
+
+_TOKENS = r"[A-Za-z0-9!#$&^_.+-]{1,127}/[A-Za-z0-9!#$&^_.+-]{1,127}"     # a media type
+_SECRET = "^(L{8})*(L{2}|L{4}|L{5}|L{7,8})[ =-]*$".replace("L", "([ =-]*[A-Za-z2-7])")
+_SCRIPT = (r"^(mail|rcpt|data):([45][0-9]{2}|drop|delay=[0-9](\.[0-9]+)?)"
+           r"(\*[1-9][0-9]{0,5})?$")
+ANY_TEXT = Kind("a string", _a_text, _NULLABLE)
+ID = Kind("an id", _a_text, _STRING)
+SERVER = Kind("a server id", lambda value: _a_text(value).lower(), _STRING)
+LINE = _matching("a header field of one line and at most 2000 characters",
+                 f"[^{LINE_ENDS}]{{0,2000}}", nullable=True)
+ADDRESSES = Kind("an address such as anna@example.com, at most 2000 characters in one line",
+                 _mailbox_list, {**_NULLABLE, "maxLength": 2000,
+                                 "pattern": f"^({_MAILBOX}(, ?{_MAILBOX})*)?$"})
+NAME = Kind("a string", lambda value: _a_text(value).strip()[:200],
+            {"type": "string", "pattern": r"[^\s\x1c-\x1f]"})
+MOMENT = Kind("a time such as 2026-01-31T12:00:00Z", lambda value: _time(_a_text(value)), {
+    "anyOf": [{"type": "string", "format": "date-time"}, {"type": "string", "enum": [""]}]}, None)
+PHONE = Kind("a telephone number or sender id of at most 100 characters (a + is sent as %2B)",
+             _phone, {"type": "string", "pattern": f"^({_PHONE})?$", "maxLength": 100}, "")
+SECRET = Kind("base32, such as ONSWG4TFOQYTEMY=", _secret,
+              {"type": "string", "pattern": _SECRET})
+_PART_TYPE = "(?!(?i:multipart|message)/)" + _TOKENS
+MEDIA_TYPE = _matching("a media type such as image/png, not multipart or message",
+                       _PART_TYPE, nullable=True,
+                       pattern="^((application|audio|font|image|model|text|video)"
+                               "/[0-9A-Za-z!#$&^_.+-]{1,127})?$")
+OCTETS = Kind("base64", _base64, {**_NULLABLE, "format": "byte"}, b"")
+PART_MEMBERS = {
+    "content_type": Parameter("contentType", MEDIA_TYPE, "its media type"),
+    "file_name": Parameter("fileName", ANY_TEXT, "its name"),
+    "content_id": Parameter("contentId", ANY_TEXT, "what cid: URLs in the HTML name"),
+    "content": Parameter("content", OCTETS, "its octets in base64"),
+}
+
+
+def _parts(value: Any) -> List[Dict[str, Any]]:
+    """The attachments of a mail that is to be made, their members read."""
+    if not isinstance(value, list) or not all(isinstance(each, dict) for each in value):
+        raise ValueError
+    return [_from_object(" ".join(PART_MEMBERS), each, PART_MEMBERS) for each in value]
+
+
+PARTS = Kind("a list of objects", _parts, {**_list({"type": "object", "properties": {
+    member.name: member.kind.schema for member in PART_MEMBERS.values()}}), "nullable": True}, ())
+
+
+_SMS = "A '{}' is required: expected form fields From, To and Body"
+
+# The name of a handler's argument: what a request calls it, how it is read, what it does.
+PARAMETERS = {
+    # of the Mailtest service
+    "inbox": Parameter("inbox", Kind("an address", _a_text, _list(_STRING), (), many=True),
+                       "an address whose mail alone is meant; may be repeated"),
+    "count": Parameter("count", _number(1, 10_000, 1), "how many are waited for"),
+    "subject": Parameter("subject", ANY_TEXT, "a part of the subject"),
+    "sender": Parameter("from", ANY_TEXT, "the whole address of the sender"),
+    "to": Parameter("to", ANY_TEXT, "the whole address of a recipient"),
+    "body": Parameter("body", ANY_TEXT, "a part of the text or of the HTML's source"),
+    "after": Parameter("after", ID, "the id of a message: only what came after it"),
+    "silence": Parameter("expect", _choice("0, which proves that no mail comes", {"0": True},
+                                           False), "0: that nothing comes"),
+    "remote": Parameter("remote", _choice("0 or 1", {"0": False, "1": True}, False),
+                        "1: with remote content"),
+    "event": Parameter("after", _matching("the number of an event", "([0-9]{1,15})?"),
+                       "the number of an event: only later ones"),
+    # of lists and searches
+    "server": Parameter("server", SERVER._replace(default=DEFAULT_SERVER),
+                        "whose messages; mailtest: all"),
+    "emptied": Parameter("server", SERVER, "whose messages; mailtest: all",
+                         "Expected server=ID: whose messages; mailtest means all"),
+    "page": Parameter("page", _number(0, 10_000_000, 0), "which page; the first is 0"),
+    "size": Parameter("itemsPerPage", _number(1, 1000, 50), "messages of a page"),
+    "since": Parameter("receivedAfter", MOMENT, "only what was received after that time"),
+    "direction": Parameter("dir", _choice("Received or Sent", {
+        "Received": "Received", "Sent": "Sent"}, "Received"), "Received or Sent"),
+    "query": Parameter("q", Kind("", lambda value: words(value[:1000]), _STRING, Criteria()),
+                       "the words of the page's search box"),
+    "sent_from": Parameter("sentFrom", ANY_TEXT, "the whole address of the sender",
+                           "Expected at least one of sentFrom, sentTo, subject and body"),
+    "sent_to": Parameter("sentTo", ANY_TEXT, "the whole address of a recipient"),
+    "any_of": Parameter("match", _choice("ALL or ANY", {
+        "ALL": False, "ANY": True, 0: False, 1: True}, False),      # 0 and 1: .NET's client
+        "ALL or ANY of the criteria"),
+    # of mail that is to be made
+    "owner": Parameter("server", _matching("a server id: a label or a whole domain",
+                                           r"[^\x00-\x20\x7f/@\\<>\"]{1,255}"),
+                       "where the message is made",
+                       "Expected server=ID: where to create the message"),
+    "recipients": Parameter("to", ADDRESSES, "recipients", "Expected to: an address to send to"),
+    "copies": Parameter("cc", ADDRESSES, "recipients of a copy"),
+    "author": Parameter("from", ADDRESSES, "the sender"),
+    "send": Parameter("send", Kind("true or false", _bool, {**_FACT, "nullable": True}, False),
+                      "true: it is sent; else the server has received it"),
+    "title": Parameter("subject", LINE, "the subject"),
+    "text": Parameter("text", ANY_TEXT, "the text"),
+    "source": Parameter("html", ANY_TEXT, "the HTML"),
+    "parts": Parameter("attachments", PARTS, "attachments"),
+    # of the rest
+    "clients": Parameter("emailClients", Kind("a list", lambda value: value, _list(_STRING)),
+                         "mail clients"),
+    "server_name": Parameter("name", NAME, "a name", "Servers need a name"),
+    "device_name": Parameter("name", NAME, "a name", "Devices need a name"),
+    "secret": Parameter("sharedSecret", SECRET, "a secret in base32",
+                        "Expected sharedSecret to be base32, such as ONSWG4TFOQYTEMY=, got ''"),
+    "sms_to": Parameter("To", PHONE, "the recipient", _SMS.format("To"), 21604),
+    "sms_from": Parameter("From", PHONE, "the sender", _SMS.format("From"), 21603),
+    "sms_service": Parameter("MessagingServiceSid", PHONE, "in place of From"),
+    "sms_text": Parameter("Body", ANY_TEXT, "the text", _SMS.format("Body"), 21602),
+}
+
+
+def declare(limits: Limits) -> Dict[str, Parameter]:
+    """All parameters; the bounds of some are those of the catcher."""
+    script = Kind("", lambda value: parse_failure(value, limits),
+                  _list({"type": "string", "pattern": _SCRIPT}), (), many=True)
+    return {
+        "fail": Parameter("fail", script, "STAGE:ACTION[*TIMES]; may be repeated"),
+        "timeout": Parameter("timeout", _number(0, limits.poll, 0.0, whole=False),
+                             "seconds to wait"),
+        "milliseconds": Parameter("timeout", _number(0, limits.poll * 1000, 0),
+                                  "milliseconds to wait for a match"),
+        "within": Parameter("within", _number(1, limits.ttl, 0, whole=False),
+                            "seconds in which the next call is due"),
+        **PARAMETERS}
+
+
+class Api:
+    """What all endpoints share: the store, how the catcher was started, the parameters."""
+
+    def __init__(self, store: Store, policy: ApiPolicy = ApiPolicy()):
+        self.store = store
+        self.policy = policy
+        self.parameters = declare(store.limits)
+        self._large = threading.Lock()    # see read()
+
+    def read(self, message: Message) -> Mail:
+        """All that a message says.  One large message is read at a time, or forty who ask for
+        20 MB at once would stop everyone else."""
+        if len(message.octets) <= 1_000_000:
+            return message.read()
+        with self._large:
+            return message.read()
+
+    def base(self, request: Request) -> str:
+        """The URL that the client used for this catcher, without a slash at its end."""
+        secure, prefix = request.secure, ""
+        if self.policy.trust_proxy:      # what the nearest proxy says stands last
+            proto, prefix = (request.headers.get(f"x-forwarded-{name}", "").rpartition(",")[2]
+                             .strip() for name in ("proto", "prefix"))
+            secure = proto.lower() == "https" if proto else secure
+            prefix = prefix.rstrip("/") if re.fullmatch(r"(/[\w.~-]+)+/?", prefix, re.A) else ""
+        return f"http{'s' * secure}://{request.headers.get('host') or 'localhost'}{prefix}"
 
 
 # -- messages as JSON
 
-def _addresses(addresses: Iterable[Address], kind: str = "Email") -> List[Dict[str, Any]]:
-    if kind == "SMS":
+class Field(NamedTuple):
+    """A member of a message's JSON: its schema, and its value by the message, what it says, and
+    the URL that the ids of attachments follow."""
+
+    name: str
+    schema: Dict[str, Any]
+    value: Callable[[Message, Mail, str], Any]
+
+
+_PEOPLE = _list(_object(name=_NULLABLE, email=_NULLABLE, phone=_NULLABLE))
+_BODY = _object(body=_NULLABLE, links=_list(_object(href=_STRING, text=_NULLABLE)),
+                codes=_list(_object(value=_STRING)),
+                images=_list(_object(src=_STRING, alt=_NULLABLE)))
+_FILES = _list(_object(id=_STRING, contentType=_STRING, fileName=_STRING, contentId=_NULLABLE,
+                       length=_COUNT, url=_STRING))
+_METADATA = _object(headers=_list(_object(field=_STRING, value=_STRING)), ehlo=_NULLABLE,
+                    mailFrom=_NULLABLE, rcptTo=_PEOPLE, client=_NULLABLE, user=_NULLABLE,
+                    tls=_FACT)
+
+
+def _people(message: Message, addresses: Iterable[Address]) -> List[Dict[str, Any]]:
+    if message.kind == "SMS":
         return [{"name": address.name or None, "email": None, "phone": address.email}
                 for address in addresses]
     return [{"name": address.name, "email": address.email, "phone": None}
             for address in addresses]
 
 
-def _head(message: Message, mail: Mail) -> Dict[str, Any]:
-    """What a message and its summary have in common."""
-    return {"id": message.id, "type": message.kind, "received": iso_time(message.received),
-            "subject": mail.subject,
-            "from": _addresses(mail.from_, message.kind),
-            "to": _addresses(mail.to, message.kind),
-            "cc": _addresses(mail.cc), "bcc": _addresses(mail.bcc)}
-
-
-def _server(message: Message) -> str:
-    return message.servers[0] if message.servers else DEFAULT_SERVER
-
-
-def summary(api: "Api", message: Message, server: str = "") -> bytes:
-    """The JSON of a message in a list.  It is kept until one of the inboxes that hold it ends;
-    in the list of a server that is not its first, it names that server."""
-    octets, inboxes = message.summary, message.inboxes
-    if octets is None:
-        with api.reading(message):
-            mail = message.read()
-        codes = mail.text_body.codes + mail.html_body.codes
-        value = _head(message, mail)
-        value.update(summary=mail.preview or mail.subject or "(empty)",
-                     attachments=len(mail.attachments), size=len(message.octets),
-                     code=codes[0] if codes else None,
-                     links=len(mail.html_body.links or mail.text_body.links),
-                     warnings=len(mail.warnings), inboxes=inboxes,
-                     server=_server(message))
-        octets = _json(value)
-        api.store.keep(message, "summary", octets, inboxes)
-    own = _server(message)
-    if server in ("", DEFAULT_SERVER, own):
-        return octets
-    return octets[:-len(_json(own)) - 1] + _json(server) + b"}"
-
-
-_URL_MARK = b'"url":"\\u0000'           # no text can hold it: there quotes are escaped
-
-
-def _found(body: Body) -> Dict[str, Any]:
-    return {"links": [{"href": link.href, "text": link.text} for link in body.links],
+def _body(body: Body) -> Dict[str, Any]:
+    return {"body": body.body,
+            "links": [{"href": link.href, "text": link.text} for link in body.links],
             "codes": [{"value": code} for code in body.codes],
             "images": [{"src": image.src, "alt": image.alt} for image in body.images]}
+
+
+def _attachments(message: Message, mail: Mail, url: str) -> List[Dict[str, Any]]:
+    return [{"id": f"{message.id}-{number}", "contentType": part.content_type,
+             "fileName": part.file_name, "contentId": part.content_id, "length": len(part.octets),
+             "url": f"{url}{message.id}-{number}"} for number, part in enumerate(mail.attachments)]
+
+
+def _metadata(message: Message, mail: Mail, url: str) -> Dict[str, Any]:
+    envelope = message.envelope
+    kind = "phone" if message.kind == "SMS" else "email"
+    return {"headers": [{"field": name, "value": text} for name, text in mail.headers],
+            "ehlo": envelope.helo, "mailFrom": envelope.reverse_path,
+            "rcptTo": [{"name": None, "email": None, "phone": None, kind: path}
+                       for path in envelope.forward_paths],
+            "client": envelope.client or None, "user": envelope.user or None, "tls": envelope.tls}
 
 
 def _lines(octets: bytes) -> List[str]:
     return octets.decode("utf-8", "replace").replace("\0", "\ufffd").splitlines()
 
 
-def _whole(message: Message, mail: Mail, files: str) -> Dict[str, Any]:
-    """Mailosaur's message object (see the README for what is beside it).  Lists are never null,
-    html, text and metadata never absent: several of the clients die of that."""
-    envelope, sms = message.envelope, message.kind == "SMS"
-    value = _head(message, mail)
-    value["html"] = {"body": mail.html_body.body, **_found(mail.html_body)}
-    value["text"] = {"body": mail.text_body.body, **_found(mail.text_body)}
-    value["attachments"] = [
-        {"id": f"{message.id}-{number}", "contentType": part.content_type,
-         "fileName": part.file_name, "contentId": part.content_id, "length": len(part.octets),
-         "url": f"{files}{message.id}-{number}"}
-        for number, part in enumerate(mail.attachments)]
-    value["metadata"] = {
-        "headers": [{"field": name, "value": text} for name, text in mail.headers],
-        "ehlo": envelope.helo, "mailFrom": envelope.reverse_path,
-        "rcptTo": [{"name": None, "email": None if sms else path, "phone": path if sms else None}
-                   for path in envelope.forward_paths],
-        "client": envelope.client or None, "user": envelope.user or None, "tls": envelope.tls}
-    value["size"] = len(message.octets)
-    value["direction"] = message.direction
-    value["warnings"] = list(mail.warnings)
-    value["session"] = _lines(message.transcript())
-    value["server"] = _server(message)
-    return value
+def _server(message: Message) -> str:
+    return message.servers[0] if message.servers else DEFAULT_SERVER
 
 
-def rendered(api: "Api", message: Message, base: str) -> bytes:
-    """The JSON of a whole message.  What is kept has a mark where the client's base URL goes."""
-    octets = message.rendered
+def _code(mail: Mail) -> Optional[str]:
+    return next(iter(mail.text_body.codes + mail.html_body.codes), None)
+
+
+_HEAD = (
+    Field("id", _STRING, lambda message, mail, url: message.id),
+    Field("type", {"enum": ["Email", "SMS"]}, lambda message, mail, url: message.kind),
+    Field("received", _STRING, lambda message, mail, url: iso_time(message.received)),
+    Field("subject", _STRING, lambda message, mail, url: mail.subject),
+    Field("from", _PEOPLE, lambda message, mail, url: _people(message, mail.from_)),
+    Field("to", _PEOPLE, lambda message, mail, url: _people(message, mail.to)),
+    Field("cc", _PEOPLE, lambda message, mail, url: _people(message, mail.cc)),
+    Field("bcc", _PEOPLE, lambda message, mail, url: _people(message, mail.bcc)),
+    Field("size", _COUNT, lambda message, mail, url: len(message.octets)),
+)
+
+# Mailosaur's message object (see the README for what is beside it).  Lists are never null; html,
+# text and metadata are never absent: several of the clients die of that.
+MESSAGE = _HEAD + (
+    Field("html", _BODY, lambda message, mail, url: _body(mail.html_body)),
+    Field("text", _BODY, lambda message, mail, url: _body(mail.text_body)),
+    Field("attachments", _FILES, _attachments),
+    Field("metadata", _METADATA, _metadata),
+    Field("direction", {"enum": ["Received", "Sent"]},
+          lambda message, mail, url: message.direction),
+    Field("warnings", _list(_STRING), lambda message, mail, url: list(mail.warnings)),
+    Field("session", _list(_STRING), lambda message, mail, url: _lines(message.transcript())),
+    Field("server", _STRING, lambda message, mail, url: _server(message)),
+)
+
+# A message in a list: what its octets say, which is kept.
+ITEM = _HEAD + (
+    Field("summary", _STRING,
+          lambda message, mail, url: mail.preview or mail.subject or "(empty)"),
+    Field("attachments", _COUNT, lambda message, mail, url: len(mail.attachments)),
+    Field("code", _NULLABLE, lambda message, mail, url: _code(mail)),
+    Field("links", _COUNT,
+          lambda message, mail, url: len(mail.html_body.links or mail.text_body.links)),
+    Field("warnings", _COUNT, lambda message, mail, url: len(mail.warnings)),
+)
+# And what changes, or depends on the list.
+ITEM_STATE = _object(direction=_STRING, inboxes=_list(_STRING), server=_STRING)
+
+
+def message_value(api: Api, message: Message, base: str) -> Dict[str, Any]:
+    """The members of a whole message."""
+    mail = api.read(message)
+    url = f"{base}/{'v1' if api.policy.hosted else 'api/files'}/attachments/"
+    return {field.name: field.value(message, mail, url) for field in MESSAGE}
+
+
+def message_json(api: Api, message: Message, base: str) -> bytes:
+    """The same as JSON, at once."""
+    return b"".join(_pieces(message_value(api, message, base)))
+
+
+def item(api: Api, message: Message, server: str = "") -> bytes:
+    """The JSON of a message in a list; in the list of a server that is not its first, it names
+    that server."""
+    octets = message.summary
     if octets is None:
-        with api.reading(message):
-            mail = message.read()
-            files = "/v1/attachments/" if api.policy.hosted else "/api/files/attachments/"
-            octets = _json(_whole(message, mail, "\0" + files))
-        api.store.keep(message, "rendered", octets)
-    return octets.replace(_URL_MARK, b'"url":"' + _json(base)[1:-1])
-
-
-def _items(api: "Api", messages: Iterable[Message], server: str) -> bytes:
-    return b'{"items":[' + b",".join(summary(api, message, server) for message in messages) + b"]}"
-
-
-# -- requests
-
-_ISO = re.compile(r"(\d{4})-(\d\d)-(\d\d)(?:[T ](\d\d):(\d\d)(?::(\d\d)(?:\.(\d{1,9}))?)?"
-                r"(?:(Z)|([+\- ])(\d\d):?(\d\d))?)?", re.I)
-
-
-def _parse_time(name: str, text: str) -> float:
-    """Seconds since 1970.  Without an offset it is UTC; a "+" may have decoded to a blank."""
-    if re.fullmatch(r"[0-9]{10,15}", text):          # ten or eleven digits: seconds
-        return int(text) / (1 if len(text) < 12 else 1000)
-    match = _ISO.fullmatch(text.strip())
-    try:
-        year, month, day = map(int, match.group(1, 2, 3))
-        hour, minute, second = (int(part or 0) for part in match.group(4, 5, 6))
-        micro = int((match.group(7) or "0")[:6].ljust(6, "0"))
-        hours, minutes = (int(part or 0) for part in match.group(10, 11))
-        if hours > 23 or minutes > 59:
-            raise ValueError
-        offset = 3600 * hours + 60 * minutes
-        when = datetime.datetime(year, month, day, hour, minute, second, micro)
-        seconds = (when - datetime.datetime(1970, 1, 1)).total_seconds()
-        return seconds + (offset if match.group(9) == "-" else -offset)
-    except (AttributeError, ValueError):             # no match, or no such date
-        raise _bad(name, "a time such as 2026-01-31T12:00:00Z", text) from None
-
-
-class Query:
-    """The parameters of a request, by name, each taken once and checked."""
-
-    def __init__(self, query: str):
-        try:
-            pairs = urllib.parse.parse_qsl(query, keep_blank_values=True, errors="strict",
-                                           max_num_fields=100)
-        except ValueError:               # UnicodeDecodeError is one
-            raise ApiError(400, "bad_request", "Expected at most 100 query parameters in "
-                                               "percent-encoded UTF-8") from None
-        self._values: Dict[str, List[str]] = {}
-        for name, value in pairs:
-            self._values.setdefault(name, []).append(value)
-
-    def names(self) -> List[str]:
-        """The parameters that were given."""
-        return list(self._values)
-
-    def all(self, name: str) -> List[str]:
-        """Every value of a parameter that may be repeated."""
-        return self._values.get(name, [])
-
-    def text(self, name: str, default: str = "") -> str:
-        """The value; of several the last."""
-        return self._values.get(name, [default])[-1]
-
-    def number(self, name: str, default: float, least: float, most: float,
-               whole: bool = True) -> float:
-        """A number within bounds; ApiError otherwise."""
-        text = self.text(name)
-        if text == "":                   # some clients send what they were not given so
-            return default
-        form = r"[0-9]{1,9}" if whole else r"[0-9]{1,6}(\.[0-9]{0,40})?(e[+-]?[0-9]{1,3})?"
-        if re.fullmatch(form, text, re.I):
-            value = int(text) if whole else float(text)
-            if least <= value <= most:
-                return value
-        raise _bad(name, f"a {'whole ' * whole}number from {least:.0f} to {most:.0f}", text)
-
-    def time(self, name: str) -> Optional[float]:
-        """A time as seconds since 1970: ISO 8601 or, as Java's client has it, milliseconds."""
-        text = self.text(name)
-        return _parse_time(name, text) if text else None
-
-
-def _object(request: Request) -> Dict[str, Any]:
-    """The JSON object of a body, names in lower case (.NET sends PascalCase); {} for none."""
-    def refuse(constant: str) -> None:
-        raise ValueError(constant)
-    try:
-        value = json.loads(request.body.decode("utf-8-sig") or "{}", parse_constant=refuse)
-    except (ValueError, RecursionError):             # not UTF-8, not JSON, NaN, or too deep
-        raise ApiError(400, "bad_request", "Expected a JSON object in UTF-8 as the body, got "
-                       f"{request.body[:60].decode('utf-8', 'replace')!r}", "body") from None
-    if not isinstance(value, dict):
-        raise _bad("the body", "a JSON object", value)
-    return {str(name).lower(): each for name, each in value.items()}
-
-
-def _string(values: Dict[str, Any], name: str) -> str:
-    """A member of a body; null, absent and "" are the same: not given."""
-    value = values.get(name.lower())
-    if value is None:
-        return ""
-    if not isinstance(value, str):
-        raise _bad(name, "a string", value)
-    return value
-
-
-class Api:
-    """What all endpoints share: the store, how the catcher was started."""
-
-    def __init__(self, store: Store, policy: ApiPolicy = ApiPolicy()):
-        self.store = store
-        self.policy = policy
-        self._large = threading.Lock()    # see reading()
-
-    def reading(self, message: Message) -> Any:
-        """A context in which a message is read: one large one at a time, or forty who ask for
-        20 MB at once would stop everyone else."""
-        return self._large if len(message.octets) > 1_000_000 else contextlib.nullcontext()
+        mail = api.read(message)
+        octets = _json({field.name: field.value(message, mail, "") for field in ITEM})
+        api.store.keep(message, "summary", octets)
+    state = _json({"direction": message.direction, "inboxes": message.inboxes,
+                   "server": server if server not in ("", DEFAULT_SERVER) else _server(message)})
+    return octets[:-1] + b"," + state[1:]
 
 
 # -- the Mailtest service
 
-def acquire(api: Api, request: Request) -> Response:
+def _host_name(request: Request) -> str:
+    """The name or address by which the client reached us, without the port."""
+    return re.sub(r":[0-9]*$", "", request.headers.get("host", "")).lower()
+
+
+def acquire(api: Api, request: Request, fail: List[Failure]) -> Any:
     """Acquire a temporary inbox; `fail` scripts how it answers SMTP"""
-    try:
-        failures = tuple(parse_failure(text, api.store.limits)
-                         for text in Query(request.query).all("fail"))
-    except ValueError as error:
-        raise ApiError(400, "bad_request", str(error), "fail") from None
-    view = api.store.acquire(failures)
-    if "application/json" in request.headers.get("accept", ""):
-        return Response(body=_json({"address": view.address, "expires": iso_time(view.expires),
-                                    "server": DEFAULT_SERVER, "smtp": api.policy.smtp}))
-    return Response(body=view.address.encode("utf-8") + b"\n", type="text/plain; charset=utf-8")
+    view = api.store.acquire(tuple(fail))
+    if "application/json" not in request.headers.get("accept", ""):
+        return Response(body=view.address.encode("utf-8") + b"\n",
+                        type="text/plain; charset=utf-8")
+    host, _, port = api.policy.smtp.rpartition(":")
+    if host in ("0.0.0.0", "[::]"):      # all addresses: the one that the client knows
+        host = _host_name(request) or host
+    return {"address": view.address, "expires": iso_time(view.expires),
+            "server": DEFAULT_SERVER, "smtp": f"{host}:{port}"}
 
 
-def _inbox_json(view: InboxView) -> Dict[str, Any]:
+def _inbox(view: InboxView) -> Dict[str, Any]:
     return {"address": view.address, "expires": iso_time(view.expires),
             "acquired": view.acquired, "message_count": view.count, "attempts": view.attempts,
             "failures": [{"fail": text, "answered": answered, "left": left}
                          for text, answered, left in view.failures]}
 
 
-def _inbox(api: Api, request: Request, address: str, least: int) -> Response:
-    query, place = Query(request.query), Place(address)
-    timeout = query.number("timeout", 0.0, 0, api.store.limits.poll, whole=False)
-    silence = query.text("expect")
-    count = int(query.number("count", 1, 1, 10_000))
-    if silence not in ("", "0"):
-        raise _bad("expect", "0, which proves that no mail comes", silence)
+def _not_enough(api: Api, address: str, count: int, found: int, waited: float,
+                kind: str) -> ApiError:
+    """404: how many mails came and which ones; what else is known, unless that is for the holders
+    of a key."""
+    store, since = api.store, api.store.wall() - waited - 60
+    with contextlib.suppress(Unknown):
+        view = store.inbox(address)
+        since = view.expires - store.limits.ttl if view.acquired else since
+    there = store.arrivals(Place(address))[1]
+    closed = api.policy.hosted or api.policy.api_key
+    return ApiError(404, "timeout" if waited else "empty",
+                    f"Expected {count} message{'s' * (count > 1)} for {address}{kind}, got "
+                    f"{found} in {waited:g} s; the inbox holds {len(there)} in all", waited=waited,
+                    hints=[] if closed else silence(store, address, since),
+                    received=(item(api, message) for message in there[:50]))
+
+
+def _mail_of(api: Api, request: Request, address: str, least: int, timeout: float, count: int,
+             silence: bool, after: str, **filters: str) -> Any:
+    """Mail of an inbox that matches, when there is as much as is wanted."""
+    store, base, place = api.store, api.base(request), Place(address)
+    wanted = criteria(**filters)
     count = 1 if silence else count
-    wanted = criteria(query.text("subject"), query.text("from"), body=query.text("body"))
-    after = api.store.message(query.text("after")).number if query.text("after") else 0
-    if not timeout or api.store.strict:  # nobody waits, or nothing can come
-        api.store.inbox(address)
+    number = store.message(after).number if after else 0
+    if not timeout or store.strict:      # nobody waits, or nothing can come
+        store.inbox(address)
     began = time.monotonic()
-    found = collect(api.store, place, wanted.match, count, timeout, after, request.gone)
+    found = collect(store, place, wanted.match, count, timeout, number, request.gone)
     waited = round(time.monotonic() - began, 3)
     if silence and found:
         raise ApiError(409, "unexpected", f"Expected no such mail for {address}, got {len(found)}",
-                       waited=waited, messages=[json.loads(rendered(api, each, request.base))
-                                                for each in found[:50]])
-    if not silence and (timeout and len(found) < count or len(found) < least * count):
-        there = api.store.arrivals(place)[1]
-        raise ApiError(404, "timeout" if timeout else "empty",
-                       f"Expected {count} message{'s' * (count > 1)} for {address}"
-                       f"{' of that kind' * bool(wanted.terms)}, got {len(found)} in {waited:g} "
-                       f"s; the inbox holds {len(there)} in all", waited=waited,
-                       received=[json.loads(summary(api, message)) for message in there[:50]])
+                       waited=waited,
+                       messages=(message_value(api, each, base) for each in found[:50]))
+    if not silence and len(found) < (count if timeout else least * count):
+        raise _not_enough(api, address, count, len(found), waited if timeout else 0.0,
+                          " of that kind" * bool(wanted.terms))
     try:
-        head = _inbox_json(api.store.inbox(address))
+        head = _inbox(store.inbox(address))
     except Unknown:                      # silence was expected, and there is not even an inbox
         head = {"address": address, "expires": None}
-    head["message_count"] = len(found)
-    body = b",".join(rendered(api, message, request.base) for message in found)
-    return Response(body=_json(head)[:-1] + b',"messages":[' + body + b"]}")
+    return {**head, "message_count": len(found),
+            "messages": (message_value(api, message, base) for message in found)}
 
 
-def get_inbox(api: Api, request: Request, address: str) -> Response:
+def get_inbox(api: Api, request: Request, address: str, **wanted: Any) -> Any:
     """The mail of an inbox, waited for if asked; 404 while there is none"""
-    return _inbox(api, request, address, least=1)
+    return _mail_of(api, request, address, 1, **wanted)
 
 
-def load_inbox(api: Api, request: Request, address: str) -> Response:
+def load_inbox(api: Api, request: Request, address: str, **wanted: Any) -> Any:
     """The mail of an inbox, waited for if asked; also while there is none"""
-    return _inbox(api, request, address, least=0)
+    return _mail_of(api, request, address, 0, **wanted)
 
 
-def delete_inbox(api: Api, request: Request, address: str) -> Response:
+def delete_inbox(api: Api, request: Request, address: str) -> None:
     """End an inbox and its mail"""
     api.store.drop_inbox(address)
-    return Response(204)
 
 
-def list_inboxes(api: Api, request: Request) -> Response:
-    """All open inboxes"""
-    return Response(body=_json({"items": [_inbox_json(view) for view in api.store.inboxes()]}))
+def list_inboxes(api: Api, request: Request, inbox: List[str]) -> Any:
+    """All open inboxes, or those of the addresses `inbox`"""
+    views = api.store.inboxes()
+    if inbox:
+        known = set(map(inbox_key, inbox))
+        views = [view for view in views if inbox_key(view.address) in known]
+    return {"items": [_inbox(view) for view in views]}
 
 
-def list_sessions(api: Api, request: Request) -> Response:
+def list_sessions(api: Api, request: Request) -> Any:
     """The last SMTP sessions with their transcripts, refused and broken ones too"""
-    return Response(body=_json({"items": [
+    return {"items": [
         {"number": record.number, "client": record.client, "helo": record.helo or None,
          "user": record.user or None, "tls": record.tls, "started": iso_time(record.started),
          "ended": iso_time(record.ended), "messages": record.accepted,
          "refused": record.refused or None, "ending": record.ending,
-         "transcript": _lines(record.transcript)} for record in api.store.sessions()]}))
+         "transcript": _lines(record.transcript)} for record in api.store.sessions()]}
 
 
-def _event_data(api: Api, event: Event) -> Optional[bytes]:
-    """What an event says; of a message its summary and inboxes, None if it has ended since."""
-    if event.kind != "message":
-        return _json(event.data)
-    try:
-        message = api.store.message(event.data["id"])
-    except Unknown:
+def _event_data(api: Api, event: Event, inboxes: List[str]) -> Optional[bytes]:
+    """What an event says; of a message its item.  None: it concerns others, or has ended since."""
+    if event.kind == "message":
+        try:
+            message = api.store.message(event.data["id"])
+        except Unknown:
+            return None
+        named = message.inboxes
+    else:
+        named = event.data.get("inboxes") or (event.data.get("address", ""),)
+    if inboxes and not any(inbox_key(name) in inboxes for name in named):
         return None
-    return summary(api, message)[:-1] + b',"direction":' + _json(message.direction) + b"}"
+    return item(api, message) if event.kind == "message" else _json(event.data)
 
 
-def _event_stream(api: Api, request: Request, after: int) -> Iterator[bytes]:
+def _event_stream(api: Api, request: Request, after: int, inboxes: List[str]) -> Iterator[bytes]:
     if after > api.store.number:         # numbers of a catcher that ran before
         yield b"event: reset\ndata: {}\n\n"
         after = api.store.number
@@ -4944,7 +5313,7 @@ def _event_stream(api: Api, request: Request, after: int) -> Iterator[bytes]:
         lines = []
         for event in events:
             after = event.number
-            data = _event_data(api, event)
+            data = _event_data(api, event, inboxes)
             if data is not None:
                 lines.append(b"id: %d\nevent: %b\ndata: %b\n\n" % (
                     event.number, event.kind.encode(), data))
@@ -4953,25 +5322,167 @@ def _event_stream(api: Api, request: Request, after: int) -> Iterator[bytes]:
             return
 
 
-def follow_events(api: Api, request: Request) -> Response:
+def follow_events(api: Api, request: Request, event: str, inbox: List[str]) -> Response:
     """Server-Sent Events: what arrives, ends, is refused; resumes by Last-Event-ID"""
     if api.store.following >= api.store.limits.followers:
         raise Full(f"{api.store.limits.followers} others follow the events")
-    last = request.headers.get("last-event-id", "") or Query(request.query).text("after")
-    if last and not re.fullmatch(r"[0-9]{1,15}", last):
-        raise _bad("Last-Event-ID", "the number of an event", last)
+    last = _argument(api.parameters["event"]._replace(name="Last-Event-ID"),
+                     request.headers.get("last-event-id")) or event
     after = int(last) if last else api.store.number
     return Response(type="text/event-stream; charset=utf-8",
-                    stream=_event_stream(api, request, after))
+                    stream=_event_stream(api, request, after, list(map(inbox_key, inbox))))
 
 
-_MEDIA_TYPE = re.compile(r"[a-z0-9!#$&^_.+-]{1,127}/[a-z0-9!#$&^_.+-]{1,127}", re.I)
+def health(api: Api, request: Request) -> Any:
+    """Whether the catcher works, its counters and how it was started"""
+    store, policy, limits = api.store, api.policy, api.store.limits
+    return {"status": "stopping" if store.closed else "ok", "version": __version__,
+            "uptime": round(store.wall() - store.started, 3), **store.counters(),
+            "smtp": policy.smtp, "domain": store.domain, "ttl": limits.ttl,
+            "max_size": limits.max_size, "rate": limits.rate, "hosted": policy.hosted,
+            "strict": store.strict, "api_key": bool(policy.api_key),
+            **({} if policy.hosted else policy.state())}
+
+
+def get_file(api: Api, request: Request) -> Response:
+    """The web page"""
+    kind, octets = api.policy.files[request.path.rstrip("/") or "/"]
+    policy = ("default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; "
+              "img-src 'self' data:; frame-src 'self'; base-uri 'none'; form-action 'none'; "
+              "frame-ancestors 'none'")
+    return Response(body=octets, type=kind, headers=(("Content-Security-Policy", policy),))
+
+
+def get_certificate(api: Api, request: Request) -> Response:
+    """The certificate that clients may trust, in PEM"""
+    found = re.findall(r"-----BEGIN CERTIFICATE-----[^-]+-----END CERTIFICATE-----",
+                       api.policy.certificate)       # a key may stand beside it
+    if not found:
+        raise Unknown("no certificate: start with --tls, or --tls-cert")
+    return Response(body="\n".join(found + [""]).encode("ascii", "replace"),
+                    type="application/x-pem-file")
+
+
+# -- one message
+
+def get_message(api: Api, request: Request, id: str) -> Any:
+    """The whole message"""
+    return message_value(api, api.store.message(id), api.base(request))
+
+
+def delete_message(api: Api, request: Request, id: str) -> None:
+    """Delete a message"""
+    api.store.delete(id)
+
+
+def source(api: Api, request: Request, id: str) -> Response:
+    """A message's octets as text, to be looked at"""
+    return Response(body=api.store.message(id).octets, type="text/plain; charset=utf-8")
+
+
+_ENDINGS = {"text/plain": "txt", "text/calendar": "ics", "message/rfc822": "eml",
+            "application/pkcs7-signature": "p7s", "application/pgp-signature": "asc"}
+
+
+def _as_download(name: str, kind: str) -> Tuple[Tuple[str, str], ...]:
+    """Header fields of a download, which has no path in its name, and an ending that fits its
+    media type if it had no name.  RFC 6266: an ASCII name, and the real one encoded."""
+    name = re.split(r"[/\\]", re.sub(r"[\x00-\x1f\x7f]", "", name))[-1][-200:]
+    if not name.strip(". "):
+        known = re.fullmatch(r"(?!message/)[a-z]+/([a-z0-9]{2,5})(\+\w+)?", kind)
+        ending = _ENDINGS.get(kind) or (known and known.group(1))
+        name = ("message" if kind.startswith("message/") else "attachment") + (
+            f".{ending}" if ending else "")
+    plain = re.sub(r"[^\x20-\x7e]|[\";%]", "_", name)
+    full = urllib.parse.quote(name.encode("utf-8", "replace"), safe="")
+    return (("Content-Disposition", f"attachment; filename=\"{plain}\"; filename*=UTF-8''{full}"),
+            ("Content-Security-Policy", "sandbox; default-src 'none'"))
+
+
+def get_attachment(api: Api, request: Request, id: str) -> Response:
+    """An attachment's octets"""
+    message_id, dash, number = id.rpartition("-")
+    if not dash or not re.fullmatch("[0-9]{1,9}", number):
+        raise Unknown(f"no attachment has the id {id[:80]!r}")
+    message = api.store.message(message_id)
+    attachments = api.read(message).attachments
+    if int(number) >= len(attachments):
+        raise Unknown(f"no attachment has the id {id[:80]!r}")
+    part = attachments[int(number)]
+    kind = part.content_type if re.fullmatch(_TOKENS, part.content_type) else ""
+    return Response(body=part.octets,
+                    type=kind or "application/octet-stream",
+                    headers=_as_download(part.file_name, kind))
+
+
+def download(api: Api, request: Request, id: str) -> Response:
+    """An attachment's octets, for whoever knows its id"""
+    return get_attachment(api, request, id)
+
+
+def get_email(api: Api, request: Request, id: str) -> Response:
+    """A message's octets, exactly as they came"""
+    message = api.store.message(id)
+    return Response(body=message.octets, type="message/rfc822",
+                    headers=_as_download(f"{message.id}.eml", "message/rfc822"))
+
+
+# -- preview
+
+# Elements that open a connection by themselves, whatever the policy says: browsers prepare a
+# navigation before they refuse it.  A name that browsers do not know is an element that does
+# nothing.  The other lets names of meta elements pass that only describe the page.
+_LOADERS = (r"<(?=(?:iframe|frame|frameset|object|embed|applet|portal|fencedframe|base{})[\s/>]"
+            r"|meta(?!\s+name=[\"']?(?:viewport|color-scheme|supported-color-schemes)[\"']?\s+"
+            r"content=[\"'][\w\s=.,-]*[\"']\s*/?>)[\s/>])")
+_LINK_TAG = _Pattern(r"<(?:a|area)(?=[\s/])", re.I)
+_LINK_ATTRIBUTE = _Pattern(r"[\s/]*([^\s/>=][^\s/>=]*)"
+                      r"(?:\s*=\s*(\"[^\"]*\"|'[^']*'|[^\s>\"'][^\s>]*))?")
+
+
+def _link(attributes: List[Tuple[str, str]], base: str) -> str:
+    """A link's attributes: what it leads to opens in a new tab; a place in the mail itself does
+    not; what is no address outside it is none."""
+    kept = []
+    for name, quoted in attributes:
+        value = quoted[1:-1] if quoted[:1] in ("'", '"') else quoted
+        if name.lower() in ("href", "xlink:href"):
+            url = html.unescape(value).strip()
+            if not url.startswith("#"):
+                url = urllib.parse.urljoin(base, url) if base else url
+                if not re.match(r"(?:https?://|mailto:|tel:|sms:)", url, re.I):
+                    continue
+            kept.append(f'{name}="{html.escape(url)}"')
+            kept.append('target="_self"' if url.startswith("#") else 'target="_blank"')
+        elif name.lower() not in ("target", "ping", "rel"):
+            kept.append(f"{name}={quoted}" if quoted else name)
+    return "".join(f" {attribute}" for attribute in kept)
+
+
+def _with_links(source: str) -> str:
+    """The HTML with its links made safe to follow."""
+    match = re.search(r"<base\s[^>]{0,2000}?href\s*=\s*[\"']?(https?://[^\s\"'>]+)", source, re.I)
+    base = html.unescape(match.group(1)) if match else ""
+    pieces, end = [], 0
+    for tag in _LINK_TAG.finditer(source):
+        if tag.start() < end:
+            continue
+        pieces.append(source[end:tag.end()])
+        attributes, end = [], tag.end()
+        while True:
+            found = _LINK_ATTRIBUTE.match(source, end)
+            if found is None:
+                break
+            attributes.append((found.group(1), found.group(2) or ""))
+            end = found.end()
+        pieces.append(_link(attributes, base))
+    return "".join(pieces) + source[end:]
 
 
 def _with_images(api: Api, message: Message, mail: Mail) -> str:
     """The HTML with its cid: images as data: URLs, as long as that is not too large."""
     images = {part.content_id: part for part in mail.attachments
-              if part.content_id and _MEDIA_TYPE.fullmatch(part.content_type)}
+              if part.content_id and re.fullmatch(_TOKENS, part.content_type)}
     data: Dict[str, str] = {}
     room = api.store.limits.max_size * 3 // 2
 
@@ -4987,14 +5498,14 @@ def _with_images(api: Api, message: Message, mail: Mail) -> str:
     return re.sub(r"cid:([^\s\"'<>)\\]{1,998})", inline, mail.html_body.body or "")
 
 
-def preview(api: Api, request: Request, id: str) -> Response:
+def preview(api: Api, request: Request, id: str, remote: bool) -> Response:
     """A mail's HTML for a sandboxed frame; remote content only with remote=1"""
     message = api.store.message(id)
-    mail = message.read()
-    body = _with_images(api, message, mail)
-    remote = " http: https:" if Query(request.query).text("remote") == "1" else ""
-    policy = (f"default-src 'none'; img-src data:{remote}; style-src 'unsafe-inline'{remote}; "
-              f"font-src data:{remote}; media-src data:{remote}; frame-ancestors 'self'; "
+    body = _with_links(_with_images(api, message, api.read(message)))
+    body = re.sub(_LOADERS.format("" if remote else "|link"), "<x-", body, flags=re.I)
+    sources = " http: https:" if remote else ""
+    policy = (f"default-src 'none'; img-src data:{sources}; style-src 'unsafe-inline'{sources}; "
+              f"font-src data:{sources}; media-src data:{sources}; frame-ancestors 'self'; "
               "form-action 'none'; base-uri 'none'; "
               "sandbox allow-popups allow-popups-to-escape-sandbox")
     return Response(body=b'<!doctype html><meta charset="utf-8"><base target="_blank">'
@@ -5003,235 +5514,90 @@ def preview(api: Api, request: Request, id: str) -> Response:
                              ("X-DNS-Prefetch-Control", "off")))
 
 
-def source(api: Api, request: Request, id: str) -> Response:
-    """A message's octets as text, to be looked at"""
-    return Response(body=api.store.message(id).octets, type="text/plain; charset=utf-8")
+# -- Mailosaur: lists and searches
+
+def _messages_of(api: Api, inboxes: List[str], server: str, direction: str,
+                 since: Optional[float]) -> Iterable[Message]:
+    """Messages newest first: those of some inboxes, or of a server."""
+    if not inboxes:
+        return api.store.newest(server, direction, since)
+    found = {message.number: message for address in inboxes
+             for message in api.store.arrivals(Place(address))[1]
+             if message.direction == direction and (since is None or message.received > since)}
+    return [found[number] for number in sorted(found, reverse=True)]
 
 
-def health(api: Api, request: Request) -> Response:
-    """Whether the catcher works, its counters and how it was started"""
-    store, policy, limits = api.store, api.policy, api.store.limits
-    return Response(body=_json({
-        "status": "stopping" if store.closed else "ok", "version": __version__,
-        "uptime": round(store.wall() - store.started, 3), **store.counters(),
-        "smtp": policy.smtp, "domain": store.domain, "ttl": limits.ttl,
-        "max_size": limits.max_size, "rate": limits.rate, "hosted": policy.hosted,
-        "strict": store.strict, "api_key": bool(policy.api_key),
-        **({} if policy.hosted else policy.state())}))
+def list_messages(api: Api, request: Request, server: str, page: int, size: int,
+                  since: Optional[float], direction: str, query: Criteria,
+                  inbox: List[str]) -> Any:
+    """Summaries, newest first; `q` searches as the page does, X-Total-Count says how many match"""
+    if inbox or query.terms:
+        found = list(filter(query.match, _messages_of(api, inbox, server, direction, since)))
+        total, found = len(found), found[page * size:(page + 1) * size]
+    else:
+        total = None
+        found = api.store.newest(server, direction, since, page * size, size)
+    response = _response({"items": (item(api, message, server) for message in found)})
+    return response if total is None else response._replace(
+        headers=(("X-Total-Count", str(total)),))
 
 
-def get_file(api: Api, request: Request) -> Response:
-    """The web page"""
-    kind, octets = api.policy.files[request.path.rstrip("/") or "/"]
-    policy = ("default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; "
-              "img-src 'self' data:; frame-src 'self'; base-uri 'none'; form-action 'none'; "
-              "frame-ancestors 'none'")
-    return Response(body=octets, type=kind, headers=(("Content-Security-Policy", policy),))
-
-
-# -- Mailosaur: messages
-
-def _server_of(query: Query) -> str:
-    return query.text("server").lower() or DEFAULT_SERVER
-
-
-def _direction(query: Query) -> str:
-    direction = (query.text("dir") or "Received").capitalize()
-    if direction not in ("Received", "Sent"):
-        raise _bad("dir", "Received or Sent", query.text("dir"))
-    return direction
-
-
-def _page(query: Query) -> Tuple[int, int]:
-    """How many messages to skip, and how many to give."""
-    size = int(query.number("itemsPerPage", 50, 1, 1000))
-    return size * int(query.number("page", 0, 0, 10_000_000)), size
-
-
-def list_messages(api: Api, request: Request) -> Response:
-    """Summaries, newest first; `q` searches as the page does"""
-    query = Query(request.query)
-    server = _server_of(query)
-    (skip, size), after, direction = _page(query), query.time("receivedAfter"), _direction(query)
-    try:
-        wanted = words(query.text("q")[:1000])
-    except ValueError as error:
-        raise ApiError(400, "bad_request", f"q: {error}", "q") from None
-    if wanted.terms:
-        found = filter(wanted.match, api.store.newest(server, direction, after))
-        return Response(body=_items(api, itertools.islice(found, skip, skip + size), server))
-    found = api.store.newest(server, direction, after, skip, size)
-    return Response(body=_items(api, found, server))
-
-
-def _criteria(values: Dict[str, Any]) -> Criteria:
-    """Of a search's body; .NET sends match as 0 (ALL) or 1 (ANY)."""
-    match = values.get("match")
-    kind = {None: "ALL", 0: "ALL", 1: "ANY"}.get(match, match) if not isinstance(
-        match, (dict, list, bool)) else match
-    if not isinstance(kind, str) or kind.upper() not in ("ALL", "ANY", ""):
-        raise _bad("match", "ALL or ANY", match)
-    wanted = criteria(_string(values, "subject"), _string(values, "sentFrom"),
-                      _string(values, "sentTo"), _string(values, "body"),
-                      any_of=kind.upper() == "ANY")
-    if not wanted.terms:
-        raise ApiError(400, "bad_request", "Expected at least one of sentFrom, sentTo, subject "
-                                           "and body", "sentTo")
-    return wanted
-
-
-def search_messages(api: Api, request: Request) -> Response:
+def search_messages(api: Api, request: Request, server: str, page: int, size: int,
+                    since: Optional[float], direction: str, milliseconds: int, sent_from: str,
+                    sent_to: str, subject: str, body: str, any_of: bool) -> Any:
     """Summaries that match criteria; a client that polls is held until one arrives"""
-    query, values = Query(request.query), _object(request)
-    wanted = _criteria(values)
-    server, direction, after = _server_of(query), _direction(query), query.time("receivedAfter")
-    skip, size = _page(query)
-    timeout = query.number("timeout", 0, 0, api.store.limits.poll * 1000) / 1000
+    store, timeout = api.store, milliseconds / 1000
+    wanted = criteria(subject, sent_from, sent_to, body, any_of=any_of)
     poll = request.headers.get("authorization"), request.query, wanted
     delay = "1"                          # 0: PHP's client takes it for 1000, others do not pause
-    number = api.store.number
+    number = store.number
 
     def find() -> List[Message]:
-        found = filter(wanted.match, api.store.newest(server, direction, after))
-        return list(itertools.islice(found, skip, skip + size))
-    items = find()
-    if not items and not timeout and api.store.polled_again(poll):
-        timeout = api.store.limits.hold
-    if not items and timeout:
+        found = filter(wanted.match, store.newest(server, direction, since))
+        return list(itertools.islice(found, page * size, (page + 1) * size))
+    found = find()
+    if not found and not timeout and store.polled_again(poll):
+        timeout = store.limits.hold
+    if not found and timeout:
         try:
-            collect(api.store, Place(server=server), lambda message: (
+            collect(store, Place(server=server), lambda message: (
                 message.direction == direction and wanted.match(message)
-                and (after is None or message.received > after)), 1, timeout, number,
+                and (since is None or message.received > since)), 1, timeout, number,
                 request.gone)
-            items = find()
+            found = find()
         except Full:                     # too many wait: this client polls without being held
             delay = "1000"
-    if not items:
-        api.store.poll_answered(poll)
+    if not found:
+        store.poll_answered(poll)
         return Response(body=b'{"items":[]}', headers=(("x-ms-delay", delay),))
-    return Response(body=_items(api, items, server))
+    return {"items": (item(api, message, server) for message in found)}
 
 
-def get_message(api: Api, request: Request, id: str) -> Response:
-    """The whole message"""
-    return Response(body=rendered(api, api.store.message(id), request.base))
-
-
-def delete_message(api: Api, request: Request, id: str) -> Response:
-    """Delete a message"""
-    api.store.delete(id)
-    return Response(204)
-
-
-def delete_messages(api: Api, request: Request) -> Response:
+def delete_messages(api: Api, request: Request, emptied: str) -> None:
     """Delete all messages of a server"""
-    server = Query(request.query).text("server").lower()
-    if not server:
-        raise ApiError(400, "bad_request", "Expected server=ID: whose messages to delete; "
-                       f"{DEFAULT_SERVER} means all", "server")
-    api.store.empty(server)
-    return Response(204)
-
-
-def _as_download(name: str) -> Tuple[Tuple[str, str], ...]:
-    """Header fields of a download.  RFC 6266: an ASCII name, and the real one encoded."""
-    name = re.sub(r"[\x00-\x1f\x7f]", "", name)[-200:] or "attachment"
-    plain = re.sub(r"[^\x20-\x7e]|[\"\\/;%]", "_", name)
-    full = urllib.parse.quote(name.encode("utf-8", "replace"), safe="")
-    return (("Content-Disposition", f"attachment; filename=\"{plain}\"; filename*=UTF-8''{full}"),
-            ("Content-Security-Policy", "sandbox; default-src 'none'"))
-
-
-def get_attachment(api: Api, request: Request, id: str) -> Response:
-    """An attachment's octets"""
-    message_id, dash, number = id.rpartition("-")
-    if not dash:
-        raise Unknown(f"no attachment has the id {id[:80]!r}")
-    message = api.store.message(message_id)
-    with api.reading(message):
-        attachments = message.read().attachments
-    if not number.isdecimal() or not number.isascii() or int(number[:9]) >= len(attachments):
-        raise Unknown(f"no attachment has the id {id[:80]!r}")
-    part = attachments[int(number)]
-    with api.reading(message):
-        octets = part.octets
-    kind = part.content_type if _MEDIA_TYPE.fullmatch(part.content_type) else ""
-    return Response(body=octets,
-                    type=kind or "application/octet-stream", headers=_as_download(part.file_name))
-
-
-def download(api: Api, request: Request, id: str) -> Response:
-    """An attachment's octets, for who knows its id"""
-    return get_attachment(api, request, id)
-
-
-def get_email(api: Api, request: Request, id: str) -> Response:
-    """A message's octets, exactly as they came"""
-    message = api.store.message(id)
-    return Response(body=message.octets, type="message/rfc822",
-                    headers=_as_download(f"{message.id}.eml"))
+    api.store.empty(emptied)
 
 
 # -- Mailosaur: creating mail
 
-_BREAKS = r"[\n-\r\x1c-\x1e\x85\u2028\u2029]"       # what ends a line for str.splitlines()
-
-
-def _quoted(text: str, source: str, quoted: Mail) -> Tuple[str, str]:
-    """A reply's or forward's bodies with the original below."""
-    sender = quoted.from_[0].email if quoted.from_ else "someone"
-    if text or not source:
-        text += f"\n\n{sender} wrote:\n" + "".join(
-            f"> {line}\n" for line in (quoted.text_body.body or quoted.preview).splitlines())
-    if source:
-        original = quoted.html_body.body or html.escape(quoted.text_body.body or "")
-        source += f"<p>{html.escape(sender)} wrote:</p><blockquote>{original}</blockquote>"
-    return text, source
-
-
-def _attachments(values: Dict[str, Any]) -> Iterator[Tuple[str, str, Optional[str], bytes]]:
-    given = values.get("attachments")
-    if given is None:
-        return
-    if not isinstance(given, list) or not all(isinstance(each, dict) for each in given):
-        raise _bad("attachments", "a list of objects", given)
-    for each in given:
-        members = {str(name).lower(): value for name, value in each.items()}
-        kind = _string(members, "contentType") or "application/octet-stream"
-        name = re.sub(r"[\x00-\x1f\x7f]", "", _string(members, "fileName")) or "attachment"
-        content_id = re.sub(r"[^!-~]|[<>]", "", _string(members, "contentId"))
-        if not _MEDIA_TYPE.fullmatch(kind) or kind.lower().startswith(("multipart/", "message/")):
-            raise _bad("contentType", "a media type such as image/png", kind)
-        try:
-            octets = base64.b64decode("".join(_string(members, "content").split()), validate=True)
-        except ValueError:               # Ruby's has line breaks, nothing else may be there
-            raise _bad("content", "base64", _string(members, "content")) from None
-        yield name.encode("utf-8", "replace").decode(), kind, content_id or None, octets
-
-
-def _composed(most: int, values: Dict[str, Any], given: Dict[str, str],
-              quoted: Optional[Mail] = None,
-              parts: Iterable[Tuple[str, str, Optional[str], bytes]] = ()) -> bytes:
-    """A new mail of at most `most` octets: `given` header fields, text and html of the body,
-    attachments."""
+def compose(fields: Dict[str, str], text: str, source: str,
+            parts: Iterable[Tuple[str, str, str, bytes]] = ()) -> bytes:
+    """A new mail: header fields (an empty one is left out), text and HTML, attachments as (name,
+    media type, content id, octets).  ValueError names a field that can be none."""
     import email.policy
     mail = email.message.EmailMessage(policy=email.policy.SMTP)
-    try:
-        for name, value in given.items():
+    for name, value in fields.items():
+        try:
             # the package takes seconds to fold a long one, and overlooks a break at the end
-            if len(value) > 2_000 or re.search(_BREAKS, value):
+            if len(value) > 2_000 or re.search(f"[{LINE_ENDS}]", value):
                 raise ValueError
             if value:
                 mail[name] = value
-    except (ValueError, IndexError, TypeError, AttributeError, email.errors.MessageError) as error:
-        # a line break, or no address: what the package raises for one depends on the version
-        raise ApiError(400, "bad_request", f"Expected {name} to be a header field of one line and "
-                       f"at most 2000 characters, got {value[:80]!r}", name.lower()) from error
+        except (ValueError, IndexError, TypeError, AttributeError,
+                email.errors.MessageError) as error:     # it depends on the package's version
+            raise ValueError(name) from error
     mail["Date"] = email.utils.format_datetime(datetime.datetime.now(datetime.timezone.utc))
     mail["Message-ID"] = f"<{new_id()}@mailtest.example>"
-    text, source = _string(values, "text"), _string(values, "html")
-    if quoted is not None:
-        text, source = _quoted(text, source, quoted)
     text, source = (each.encode("utf-8", "replace").decode() for each in (text, source))
     if text or not source:
         mail.set_content(text, cte="quoted-printable" if not text.isascii() else None)
@@ -5239,26 +5605,33 @@ def _composed(most: int, values: Dict[str, Any], given: Dict[str, str],
             mail.add_alternative(source, subtype="html")
     else:
         mail.set_content(source, subtype="html")
-    for name, kind, content_id, octets in itertools.chain(parts, _attachments(values)):
+    for name, kind, content_id, octets in parts:
+        name = re.sub(r"[\x00-\x1f\x7f]", "", name).encode("utf-8", "replace").decode()
+        content_id = re.sub(r"[^!-~]|[<>]", "", content_id)
         main, _, sub = kind.partition("/")
-        mail.add_attachment(octets, main, sub, filename=name,
+        mail.add_attachment(octets, main, sub, filename=name or "attachment",
                             **({"cid": f"<{content_id}>"} if content_id else {}))
-    octets = mail.as_bytes()
+    return mail.as_bytes()
+
+
+def _mail(api: Api, fields: Dict[str, str], text: str, source: str,
+          parts: Iterable[Tuple[str, str, str, bytes]]) -> bytes:
+    """The same, for a client: what cannot be made is refused."""
+    try:
+        octets = compose(fields, text, source, parts)
+    except ValueError as error:
+        name = str(error)
+        raise _bad(name.lower(), LINE.expected, fields.get(name, "")) from error
+    most = api.store.limits.max_size
     if len(octets) > most:
         raise ApiError(413, "too_large", f"Expected a mail of at most {most} octets, "
                                          f"got {len(octets)}")
     return octets
 
 
-def _mailboxes(values: Dict[str, Any], name: str) -> List[str]:
-    """The addresses of a to or cc."""
-    text = _string(values, name)
-    if len(text) > 2_000 or re.search(r"[\r\n]", text):
-        raise _bad(name, "at most 2000 characters in one line", text)
-    found = [address.email for address in read_addresses(text)]
-    if any("@" not in address for address in found) or bool(text.strip()) and not found:
-        raise _bad(name, "an address such as anna@example.com", text)
-    return found
+def _given_parts(parts: Iterable[Dict[str, Any]]) -> List[Tuple[str, str, str, bytes]]:
+    return [(part["file_name"], part["content_type"] or "application/octet-stream",
+             part["content_id"], part["content"]) for part in parts]
 
 
 def _store_sent(api: Api, octets: bytes, sender: str, recipients: List[str],
@@ -5273,93 +5646,84 @@ def _store_sent(api: Api, octets: bytes, sender: str, recipients: List[str],
 
 
 _SAMPLE = {
-    "subject": "Example message from mailtest",
+    "title": "Example message from mailtest",
     "text": "This is a sample email. Your code is 482913.\n\nhttps://example.com/confirm\n",
-    "html": "<h1>Hello</h1><p>This is a sample email. Your code is <b>482913</b>.</p>"
-            '<p><a href="https://example.com/confirm">Confirm your address</a></p>',
+    "source": "<h1>Hello</h1><p>This is a sample email. Your code is <b>482913</b>.</p>"
+              '<p><a href="https://example.com/confirm">Confirm your address</a></p>',
 }
 
 
-def create_message(api: Api, request: Request) -> Response:
+def create_message(api: Api, request: Request, owner: str, recipients: str, copies: str,
+                   author: str, send: bool, parts: List[Dict[str, Any]], **content: str) -> Any:
     """Create a mail: sent with send=true, else received by the server"""
-    query, values = Query(request.query), _object(request)
-    server = query.text("server").lower()
-    if not server:
-        raise ApiError(400, "bad_request", "Expected server=ID: where to create the message",
-                       "server")
-    if not re.fullmatch(r"[^\x00-\x20\x7f/@\\<>\"]{1,255}", server):
-        raise _bad("server", "a server id: a label or a whole domain", server)
-    to, cc = _mailboxes(values, "to"), _mailboxes(values, "cc")
-    send = values.get("send")
-    if send is not None and not isinstance(send, bool):
-        raise _bad("send", "true or false", send)
-    if send and not to:
-        raise _bad("to", "an address to send to", "")
-    if not any(_string(values, name) for name in ("subject", "text", "html")):
-        values.update(_SAMPLE)
-    sender = _string(values, "from") or f"{_random_name(8)}@{api.store.domain}"
-    if not _mailboxes({"from": sender}, "from"):
-        raise _bad("from", "an address", sender)
+    if not any(content.values()):
+        content = _SAMPLE
+    server = owner.lower()
+    sender = author or f"{_random_name(8)}@{api.store.domain}"
     label = re.sub(r"[^!-~]|[][]", "-", server[:63])     # a mailbox needs it plain
-    receiver = _string(values, "to") or f"sample@{label}.mailosaur.net"
-    octets = _composed(api.store.limits.max_size, values, {
-        "From": sender, "To": receiver, "Cc": _string(values, "cc"),
-        "Subject": _string(values, "subject")})
+    receiver = recipients or f"sample@{label}.mailosaur.net"
+    octets = _mail(api, {"From": sender, "To": receiver, "Cc": copies,
+                         "Subject": content["title"]}, content["text"], content["source"],
+                   _given_parts(parts))
+    to = _mailboxes(recipients) + _mailboxes(copies)
     if send:
-        message = _store_sent(api, octets, sender, to + cc, server)
+        message = _store_sent(api, octets, sender, to, server)
     else:
-        message = Message(new_id(), octets, Envelope(None, tuple(to + cc) or (receiver,)))
+        message = Message(new_id(), octets, Envelope(None, tuple(to) or (receiver,)))
         api.store.deliver(message, server)
-    return Response(body=rendered(api, message, request.base))
+    return message_value(api, message, api.base(request))
 
 
-def _check_mail(message: Message) -> None:
+def _original(api: Api, id: str) -> Tuple[Message, Mail]:
+    """A mail that is to be answered."""
+    message = api.store.message(id)
     if message.kind != "Email":
         raise ApiError(400, "bad_request", f"Expected a mail, got an {message.kind}", "id")
+    return message, api.read(message)
 
 
-def _answer(api: Api, request: Request, original: Message, mail: Mail,
-            values: Dict[str, Any], prefix: str, to: str, recipients: List[str],
-            parts: Iterable[Tuple[str, str, Optional[str], bytes]]) -> Response:
-    """Composes and keeps a reply or a forward."""
-    cc = _mailboxes(values, "cc")
+def _answered(api: Api, request: Request, original: Message, mail: Mail, prefix: str, to: str,
+              copies: str, text: str, source: str,
+              parts: Iterable[Tuple[str, str, str, bytes]]) -> Any:
+    """Composes and keeps a reply or a forward, with the original below."""
+    writer = mail.from_[0].email if mail.from_ else "someone"
+    if text or not source:
+        text += f"\n\n{writer} wrote:\n" + "".join(
+            f"> {line}\n" for line in (mail.text_body.body or mail.preview).splitlines())
+    if source:
+        below = mail.html_body.body or html.escape(mail.text_body.body or "")
+        source += f"<p>{html.escape(writer)} wrote:</p><blockquote>{below}</blockquote>"
+    subject = re.sub(f"[{LINE_ENDS}]+", " ", mail.subject)
     sender = next(iter(original.envelope.forward_paths), f"sample@{api.store.domain}")
-    subject = mail.subject
-    if not subject.lower().startswith(prefix.lower()):
-        subject = prefix + subject
-    octets = _composed(api.store.limits.max_size, values, {
-        "From": sender, "To": to, "Cc": _string(values, "cc"),
-        "Subject": re.sub(_BREAKS + "+", " ", subject),
-        "In-Reply-To": re.sub(r"[^!-~]", "", mail.message_id)}, mail, parts)
-    sent = _store_sent(api, octets, sender, recipients + cc, _server(original))
-    return Response(body=rendered(api, sent, request.base))
+    octets = _mail(api, {
+        "From": sender, "To": to, "Cc": copies,
+        "Subject": subject if subject.lower().startswith(prefix.lower()) else prefix + subject,
+        "In-Reply-To": re.sub(r"[^!-~]", "", mail.message_id)}, text, source, parts)
+    sent = _store_sent(api, octets, sender, _mailboxes(to) + _mailboxes(copies),
+                       _server(original))
+    return message_value(api, sent, api.base(request))
 
 
-def forward_message(api: Api, request: Request, id: str) -> Response:
+def forward_message(api: Api, request: Request, id: str, recipients: str, copies: str, text: str,
+                    source: str, parts: List[Dict[str, Any]]) -> Any:
     """Forward a message; stored as sent"""
-    values, original = _object(request), api.store.message(id)
-    to = _mailboxes(values, "to")
-    if not to:
-        raise _bad("to", "an address to forward to", "")
-    _check_mail(original)
-    mail = original.read()
-    parts = [(part.file_name or "attachment", part.content_type, part.content_id,
-              part.octets) for part in mail.attachments
-             if _MEDIA_TYPE.fullmatch(part.content_type)
-             and not part.content_type.startswith(("multipart/", "message/"))]
-    return _answer(api, request, original, mail, values, "Fwd: ", _string(values, "to"),
-                   to, parts)
+    original, mail = _original(api, id)
+    kept = [(part.file_name, part.content_type, part.content_id or "",
+             part.octets) for part in mail.attachments
+            if re.fullmatch(_PART_TYPE, part.content_type)]
+    return _answered(api, request, original, mail, "Fwd: ", recipients, copies, text, source,
+                     kept + _given_parts(parts))
 
 
-def reply_to_message(api: Api, request: Request, id: str) -> Response:
+def reply_to_message(api: Api, request: Request, id: str, copies: str, text: str, source: str,
+                     parts: List[Dict[str, Any]]) -> Any:
     """Reply to a message; stored as sent"""
-    values, original = _object(request), api.store.message(id)
-    _check_mail(original)
-    mail = original.read()
+    original, mail = _original(api, id)
     to = [address.email for address in mail.reply_to or mail.from_ if address.email]
     if not to:
         raise ApiError(400, "bad_request", "Expected a message with From or Reply-To", "id")
-    return _answer(api, request, original, mail, values, "Re: ", ", ".join(to), to, ())
+    return _answered(api, request, original, mail, "Re: ", ", ".join(to), copies, text, source,
+                     _given_parts(parts))
 
 
 # -- Mailosaur: servers, devices, usage
@@ -5376,131 +5740,104 @@ def _known_server(api: Api, server: str) -> str:
     return name
 
 
-def _name(values: Dict[str, Any], whose: str) -> str:
-    name = _string(values, "name").strip()
-    if not name:
-        raise ApiError(400, "bad_request", f"{whose} need a name", "name")
-    return name[:200]
-
-
-def list_servers(api: Api, request: Request) -> Response:
+def list_servers(api: Api, request: Request) -> Any:
     """The servers: the default one, the named ones, those that hold mail"""
-    return Response(body=_json({"items": [_server_json(api, server, name)
-                                          for server, name in api.store.servers().items()]}))
+    return {"items": [_server_json(api, server, name)
+                      for server, name in api.store.servers().items()]}
 
 
-def create_server(api: Api, request: Request) -> Response:
+def create_server(api: Api, request: Request, server_name: str) -> Any:
     """Create a server with a new id"""
-    name = _name(_object(request), "Servers")
     server = _random_name(8).lower()     # 8 characters: what the clients demand
-    api.store.name_server(server, name)
-    return Response(body=_json(_server_json(api, server, name)))
+    api.store.name_server(server, server_name)
+    return _server_json(api, server, server_name)
 
 
-def get_server(api: Api, request: Request, id: str) -> Response:
+def get_server(api: Api, request: Request, id: str) -> Any:
     """One server"""
-    return Response(body=_json(_server_json(api, id.lower(), _known_server(api, id))))
+    return _server_json(api, id.lower(), _known_server(api, id))
 
 
-def update_server(api: Api, request: Request, id: str) -> Response:
+def update_server(api: Api, request: Request, id: str, server_name: str) -> Any:
     """Give a server another name"""
     _known_server(api, id)
-    name = _name(_object(request), "Servers")
-    api.store.name_server(id.lower(), name)
-    return Response(body=_json(_server_json(api, id.lower(), name)))
+    api.store.name_server(id.lower(), server_name)
+    return _server_json(api, id.lower(), server_name)
 
 
-def delete_server(api: Api, request: Request, id: str) -> Response:
+def delete_server(api: Api, request: Request, id: str) -> None:
     """Delete a server and its messages"""
     _known_server(api, id)
     api.store.empty(id.lower())
     api.store.drop_server(id.lower())
-    return Response(204)
 
 
-def get_password(api: Api, request: Request, id: str) -> Response:
+def get_password(api: Api, request: Request, id: str) -> Any:
     """The SMTP password of a server: any will do unless --auth names one"""
     _known_server(api, id)
-    return Response(body=_json({"value": api.policy.password or "anything"}))
+    return {"value": api.policy.password or "anything"}
 
 
 def totp(secret: str, now: float) -> Tuple[str, float]:
     """The one-time password of a base32 secret, and until when it holds (RFC 6238, RFC 4226)."""
-    text = re.sub(r"[\s=-]", "", secret)
-    try:
-        key = base64.b32decode(text + "=" * (-len(text) % 8), casefold=True)
-    except ValueError:
-        key = b""
-    if not key:
-        raise _bad("sharedSecret", "base32, such as ONSWG4TFOQYTEMY=", secret)
-    step = int(now // 30)
     import hmac
-    digest = hmac.new(key, struct.pack(">Q", step), "sha1").digest()
+    step = int(now // 30)
+    digest = hmac.new(_secret_key(secret), struct.pack(">Q", step), "sha1").digest()
     offset = digest[-1] & 15
     number = struct.unpack(">I", digest[offset:offset + 4])[0] & 0x7FFFFFFF
     return f"{number % 1_000_000:06d}", (step + 1) * 30.0
 
 
-def _otp_json(api: Api, secret: str) -> Response:
+def make_otp(api: Api, request: Request, secret: str) -> Any:
+    """The one-time password of a shared secret"""
     code, until = totp(secret, api.store.wall())
-    return Response(body=_json({"code": code, "expires": iso_time(until)}))
+    return {"code": code, "expires": iso_time(until)}
 
 
-def list_devices(api: Api, request: Request) -> Response:
+def list_devices(api: Api, request: Request) -> Any:
     """Authenticator devices"""
-    return Response(body=_json({"items": [{"id": device["id"], "name": device["name"]}
-                                          for device in api.store.devices()]}))
+    return {"items": [{"id": device["id"], "name": device["name"]}
+                      for device in api.store.devices()]}
 
 
-def create_device(api: Api, request: Request) -> Response:
+def create_device(api: Api, request: Request, device_name: str, secret: str) -> Any:
     """Create a device that makes one-time passwords"""
-    values = _object(request)
-    name, secret = _name(values, "Devices"), _string(values, "sharedSecret")
-    totp(secret, 0.0)                    # refuses what is no secret
-    device = api.store.add_device(name, secret)
-    return Response(body=_json({"id": device["id"], "name": device["name"]}))
+    device = api.store.add_device(device_name, secret)
+    return {"id": device["id"], "name": device["name"]}
 
 
-def delete_device(api: Api, request: Request, id: str) -> Response:
+def delete_device(api: Api, request: Request, id: str) -> None:
     """Delete a device"""
     api.store.drop_device(id)
-    return Response(204)
 
 
-def get_otp(api: Api, request: Request, id: str) -> Response:
+def get_otp(api: Api, request: Request, id: str) -> Any:
     """A device's one-time password"""
     for device in api.store.devices():
         if device["id"] == id:
-            return _otp_json(api, device["sharedSecret"])
+            return make_otp(api, request, device["sharedSecret"])
     raise Unknown(f"no device has the id {id[:80]!r}")
 
 
-def make_otp(api: Api, request: Request) -> Response:
-    """The one-time password of a shared secret"""
-    return _otp_json(api, _string(_object(request), "sharedSecret"))
-
-
-def usage_limits(api: Api, request: Request) -> Response:
+def usage_limits(api: Api, request: Request) -> Any:
     """How much of each limit is used"""
     limits, counters = api.store.limits, api.store.counters()
     most = limits.max_memory // limits.message_cost
-    return Response(body=_json({
-        "servers": {"limit": limits.servers, "current": len(api.store.servers())},
-        "users": {"limit": 1, "current": 1},
-        "email": {"limit": most, "current": counters["accepted"]},
-        "sms": {"limit": most, "current": counters["sms"]}}))
+    return {"servers": {"limit": limits.servers, "current": len(api.store.servers())},
+            "users": {"limit": 1, "current": 1},
+            "email": {"limit": most, "current": counters["accepted"]},
+            "sms": {"limit": most, "current": counters["sms"]}}
 
 
-def usage_transactions(api: Api, request: Request) -> Response:
+def usage_transactions(api: Api, request: Request) -> Any:
     """What was accepted in each of the last 24 hours"""
-    return Response(body=_json({"items": [
-        {"timestamp": iso_time(began), "email": mails, "sms": texts}
-        for began, mails, texts in api.store.transactions()]}))
+    return {"items": [{"timestamp": iso_time(began), "email": mails, "sms": texts}
+                      for began, mails, texts in api.store.transactions()]}
 
 
 # -- Mailosaur: analysis
 
-_SHORTENERS = re.compile(r"https?://(?:bit\.ly|t\.co|goo\.gl|tinyurl\.com|ow\.ly|is\.gd|buff\.ly|"
+_SHORTENERS = _Pattern(r"https?://(?:bit\.ly|t\.co|goo\.gl|tinyurl\.com|ow\.ly|is\.gd|buff\.ly|"
                        r"rebrand\.ly|cutt\.ly|shorturl\.at)/", re.I)
 _ELEMENTS = ("embed", "iframe", "object", "script", "form")
 _OFFLINE = "Not checked: this catcher works offline, and asks no other machine"
@@ -5508,9 +5845,9 @@ _OFFLINE = "Not checked: this catcher works offline, and asks no other machine"
 
 def _findings(message: Message, mail: Mail) -> Dict[str, Any]:
     """What can be said of a mail's content by looking at it."""
-    source = (mail.html_body.body or "").lower()
+    html_source = (mail.html_body.body or "").lower()
     names = {name.lower() for name, _ in mail.headers}
-    return {**{name: f"<{name}" in source for name in _ELEMENTS},
+    return {**{name: f"<{name}" in html_source for name in _ELEMENTS},
             "shortUrls": any(_SHORTENERS.match(link.href)
                              for link in mail.html_body.links + mail.text_body.links),
             "textSize": len((mail.text_body.body or "").encode("utf-8", "replace")),
@@ -5519,107 +5856,105 @@ def _findings(message: Message, mail: Mail) -> Dict[str, Any]:
             "missingListUnsubscribe": "list-unsubscribe" not in names}
 
 
-def spam(api: Api, request: Request, id: str) -> Response:
+def spam(api: Api, request: Request, id: str) -> Any:
     """What the content says; no score, since no spam filter is asked"""
     message = api.store.message(id)
-    mail = message.read()
+    mail = api.read(message)
+    found = _findings(message, mail)
     rules = [("NOT_SCORED", "No spam filter was asked: the score 0 is no verdict")]
     rules += [(f"CONTENT_{name.upper()}", f"The HTML has a {name} element")
-              for name, found in _findings(message, mail).items()
-              if found and name in _ELEMENTS]
+              for name in _ELEMENTS if found[name]]
     rules += [("WARNING", warning) for warning in mail.warnings]
-    return Response(body=_json({"spamFilterResults": {"spamAssassin": [
-        {"score": 0, "rule": rule, "description": text} for rule, text in rules]}, "score": 0}))
+    return {"spamFilterResults": {"spamAssassin": [
+        {"score": 0.0, "rule": rule, "description": text} for rule, text in rules]}, "score": 0.0}
 
 
-def deliverability(api: Api, request: Request, id: str) -> Response:
+def deliverability(api: Api, request: Request, id: str) -> Any:
     """Content checks; DNS and blocklist checks say that they were not made"""
     message = api.store.message(id)
     unknown = {"result": "Timeout", "description": _OFFLINE, "rawValue": "", "tags": {}}
-    return Response(body=_json({
-        "spf": unknown, "dkim": [unknown], "dmarc": unknown, "blockLists": [],
-        "content": _findings(message, message.read()),
-        "dnsRecords": {"a": [], "mx": [], "ptr": []},
-        "spamAssassin": {"score": 0, "result": "Timeout", "rules": [
-            {"score": 0, "rule": "NOT_SCORED", "description": _OFFLINE}]}}))
+    return {"spf": unknown, "dkim": [unknown], "dmarc": unknown,
+            "blockLists": [{"id": "none", "name": _OFFLINE, "result": "Timeout"}],
+            "content": _findings(message, api.read(message)),
+            "dnsRecords": {"a": [], "mx": [], "ptr": []},
+            # Go's client wants a whole number for this one score
+            "spamAssassin": {"score": 0, "result": "Timeout", "rules": [
+                {"score": 0.0, "rule": "NOT_SCORED", "description": _OFFLINE}]}}
 
 
-def email_clients(api: Api, request: Request) -> Response:
+def email_clients(api: Api, request: Request) -> Any:
     """The mail clients that previews can be made with: none"""
-    return Response(body=b'{"items":[]}')
+    return {"items": []}
 
 
-def make_previews(api: Api, request: Request, id: str) -> Response:
+def make_previews(api: Api, request: Request, id: str, clients: Any) -> None:
     """Not possible offline; says so"""
     api.store.message(id)
     raise ApiError(501, "not_implemented", "Screenshots in mail clients need those clients, and "
-                   f"none is here; {request.base}/v1/messages/{id}/preview shows the HTML")
+                   f"none is here; {api.base(request)}/v1/messages/{id}/preview shows the HTML")
 
 
-def get_screenshot(api: Api, request: Request, id: str) -> Response:
+def get_screenshot(api: Api, request: Request, id: str) -> None:
     """There is none: see make_previews"""
     raise Unknown(f"no screenshot has the id {id[:80]!r}: this catcher makes none")
 
 
 # -- SMS
 
-def receive_sms(api: Api, request: Request, sid: str) -> Response:
+def receive_sms(api: Api, request: Request, sid: str, sms_to: str, sms_from: str,
+                sms_service: str, sms_text: str) -> Response:
     """Send an SMS here instead of to Twilio: form fields From, To, Body"""
-    fields = Query(request.body.decode("utf-8", "replace"))
-    sender, to = fields.text("From") or fields.text("MessagingServiceSid"), fields.text("To")
-    text = fields.text("Body")
-    for name, value, code in (("To", to, 21604), ("From", sender, 21603), ("Body", text, 21602)):
-        if not value:
-            raise ApiError(400, "bad_request", f"A '{name}' is required: expected form fields "
-                           "From, To and Body", name, code=code, message=f"'{name}' is required")
-        if name != "Body" and (len(value) > 100 or not re.fullmatch(
-                r"[^\x00-\x20\x7f]+( [^\x00-\x20\x7f]+)*", value)):
-            raise _bad(name, "a telephone number or sender id of at most 100 characters (a + is "
-                             "sent as %2B)", value)
-    message = Message(new_id(), text.encode("utf-8", "replace"),
-                      Envelope(sender, (to,), None, request.client), kind="SMS")
+    sender = sms_from or sms_service
+    message = Message(new_id(), sms_text.encode("utf-8", "replace"),
+                      Envelope(sender, (sms_to,), None, request.client), kind="SMS")
     api.store.deliver(message)
     now = email.utils.formatdate(message.received)
-    return Response(201, _json({
-        "sid": "SM" + message.id.replace("-", ""), "account_sid": sid, "from": sender, "to": to,
-        "body": text, "status": "queued", "direction": "outbound-api", "num_segments": "1",
+    number = "SM" + message.id.replace("-", "")
+    return _response({
+        "sid": number, "account_sid": sid, "from": sender, "to": sms_to,
+        "body": sms_text, "status": "queued", "direction": "outbound-api", "num_segments": "1",
         "num_media": "0", "api_version": "2010-04-01", "date_created": now, "date_updated": now,
         "date_sent": None, "error_code": None, "error_message": None, "price": None,
         "price_unit": "USD", "messaging_service_sid": None,
-        "uri": request.path.replace(".json", f"/SM{message.id.replace('-', '')}.json"),
-        "subresource_uris": {}}))
+        "uri": request.path.replace(".json", f"/{number}.json"), "subresource_uris": {}},
+        )._replace(status=201)
 
 
 # -- routes
 
 class Route(NamedTuple):
-    """An endpoint.  `access`: open; inbox (the Mailtest service: may be limited in rate); api
-    (needs the API key if there is one, and is closed in hosted mode without one)."""
+    """An endpoint.  Parameters are words, see declare(): "a!" is required, of "a|b" at least one
+    is, "a>b" requires b where a is true.
+
+    `access`: open; inbox: the Mailtest service, which may be limited in rate; api: needs the key
+    if there is one, and is closed in hosted mode without one; known: likewise, unless all that it
+    names is in acquired inboxes.  So does inbox: other addresses can be guessed.
+    """
 
     method: str
     path: str
-    run: Callable[..., Response]
+    run: Callable[..., Any]
     access: str = "api"
-    query: str = ""                      # parameters, see _PARAMETERS; "!": required
-    body: str = ""                       # members of the JSON body, see _MEMBERS; "!": required
-    type: str = "application/json"       # of a success
+    query: str = ""                      # parameters of the query
+    body: str = ""                       # members of the body
+    gives: str = ""                      # a media type, or a schema of OpenAPI's components
 
 
-_WAIT = "timeout count subject from body after expect"
-_LIST = "server page itemsPerPage receivedAfter dir"
-_LIST_Q, _SEARCH = _LIST + " q", _LIST + " milliseconds"
-_CRITERIA = "sentFrom sentTo subject body match"
-_DEVICE, _SECRET = "name! sharedSecret!", "sharedSecret!"
-_MAIL_TO = "to cc from send subject-line text html attachments"
-_SMS = "To! From MessagingServiceSid Body!"
-_FORWARD, _REPLY = "to! cc text html attachments", "cc text html attachments"
+_WAIT = "timeout count subject sender to body after silence"
+_LIST = "server page size since direction"
+_CRITERIA = "sent_from|sent_to|subject|body any_of"
+_CONTENT = "title text source parts"
+_CREATE = "send>recipients copies author " + _CONTENT
+_ANSWER = "copies text source parts"
+_SMS_FORM = "sms_to! sms_from|sms_service sms_text!"
 _HTML, _CSS, _JS, _SVG = "text/html", "text/css", "text/javascript", "image/svg+xml"
-_EML, _ANY, _TEXT, _EVENTS = "message/rfc822", "*/*", "text/plain", "text/event-stream"
+_EML, _ANY, _TXT, _EVENTS = "message/rfc822", "*/*", "text/plain", "text/event-stream"
+_PEM = "application/x-pem-file"
 
 
-def describe_api(api: Api, request: Request) -> Response:
+def describe_api(api: Api, request: Request) -> Any:
     """This API as OpenAPI 3"""
-    return Response(body=_json(openapi(request.base)))
+    return openapi(api, api.base(request))
 
 
 ROUTES = tuple(Route(*row) for row in (
@@ -5628,29 +5963,36 @@ ROUTES = tuple(Route(*row) for row in (
     ("GET",    "/page.js",                     get_file,           "open", "", "", _JS),
     ("GET",    "/favicon.ico",                 get_file,           "open", "", "", _SVG),
     ("GET",    "/healthz",                     health,             "open"),
+    ("GET",    "/cert.pem",                    get_certificate,    "open", "", "", _PEM),
     ("GET",    "/openapi.json",                describe_api),
-    ("GET",    "/v1/acquire",                  acquire,            "inbox", "fail", "", _TEXT),
-    ("GET",    "/v1/register",                 acquire,            "inbox", "fail", "", _TEXT),
-    ("GET",    "/acquire",                     acquire,            "inbox", "fail", "", _TEXT),
-    ("GET",    "/aquire",                      acquire,            "inbox", "fail", "", _TEXT),
-    ("GET",    "/v1/get/{address}",            get_inbox,          "inbox", _WAIT),
-    ("GET",    "/v1/load/{address}",           load_inbox,         "inbox", _WAIT),
+    ("GET",    "/v1/acquire",                  acquire,            "inbox", "fail", "", _TXT),
+    ("GET",    "/v1/register",                 acquire,            "inbox", "fail", "", _TXT),
+    ("GET",    "/acquire",                     acquire,            "inbox", "fail", "", _TXT),
+    ("GET",    "/aquire",                      acquire,            "inbox", "fail", "", _TXT),
+    ("GET",    "/v1/get/{address}",            get_inbox,          "inbox", _WAIT, "", "Inbox"),
+    ("GET",    "/v1/load/{address}",           load_inbox,         "inbox", _WAIT, "", "Inbox"),
     ("DELETE", "/v1/get/{address}",            delete_inbox,       "inbox"),
     ("GET",    "/v1/messages/{id}/preview",    preview,            "open", "remote", "", _HTML),
-    ("GET",    "/v1/messages/{id}/source",     source,             "open", "", "", _TEXT),
+    ("GET",    "/v1/messages/{id}/source",     source,             "open", "", "", _TXT),
     ("GET",    "/v1/attachments/{id}",         download,           "open", "", "", _ANY),
-    ("GET",    "/v1/inboxes",                  list_inboxes),
+    ("GET",    "/v1/inboxes",                  list_inboxes,       "known", "inbox"),
     ("GET",    "/v1/sessions",                 list_sessions),
-    ("GET",    "/v1/events",                   follow_events,      "api", "after", "", _EVENTS),
-    ("GET",    "/api/messages",                list_messages,      "api", _LIST_Q),
-    ("POST",   "/api/messages",                create_message,     "api", "server!", _MAIL_TO),
-    ("DELETE", "/api/messages",                delete_messages,    "api", "server!"),
-    ("POST",   "/api/messages/search",         search_messages,    "api", _SEARCH, _CRITERIA),
-    ("GET",    "/api/messages/{id}",           get_message),
+    ("GET",    "/v1/events",                   follow_events,      "known", "event inbox", "",
+                                                                   _EVENTS),
+    ("GET",    "/api/messages",                list_messages,      "known", _LIST + " query inbox",
+                                                                   "", "List"),
+    ("POST",   "/api/messages",                create_message,     "api", "owner!", _CREATE,
+                                                                   "Message"),
+    ("DELETE", "/api/messages",                delete_messages,    "api", "emptied!"),
+    ("POST",   "/api/messages/search",         search_messages,    "api", _LIST + " milliseconds",
+                                                                   _CRITERIA, "List"),
+    ("GET",    "/api/messages/{id}",           get_message,        "known", "", "", "Message"),
     ("DELETE", "/api/messages/{id}",           delete_message),
-    ("POST",   "/api/messages/{id}/forward",   forward_message,    "api", "", _FORWARD),
-    ("POST",   "/api/messages/{id}/reply",     reply_to_message,   "api", "", _REPLY),
-    ("POST",   "/api/messages/{id}/screenshots", make_previews,      "api", "", "emailClients"),
+    ("POST",   "/api/messages/{id}/forward",   forward_message,    "api", "",
+                                                                   "recipients! " + _ANSWER,
+                                                                   "Message"),
+    ("POST",   "/api/messages/{id}/reply",     reply_to_message,   "api", "", _ANSWER, "Message"),
+    ("POST",   "/api/messages/{id}/screenshots", make_previews,    "api", "", "clients"),
     ("GET",    "/api/files/attachments/{id}",  get_attachment,     "api", "", "", _ANY),
     ("GET",    "/api/files/email/{id}",        get_email,          "api", "", "", _EML),
     ("GET",    "/api/files/screenshots/{id}",  get_screenshot),
@@ -5658,142 +6000,115 @@ ROUTES = tuple(Route(*row) for row in (
     ("GET",    "/api/analysis/spam/{id}",      spam),
     ("GET",    "/api/analysis/deliverability/{id}", deliverability),
     ("GET",    "/api/servers",                 list_servers),
-    ("POST",   "/api/servers",                 create_server,      "api", "", "name!"),
+    ("POST",   "/api/servers",                 create_server,      "api", "", "server_name!"),
     ("GET",    "/api/servers/{id}",            get_server),
-    ("PUT",    "/api/servers/{id}",            update_server,      "api", "", "name!"),
+    ("PUT",    "/api/servers/{id}",            update_server,      "api", "", "server_name!"),
     ("DELETE", "/api/servers/{id}",            delete_server),
     ("GET",    "/api/servers/{id}/password",   get_password),
     ("GET",    "/api/devices",                 list_devices),
-    ("POST",   "/api/devices",                 create_device,      "api", "", _DEVICE),
+    ("POST",   "/api/devices",                 create_device,      "api", "",
+                                                                   "device_name! secret!"),
     ("DELETE", "/api/devices/{id}",            delete_device),
     ("GET",    "/api/devices/{id}/otp",        get_otp),
-    ("POST",   "/api/devices/otp",             make_otp,           "api", "", _SECRET),
+    ("POST",   "/api/devices/otp",             make_otp,           "api", "", "secret!"),
     ("GET",    "/api/usage/limits",            usage_limits),
     ("GET",    "/api/usage/transactions",      usage_transactions),
-    ("POST",   "/2010-04-01/Accounts/{sid}/Messages.json", receive_sms, "api", "", _SMS),
-    ("GET",    "/{address}",                   load_inbox,         "inbox", _WAIT),
+    ("POST",   "/2010-04-01/Accounts/{sid}/Messages.json", receive_sms, "api", "", _SMS_FORM),
+    ("GET",    "/{address}",                   load_inbox,         "inbox", _WAIT, "", "Inbox"),
 ))
 
-_PARAMETERS: Dict[str, Tuple[str, Dict[str, Any], str]] = {
-    # name in ROUTES: (name in the query, schema, what it does)
-    "server": ("server", {"type": "string"}, "whose messages; without: all"),
-    "page": ("page", {"type": "integer", "minimum": 0, "maximum": 10_000_000}, "from 0"),
-    "itemsPerPage": ("itemsPerPage", {"type": "integer", "minimum": 1, "maximum": 1000}, "50"),
-    "receivedAfter": ("receivedAfter", {"anyOf": [
-        {"type": "string", "format": "date-time"}, {"type": "string", "enum": [""]}]},
-                      "only later"),
-    "dir": ("dir", {"type": "string", "enum": ["Received", "Sent", ""]}, "Received"),
-    "q": ("q", {"type": "string"}, "from: to: subject: body: has: words -not"),
-    "milliseconds": ("timeout", {"type": "integer", "minimum": 0, "maximum": 60_000},
-                     "milliseconds to wait for a match"),
-    "timeout": ("timeout", {"type": "number", "minimum": 0, "maximum": 60}, "seconds to wait"),
-    "count": ("count", {"type": "integer", "minimum": 1, "maximum": 10_000}, "how many, 1"),
-    "subject": ("subject", {"type": "string"}, "part of the subject"),
-    "from": ("from", {"type": "string"}, "the full address of the sender"),
-    "body": ("body", {"type": "string"}, "part of the text or HTML"),
-    "after": ("after", {"type": "string"}, "only what came after that one"),
-    "expect": ("expect", {"type": "string", "enum": ["0", ""]}, "0: that nothing comes"),
-    "fail": ("fail", {"type": "array", "maxItems": 100, "items": {
-        "type": "string", "pattern": r"^(mail|rcpt|data):([45][0-9]{2}|drop|"
-                                     r"delay=(60|[1-5]?[0-9](\.[0-9]+)?))(\*[1-9][0-9]{0,5})?$"}},
-             "STAGE:ACTION[*TIMES], may be repeated"),
-    "remote": ("remote", {"type": "string", "enum": ["0", "1"]}, "1: remote content too"),
-}
 
-_STRING: Dict[str, Any] = {"type": "string", "nullable": True}
-_FULL = {"type": "string", "minLength": 1}
-_MAILBOX = r"""((\w[\w '-]*|"\w[\w .,'-]*" ?)?<SPEC>|SPEC)""".replace(
-    "SPEC", r"[0-9A-Za-z]+([._+-][0-9A-Za-z]+)*@[0-9A-Za-z]+([.-][0-9A-Za-z]+)*")
-_TO = {"type": "string", "maxLength": 2000, "pattern": f"^{_MAILBOX}(, ?{_MAILBOX})*$"}
-_CC = {**_STRING, "maxLength": 2000, "pattern": f"^({_MAILBOX}(, ?{_MAILBOX})*)?$"}
-_NUMBER = r"[^\x00-\x20\x7f]{1,100}( [^\x00-\x20\x7f]+)*"
-_MEMBERS: Dict[str, Dict[str, Any]] = {
-    # word in ROUTES, whose first letters are the name in the body: schema
-    **dict.fromkeys(("sentFrom", "sentTo", "subject", "body", "text", "html"), _STRING),
-    "match": {"enum": ["ALL", "ANY", "", 0, 1, None]},
-    "to": _CC, "to!": _TO, "cc": _CC, "from": _CC,
-    "subject-line": {**_STRING, "maxLength": 2000, "pattern": f"^[^{_BREAKS[1:-1]}]*$"},
-    "send": {"type": "boolean", "nullable": True},
-    "attachments": {"type": "array", "nullable": True, "items": {"type": "object", "properties": {
-        "fileName": _STRING, "contentId": _STRING, "content": {**_STRING, "format": "byte"},
-        "contentType": {**_STRING, "pattern": "^((application|audio|font|image|model|text|video)"
-                                              "/[0-9A-Za-z!#$&^_.+-]{1,127})?$"}}}},
-    "emailClients": {"type": "array", "items": {"type": "string"}},
-    "name!": {"type": "string", "pattern": r"[^\s\x1c-\x1f]"},
-    "sharedSecret!": {"type": "string", "pattern": (
-        "^(L{8})*(L{2}|L{4}|L{5}|L{7,8})[ =-]*$".replace("L", "([ =-]*[A-Za-z2-7])"))},
-    "To!": {"type": "string", "pattern": f"^{_NUMBER}$"}, "Body!": _FULL,
-    "From": {"type": "string", "pattern": f"^({_NUMBER})?$"},
-    "MessagingServiceSid": {"type": "string"},
-}
+# -- OpenAPI
+
+def _members_of(fields: Iterable[Field], **more: Any) -> Dict[str, Any]:
+    return _object(**{field.name: field.schema for field in fields}, **more)
 
 
-def _given(name: str, schema: Dict[str, Any]) -> Dict[str, Any]:
-    return {"required": [name], "properties": {name: schema}}
+def _needed(schema: Dict[str, Any]) -> Dict[str, Any]:
+    """The schema of what must be there."""
+    least = {"minLength": 1} if schema.get("type") == "string" else {}
+    return {**{name: value for name, value in schema.items() if name != "nullable"}, **least}
 
 
-_ANY_OF: Dict[Callable[..., Response], List[Dict[str, Any]]] = {
-    # of which schemas a body must fulfil one, too
-    search_messages: [_given(name, _FULL) for name in ("sentFrom", "sentTo", "subject", "body")],
-    create_message: [{"properties": {"send": {"enum": [False, None]}}}, _given("to", _TO)],
-    receive_sms: [_given(name, _MEMBERS["To!"]) for name in ("From", "MessagingServiceSid")],
-}
+def _body_schema(words: str, parameters: Dict[str, Parameter]) -> Dict[str, Any]:
+    """The schema of a body with these members."""
+    properties: Dict[str, Any] = {}
+    schema: Dict[str, Any] = {"type": "object", "properties": properties}
+
+    def given(word: str) -> Dict[str, Any]:
+        name, kind, *_ = parameters[word]
+        return {"required": [name], "properties": {name: _needed(kind.schema)}}
+    for word in words.split():
+        names = re.findall(r"\w+", word)
+        properties.update((parameters[name].name, parameters[name].kind.schema) for name in names)
+        if "!" in word:
+            name = parameters[names[0]].name
+            properties[name] = _needed(properties[name])
+            schema.setdefault("required", []).append(name)
+        elif "|" in word:
+            schema["anyOf"] = [given(name) for name in names]
+        elif ">" in word:
+            schema["anyOf"] = [{"properties": {parameters[names[0]].name: {
+                "enum": [False, None]}}}, given(names[1])]
+    return schema
 
 
-def _body(route: Route) -> Dict[str, Any]:
-    """The OpenAPI description of a route's body."""
-    names = {re.findall(r"\w+", word)[0]: word for word in route.body.split()}
-    required = [name for name, word in names.items() if word[-1] == "!"]
-    schema = {"type": "object",
-              "properties": {name: _MEMBERS[word] for name, word in names.items()},
-              **({"required": required} if required else {}),
-              **({"anyOf": _ANY_OF[route.run]} if route.run in _ANY_OF else {})}
-    kind = "x-www-form-urlencoded" if route.run is receive_sms else "json"
-    return {"required": bool(required) or route.run is search_messages,
-            "content": {f"application/{kind}": {"schema": schema}}}
+def _operation(route: Route, parameters: Dict[str, Parameter]) -> Dict[str, Any]:
+    """The OpenAPI description of a route."""
+    success = "201" if route.run is receive_sms else "204" if route.method == "DELETE" else "200"
+    given = [{"name": name, "in": "path", "required": True, "schema": _STRING}
+             for name in re.findall(r"\{(\w+)\}", route.path)]
+    for word in route.query.split():
+        name, kind, text, *_ = parameters[word.rstrip("!")]
+        given.append({"name": name, "in": "query", "description": text, "required": "!" in word,
+                      "schema": _needed(kind.schema) if "!" in word else kind.schema})
+    found: Dict[str, Any] = {
+        "summary": (route.run.__doc__ or "").strip(), "parameters": given,
+        "operationId": route.run.__name__ + re.sub(r"\W", "_", route.path),
+        "responses": {success: {"description": "Success"}, "default": {
+            "description": "An error", "content": {"application/json": {"schema": {
+                "type": "object"}}}}}}
+    if success != "204":
+        kind = route.gives if "/" in route.gives else "application/json"
+        schema = {"schema": {"$ref": f"#/components/schemas/{route.gives}"}} if (
+            route.gives and "/" not in route.gives) else {}
+        found["responses"][success]["content"] = {kind: schema}
+    if route.path.startswith("/api/files/"):
+        found["responses"]["404"] = {"description": "None such, without a body"}
+    if route.body:
+        form = "x-www-form-urlencoded" if route.run is receive_sms else "json"
+        found["requestBody"] = {
+            "required": bool(re.search("[!|]", route.body)),
+            "content": {f"application/{form}": {"schema": _body_schema(route.body, parameters)}}}
+    return found
 
 
-def openapi(base: str) -> Dict[str, Any]:
+def openapi(api: Api, base: str) -> Dict[str, Any]:
     """The OpenAPI 3.0 description of ROUTES."""
     paths: Dict[str, Any] = {}
     for route in ROUTES:
-        if route.run is get_file:
-            continue
-        success = {"DELETE": "204"}.get(route.method, "201" if route.run is receive_sms else "200")
-        parameters = [{"name": name, "in": "path", "required": True, "schema": {"type": "string"}}
-                      for name in re.findall(r"\{(\w+)\}", route.path)]
-        for word in route.query.split():
-            name, schema, text = _PARAMETERS[word.rstrip("!")]
-            parameters.append({"name": name, "in": "query", "schema": schema, "description": text})
-            if word[-1] == "!":
-                parameters[-1].update(required=True, schema={**schema, "minLength": 1})
-        operation: Dict[str, Any] = {
-            "summary": (route.run.__doc__ or "").strip(), "parameters": parameters,
-            "operationId": route.run.__name__ + re.sub(r"\W", "_", route.path),
-            "responses": {success: {"description": "Success"},
-                          "default": {"description": "An error", "content": {
-                              "application/json": {"schema": {"type": "object"}}}}}}
-        if success != "204":
-            operation["responses"][success]["content"] = {route.type: {}}
-        if route.path.startswith("/api/files/"):
-            operation["responses"]["404"] = {"description": "None such, without a body"}
-        if route.body:
-            operation["requestBody"] = _body(route)
-        paths.setdefault(route.path, {})[route.method.lower()] = operation
+        if route.run is not get_file:
+            paths.setdefault(route.path, {})[route.method.lower()] = _operation(
+                route, api.parameters)
+    message = {"$ref": "#/components/schemas/Message"}
+    schemas = {
+        "Message": _members_of(MESSAGE),
+        "Item": _members_of(ITEM, **ITEM_STATE["properties"]),
+        "List": _object(items=_list({"$ref": "#/components/schemas/Item"})),
+        "Inbox": _object(address=_STRING, expires=_NULLABLE, message_count=_COUNT,
+                         messages=_list(message))}
     return {"openapi": "3.0.3", "info": {"title": "mailtest", "version": __version__},
-            "servers": [{"url": base}], "paths": paths}
+            "servers": [{"url": base}], "paths": paths, "components": {"schemas": schemas}}
 
 
 # -- dispatch
 
-def _segments(path: str) -> Tuple[str, ...]:
+def _segments(path: str) -> List[str]:
     """The segments of a path; one slash at its end does not count."""
-    return tuple(path[1:-1 if len(path) > 1 and path.endswith("/") else None].split("/"))
+    return path[1:-1 if len(path) > 1 and path.endswith("/") else None].split("/")
 
 
-_BY_LENGTH: Dict[int, List[Tuple[Tuple[str, ...], Route]]] = {}
-for _route in ROUTES:
-    _BY_LENGTH.setdefault(len(_segments(_route.path)), []).append((_segments(_route.path), _route))
+_PATTERNS = [(_segments(route.path), route) for route in ROUTES]
 
 
 def _segment_text(segment: str) -> str:
@@ -5808,42 +6123,37 @@ def _segment_text(segment: str) -> str:
                                            f"{segment[:80]!r}", "path") from None
 
 
+_MAKERS = (acquire,)               # a GET that changes something
+
+
 def _methods(route: Route) -> Tuple[str, ...]:
-    """Those that a route takes: HEAD asks for what GET would, unless that makes an inbox."""
-    return ("GET", "HEAD") if route.method == "GET" and route.run is not acquire else (
+    """Those that a route takes: HEAD asks for what GET would, unless that changes something."""
+    return ("GET", "HEAD") if route.method == "GET" and route.run not in _MAKERS else (
         route.method,)
 
 
-def find_route(method: str, path: str) -> Tuple[Route, List[str]]:
+def find_route(method: str, path: str) -> Tuple[Route, Dict[str, str]]:
     """The route of a request and the values of its path; ApiError 404 or 405."""
     segments = _segments(path)
-    allowed = []
-    for pattern, route in _BY_LENGTH.get(len(segments), ()):
-        if not all(known == given or known[:1] == "{" for known, given in zip(pattern, segments)):
-            continue
-        if route.path == "/{address}" and "@" not in path and "%40" not in path:
-            continue
-        if method in _methods(route):
-            return route, [_segment_text(given) for known, given in zip(pattern, segments)
-                           if known[:1] == "{"]
-        allowed.extend(_methods(route))
-    if not allowed:
+    found = [(pattern, route) for pattern, route in _PATTERNS if len(pattern) == len(segments)
+             and all(known == given or known[:1] == "{"
+                     for known, given in zip(pattern, segments))
+             and (route.path != "/{address}" or "@" in path or "%40" in path)]
+    if not found:
         raise ApiError(404, "not_found", f"No endpoint {path[:80]!r}: see GET /openapi.json")
-    exact = [each for pattern, route in _BY_LENGTH[len(segments)] for each in _methods(route)
-             if pattern == segments]     # /api/messages/search is itself, and no {id}
-    allowed = sorted(dict.fromkeys(exact or allowed), key="HEAD".__eq__)
+    for pattern, route in found:
+        if method in _methods(route):
+            return route, {known[1:-1]: _segment_text(given)
+                           for known, given in zip(pattern, segments) if known[:1] == "{"}
+    exact = [each for each in found if each[0] == segments]
+    allowed = [each for _, route in exact or found for each in _methods(route)]
+    allowed = sorted(dict.fromkeys(allowed), key="HEAD".__eq__)
     raise ApiError(405, "method_not_allowed", f"Expected {' or '.join(allowed)}, got {method!r}",
                    headers=(("Allow", ", ".join(allowed + ["OPTIONS"])),))
 
 
-def body_limit(limits: Limits, method: str, path: str) -> int:
-    """How many octets the body of a request may have."""
-    mail = method == "POST" and path.startswith("/api/messages") and "search" not in path
-    return limits.max_size * 3 // 2 + limits.http_body if mail else limits.http_body
-
-
 def _error(request: Request, error: ApiError) -> Response:
-    """The one place where a refusal becomes octets; Mailosaur's endpoints have their own form."""
+    """A refusal as a response; Mailosaur's endpoints have a form of their own."""
     if request.path.startswith("/api/files/") and error.status == 404:
         return Response(404, headers=error.headers)  # Node's client hands a body on as the file
     value: Dict[str, Any] = {"error": error.error, "detail": error.detail}
@@ -5852,22 +6162,27 @@ def _error(request: Request, error: ApiError) -> Response:
         value = {"type": kind.get(error.status, "Error"), "message": error.detail, "errors": [
             {"field": error.field, "detail": [{"description": error.detail}]}]}
     value.update(error.more)
-    return Response(error.status, _json(value), headers=error.headers)
+    return _response(value)._replace(status=error.status, headers=error.headers)
 
 
 def _has_key(key: str, authorization: str) -> bool:
-    """Whether Basic credentials hold the API key in either half, compared in constant time."""
+    """Whether Basic credentials hold the API key as user or password, compared in constant time.
+    A key may hold a colon itself."""
     scheme, _, text = authorization.partition(" ")
     try:
-        user, _, password = base64.b64decode(text.strip(), validate=True).partition(b":")
+        given = base64.b64decode(text.strip(), validate=True)
     except ValueError:
         return False
-    right = [same(part, key.encode("utf-8")) for part in (user, password)]
+    halves = [given, *given.split(b":", 1), *given.rsplit(b":", 1)]
+    right = [same(half, key.encode("utf-8")) for half in halves]
     return scheme.lower() == "basic" and any(right)
 
 
 def _network(client: str) -> str:
-    """Whose requests are counted together: an IPv4 address, an IPv6 /64."""
+    """Whose requests are counted together: an IPv4 address, an IPv6 /64.  A proxy may have given
+    the port too: 192.0.2.1:1234, [2001:db8::1]:1234."""
+    match = re.fullmatch(r"\[([^]]*)\](?::[0-9]+)?|([0-9.]+):[0-9]+", client)
+    client = (match.group(1) or match.group(2) or "") if match else client
     if client.lower().startswith("::ffff:"):
         client = client[7:]
     try:
@@ -5876,36 +6191,73 @@ def _network(client: str) -> str:
         return client
 
 
-_LITERAL_OR_LOCAL = re.compile(r"(?:[0-9]{1,3}(?:\.[0-9]{1,3}){3}|\[[0-9a-f:.]+\]|[a-z0-9_-]+|"
-                               r"[a-z0-9_.-]+\.localhost)(?::[0-9]{1,5})?", re.I)
+# Addresses, and names that no public DNS can hold.
+_LOCAL = re.compile(r"[0-9]{1,3}(?:\.[0-9]{1,3}){3}|\[[0-9a-f:.]+\]|[a-z0-9_-]+|[a-z0-9_.-]+"
+                    r"\.(?:localhost|local|internal|test|invalid|home\.arpa)", re.I)
+
+
+def is_allowed(policy: ApiPolicy, host: str) -> bool:
+    """Whether --allow-host names a host, or a domain (.example.com) that it belongs to."""
+    host = host.lower()
+    return any(host == name or name.startswith(".") and (host + "").endswith(name)
+               or host == name[1:] and name.startswith(".") for name in policy.allow_hosts)
 
 
 def _check_host(api: Api, request: Request) -> None:
     """Refuses names that a foreign page may have pointed at this address (DNS rebinding)."""
-    host = request.headers.get("host", "")
-    if not host or _LITERAL_OR_LOCAL.fullmatch(host) or request.tunnel:
+    given = request.headers.get("host", "")
+    if not given or request.tunnel:
         return                           # no host at all: a health check, no browser
-    name = host.rpartition(":")[0] if re.search(r":[0-9]+$", host) else host
-    if name.lower() not in api.policy.allow_hosts:
-        raise ApiError(421, "misdirected", f"Expected a Host field with an IP address, localhost, "
-                       f"a single-label name or an --allow-host, got {host[:80]!r}")
+    host = re.sub(r":[0-9]{1,5}$", "", given)
+    if not _LOCAL.fullmatch(host) and not is_allowed(api.policy, host):
+        raise ApiError(421, "misdirected", "Expected a Host field with an IP address, a local "
+                       f"name, or one that --allow-host names, got {given[:80]!r}")
 
 
-def _check_origin(request: Request, route: Route) -> None:
-    """Refuses what a foreign page would change.  No endpoint allows CORS, so it reads nothing."""
-    if route.method == "GET" and route.run is not acquire:
+def _check_origin(api: Api, request: Request, route: Route) -> None:
+    """Refuses what a foreign page would change.  What it reads, its browser keeps from it, unless
+    --allow-origin names it."""
+    origin, site = (request.headers.get(name) for name in ("origin", "sec-fetch-site"))
+    if route.method == "GET" and (route.run not in _MAKERS or origin in api.policy.allow_origins):
         return
-    origin = request.headers.get("origin")
-    site = request.headers.get("sec-fetch-site", "same-origin")
-    if (origin is not None and origin.partition("://")[2] != request.headers.get("host")
-            or site not in ("same-origin", "none")):
-        seen = [f"{name} {request.headers[name.lower()][:80]!r}"
-                for name in ("Origin", "Sec-Fetch-Site") if name.lower() in request.headers]
-        raise ApiError(403, "foreign_origin", "Expected a request from this origin or from no "
-                       f"page, got {' and '.join(seen)}")
+    host = request.headers.get("host", "")
+    ours = site == "same-origin" or site in (None, "none") and (
+        origin is None or origin.partition("://")[2] == host)
+    if not ours:
+        raise ApiError(403, "foreign_origin", "Expected a request from a page of this catcher or "
+                       f"from no page, got Origin {(origin or '')[:80]!r} for the host "
+                       f"{host[:80]!r}" + (f" and Sec-Fetch-Site {site[:80]!r}" if site else ""))
 
 
-def _check_access(api: Api, request: Request, route: Route) -> None:
+def _are_acquired(api: Api, addresses: Iterable[str]) -> bool:
+    """Whether all of these inboxes were acquired, and so cannot be guessed."""
+    for address in addresses:
+        try:
+            if not api.store.inbox(address).acquired:
+                return False
+        except Ended:                    # the answer says when
+            continue
+        except Unknown:
+            return False
+    return True
+
+
+def _needs_key(api: Api, route: Route, values: Dict[str, Any]) -> bool:
+    """Whether what a request is about is open to the holders of the API key alone."""
+    if route.access == "inbox":
+        return "address" in values and not _are_acquired(api, [values["address"]])
+    if route.access == "known" and values.get("inbox"):
+        return not _are_acquired(api, values["inbox"])
+    if route.access == "known" and "id" in values:
+        try:
+            return not any(_are_acquired(api, [address])
+                           for address in api.store.message(values["id"]).inboxes)
+        except Unknown:
+            return True
+    return route.access != "open"
+
+
+def _check_access(api: Api, request: Request, route: Route, values: Dict[str, Any]) -> None:
     policy = api.policy
     if route.access == "inbox":
         wait = api.store.rate(_network(request.client))
@@ -5913,51 +6265,81 @@ def _check_access(api: Api, request: Request, route: Route) -> None:
             raise ApiError(429, "rate_limited", f"Expected at most {api.store.limits.rate} "
                            f"requests a minute; try again in {wait:.0f} s",
                            headers=(("Retry-After", str(int(wait) + 1)),))
-    elif route.access == "api" and (policy.api_key or policy.hosted):
+    if not (policy.api_key or policy.hosted) or (policy.api_key and _has_key(
+            policy.api_key, request.headers.get("authorization", ""))):
+        return
+    if _needs_key(api, route, values):
         if not policy.api_key:
-            raise ApiError(403, "forbidden", "This hosted service was started without --api-key, "
-                                             "so nobody may list, search or follow it")
-        if not _has_key(policy.api_key, request.headers.get("authorization", "")):
-            raise ApiError(401, "unauthorized", "Expected HTTP Basic authentication with the API "
-                           "key as user or password",
-                           headers=(("WWW-Authenticate", 'Basic realm="mailtest"'),))
+            raise ApiError(403, "forbidden", "This hosted service was started without --api-key: "
+                           "who knows an acquired address may read it, and nobody may do more")
+        raise ApiError(401, "unauthorized", "Expected HTTP Basic authentication with the API key "
+                       "as user or password; only what acquired addresses get is open without",
+                       headers=(("WWW-Authenticate", 'Basic realm="mailtest"'),))
 
 
-def _check_query(request: Request, route: Route) -> None:
+def _check_names(route: Route, query: str, parameters: Dict[str, Parameter]) -> None:
     """Refuses what the Mailtest service does not know: a mistyped filter would match any mail.
     (Mailosaur ignores it, so its endpoints do.)"""
-    if route.access == "inbox" and request.query:
-        known = route.query.split()
-        for name in Query(request.query).names():
-            if name not in known:
-                raise ApiError(400, "bad_request", f"Unknown parameter {_seen(name)}: expected "
-                               f"{', '.join(known) or 'none'}")
+    known = [parameters[word.rstrip("!")].name for word in route.query.split()]
+    for name in _pairs(query) if route.access == "inbox" else ():
+        if name not in known:
+            raise ApiError(400, "bad_request", f"Unknown parameter {_seen(name)}: expected "
+                           f"{', '.join(known) or 'none'}")
+
+
+def _respond(api: Api, request: Request) -> Response:
+    """Checks what the head of a request says, and only then reads its body; the handler's answer
+    as a response."""
+    _check_host(api, request)
+    route, values = find_route(request.method, request.path)
+    _check_origin(api, request, route)
+    _check_access(api, request, route, {**values, **_pairs(request.query)})
+    _check_names(route, request.query, api.parameters)
+    values.update(_from_query(route.query, request.query, api.parameters))
+    limits = api.store.limits
+    mail = "source" in route.body        # HTML and attachments, in base64
+    octets = request.read(limits.max_size * 3 // 2 * mail + limits.http_body)
+    if route.run is receive_sms:
+        values.update(_from_query(route.body, octets.decode("utf-8", "replace"), api.parameters))
+    elif route.body:
+        values.update(_from_object(route.body, _members(octets), api.parameters))
+    return _response(route.run(api, request, **values))
+
+
+def _refusal(request: Request, error: Exception) -> ApiError:
+    """What the client is told of an exception."""
+    if isinstance(error, ApiError):
+        return error
+    if isinstance(error, Unknown):
+        return ApiError(404, "not_found", str(error))
+    if isinstance(error, Full):
+        return ApiError(503, "full", f"Try again later: {error}",
+                        headers=(("Retry-After", "1"),))
+    log_error("%s %s failed", request.method, request.path, trace=True)
+    return ApiError(500, "internal", "This is a defect of mailtest; its log on standard error "
+                                     "says more")
 
 
 def answer(api: Api, request: Request) -> Response:
     """The response to a request, whatever it is."""
     try:
-        _check_host(api, request)
-        route, values = find_route(request.method, request.path)
-        _check_origin(request, route)
-        _check_access(api, request, route)
-        _check_query(request, route)
-        return route.run(api, request, *values)
-    except ApiError as error:
-        if error.status == 405 and request.method == "OPTIONS":
-            return Response(204, headers=error.headers)
-        return _error(request, error)
-    except Unknown as unknown:
-        return _error(request, ApiError(404, "not_found", str(unknown)))
-    except Full as full:
-        return _error(request, ApiError(503, "full", f"Try again later: {full}",
-                                        headers=(("Retry-After", "1"),)))
+        response = _respond(api, request)
     except Abandoned:
         raise Hangup("hung up while it waited") from None
-    except Exception:                    # the edge of a request: the client learns no more
-        log_error("%s %s failed", request.method, request.path, trace=True)
-        return _error(request, ApiError(500, "internal", "This is a defect of mailtest; its log "
-                                                         "on standard error says more"))
+    except Hangup:
+        raise
+    except Exception as error:           # the edge of a request: the client learns no more
+        refusal = _refusal(request, error)
+        response = _error(request, refusal)
+        if refusal.status == 405 and request.method == "OPTIONS":
+            response = Response(204, headers=refusal.headers)
+    origin = request.headers.get("origin")
+    if origin in api.policy.allow_origins and request.method in ("GET", "HEAD", "OPTIONS"):
+        response = response._replace(headers=response.headers + (
+            ("Access-Control-Allow-Origin", origin), ("Vary", "Origin"),
+            ("Access-Control-Allow-Headers", "Authorization"),
+            ("Access-Control-Expose-Headers", "X-Total-Count")))
+    return response
 
 
 # ---- HTTP server -----------------------------------------------------------
@@ -6010,7 +6392,6 @@ class HttpHandler(http.server.BaseHTTPRequestHandler):
             if self.command == "CONNECT":
                 self._connect()
                 return
-            body = self._read_body()
         except ApiError as error:        # after that the framing cannot be trusted
             self.close_connection = True
             path = self._target.partition("?")[0]
@@ -6018,9 +6399,16 @@ class HttpHandler(http.server.BaseHTTPRequestHandler):
             self.request.linger()
             return
         path, _, query = self._target.partition("?")
-        request = Request(self.command, path, query, self.headers, body, self._client(),
-                          self._secure, self._tunnel, self.request.is_gone)
-        self._send(answer(self.server.api, request))
+        request = Request(self.command, path, query, self.headers, self._read_body,
+                          self._client(), self._secure, self._tunnel, self.request.is_gone)
+        self._unread = True
+        response = answer(self.server.api, request)
+        if self._unread and {"content-length", "transfer-encoding"} & set(self.headers):
+            self.close_connection = True             # refused by its head alone, or broken
+            self._send(response)
+            self.request.linger()
+        else:
+            self._send(response)
 
     # -- reading
 
@@ -6104,12 +6492,16 @@ class HttpHandler(http.server.BaseHTTPRequestHandler):
         self.headers["host"] = parts.netloc
         self._target = (parts.path or "/") + ("?" + parts.query if parts.query else "")
 
-    def _read_body(self) -> bytes:
+    def _read_body(self, most: int) -> bytes:
         """The whole body, so that it is never taken for the next request."""
+        octets = self._body(most)
+        self._unread = False
+        return octets
+
+    def _body(self, most: int) -> bytes:
         length, coding = self.headers.get("content-length"), self.headers.get("transfer-encoding")
         if length is None and coding is None:
             return b""
-        most = body_limit(self.server.limits, self.command, self._target.partition("?")[0])
         if coding is not None:
             if length is not None or self.version == b"HTTP/1.0":
                 raise ApiError(400, "bad_request", "Expected Content-Length or Transfer-Encoding, "
@@ -6200,7 +6592,7 @@ class HttpHandler(http.server.BaseHTTPRequestHandler):
         if not host or not number.isdecimal():
             raise ApiError(400, "bad_request", "Expected CONNECT host:port, got "
                                                f"{_seen(self._target)}")
-        known = _TUNNELS.fullmatch(host) or host.lower() in self.server.api.policy.allow_hosts
+        known = _TUNNELS.fullmatch(host) or is_allowed(self.server.api.policy, host)
         if not known or number not in ("443", str(self.server.port)):
             log_info("refused a tunnel to %s for %s", _seen(self._target), self.client_address)
             raise ApiError(403, "forbidden", "Expected CONNECT mailosaur.com:443 (all other "
@@ -6769,7 +7161,7 @@ class Mailtest:
 
     def json(self, message: Message) -> str:
         """A message as the HTTP API gives it."""
-        return rendered(self._api, message, self.url).decode("utf-8")
+        return message_json(self._api, message, self.url).decode("utf-8")
 
     def wait_for(self, count: int, timeout: float, after: int = 0) -> List[Message]:
         """The messages with a number above `after`, newest first, once there are `count`, else
@@ -6792,7 +7184,8 @@ class Mailtest:
             self._followers["save"] = Saver(self.store, self._save)
         if self._webhook:
             self._followers["webhook"] = Webhook(
-                self.store, self._webhook, lambda message: rendered(api, message, self.url))
+                self.store, self._webhook,
+                lambda message: message_json(api, message, self.url))
 
     def _open(self, name: str, kind: Callable[..., Any], *rest: Any) -> None:
         server = kind(self.host, self._ports[name], *rest)
