@@ -953,7 +953,8 @@ az  kod- -kod- | şifrə parol- təsdiq | nömrə | sifariş müştəri faktura 
 be  код- | пароль пацверджанн | нумар | замов рахун кліент паштов дагавор тэлефон
 bg  код- | парола потвържд | номер № | поръчк фактур клиент пощенск договор телефон пратк
 bn  কোড | পাসওয়ার্ড ওটিপি পিন যাচাই | নম্বর নং | অর্ডার চালান গ্রাহক পোস্ট ফোন
-bs  kod- | lozink verifikac | broj | narudžb račun kupac kupca poštansk ugovor telefon pošiljk
+bs  kod- kôd- | lozink verifikac | broj | narudžb račun kupac kupca poštansk ugovor telefon
+    pošiljk
 ca  codi codis | contrasenya verificació | número núm | comanda factura client postal contracte
     telèfon enviament
 cs  kód- | heslo hesla ověřovac | číslo čísla č. | objednáv faktur zákazní psč poštovn smlouv
@@ -1000,11 +1001,11 @@ ha  lamba | lambar_sirri kalmar_sirri lambar_tabbatarwa | lambar | oda daftari a
 he  קוד | הקוד סיסמ אימות | מספר מס | הזמנ חשבונית לקוח מיקוד חוזה טלפון משלוח
 hi  कोड | ओटीपी पासवर्ड पिन सत्यापन | नंबर संख्या क्रमांक नं | ऑर्डर आर्डर आदेश चालान ग्राहक डाक
     पोस्ट पिनकोड_ फोन अनुबंध
-hr  kod- | lozink zapork potvrdni | broj | narudžb račun kupac kupca poštansk ugovor telefon
+hr  kod- kôd- | lozink zapork potvrdni | broj | narudžb račun kupac kupca poštansk ugovor telefon
     pošiljk oib
 hu  -kód- | -jelszó- -jelszav megerősít | szám száma -szám -száma- sorszám | rendelés számla
     ügyfél irányítószám szerződés telefon csomag cikk vevő
-hy  կոդ | ծածկագիր գաղտնաբառ հաստատմ | համար | պատվեր հաշիվ հաճախորդ փոստային հեռախոս
+hy  կոդ- | ծածկագիր գաղտնաբառ հաստատմ | համար | պատվեր հաշիվ հաճախորդ փոստային հեռախոս
 id  kode sandi | verifikasi konfirmasi | nomor no. no | pesanan faktur pelanggan pos resi kontrak
     telepon tagihan
 ig  koodu | okwuntughe nkwenye | nọmba | order ahịa
@@ -1109,7 +1110,10 @@ def _ascii_of(odd) -> str:
     code = ord(odd.group())
     if code in (0xA0, 0x2007, 0x2009, 0x202F, 0x3000):
         return " "
-    return chr(code - 0xFEE0) if 0xFF00 < code < 0xFF5F else "-" * (0x2010 <= code < 0x2014)
+    if 0xFF00 < code < 0xFF5F:
+        sign = chr(code - 0xFEE0)
+        return sign if sign.isalnum() or sign == "-" else sign + " "
+    return "-" * (0x2010 <= code < 0x2014)
 
 
 def _in_ascii(text: str) -> str:
@@ -1216,7 +1220,8 @@ def _laid_out(text: str) -> List[str]:
     """The lines of a text that say something; a character a line or cell is put together."""
     lines: List[str] = []
     single = False
-    for line in _WEB_ADDRESS.sub("\ufffc", _in_ascii(text)).split("\n"):
+    text = _WEB_ADDRESS.sub("\ufffc", _in_ascii(text)).replace("\t-\t", "-")
+    for line in text.split("\n"):
         line = line.strip(" \t\r*_>|")
         if len(line) < 64 and _SPREAD.fullmatch(line):
             line = line.replace(" ", "").replace("\t", "")
@@ -1229,14 +1234,14 @@ def _laid_out(text: str) -> List[str]:
 
 
 _CANDIDATE = _Pattern(      # a number with all its groups, or a word that may be a code
-    r"(?<![!-~])(?:[\[(<*\"'_]*[+(]?[0-9][0-9()+./,:'-]*(?: [0-9(+][0-9()+./,:'-]*)*"
+    r"(?<![!-~])(?:[\[(<*\"'_]*[+(]?[0-9][0-9()+./,:'-]*(?:(?<=[0-9)]) [0-9(+][0-9()+./,:'-]*)*"
     r"[\])>.,;:!?*\"'_]*(?![!-~])"
     r"|(?=[!-~]*?(?:[0-9]|[A-Z][A-Z-]|-[a-z]+-|[a-f]+(?![!-~])))[!-~]+)")
 _MAYBE = _Pattern(r"[0-9]|[A-Z][A-Z-][A-Z-][A-Z]|-[a-z]+-")      # a line with one
 _DIGIT = _Pattern("[0-9]")
 _AROUND = "\"'()[]<>*_.,;:!?|`{}"
 _DIGITS = _Pattern(r"[0-9]{4,9}|[0-9]{3}([ -])[0-9]{3}(?:\1[0-9]{3})?"
-                   r"|[0-9]{4}(?:([ -])[0-9]{4}){1,3}"
+                   r"|[0-9]{4}(?:([ -])[0-9]{4}){1,3}|[0-9]{5}[ -][0-9]{5}"
                    r"|[0-9]{2}(?:([ -])[0-9]{2}){2,3}|[0-9](?:([ -])[0-9]){3,8}")
 _DATE = _Pattern(r"(?:19|20)[0-9]{2}"
                  r"|(?:19|20)[0-9]{2}(?:0[1-9]|1[0-2])(?:0[1-9]|[12][0-9]|3[01])"
@@ -1395,7 +1400,8 @@ class _CodeFinder:
         """1 if a token alone in its line that nothing names may be a code, because the mail is
         short and speaks of no other number."""
         above = self.lines[number - 1] if number else ""
-        return int(self.is_short and not (len(above) < 25 and above.endswith(":")) and not any(
+        is_title = above[-1:] == ":" or above[-1:].isalnum() and len(above.split()) < 3
+        return int(self.is_short and not (len(above) < 25 and is_title) and not any(
             kind in ("thing", "number") for line in self.lines + [self.subject]
             for _, _, kind in _labels(line.lower())))
 
@@ -1453,9 +1459,10 @@ class _CodeFinder:
                 return 4 * (len(token.code) > 7 and gap == " ")
             if is_date:
                 return 4 * (not words)
-            if words < (3 if token.look == "small" else 2 if len(token.code) == 4 else 12):
-                return 4 if words < 3 else 3
-            return 0
+            followed = text[token.end:token.end + 2][-1:].isalpha()
+            if token.look == "small" or len(token.code) == 4 and followed:
+                return 4 * (words < 2)
+            return 4 if words < 3 else 3 * (words < 12)
         if last:
             between = text[last.end:token.start]
             if last.code in self.found and token.look != "letters" and _OR.fullmatch(between):
@@ -1480,7 +1487,7 @@ def find_codes(text: str, subject: str) -> Tuple[str, ...]:
     found = _CodeFinder(text[:MESSAGE_LIMITS.code_characters], subject).find()
     if not found and _MAYBE.search(subject):
         found = _CodeFinder(subject, "").find()
-    return tuple(found)
+    return tuple(found)[:MESSAGE_LIMITS.codes]
 
 
 def _text_body(texts: List[str], subject: str) -> Body:
