@@ -6976,10 +6976,15 @@ class Webhook(Follower):
             connection.close()
 
 
+# What is listened on beyond one address, and the one that clients are told.
+_ALL_HOSTS = {"": "127.0.0.1", "*": "127.0.0.1", "0.0.0.0": "127.0.0.1", "localhost": "127.0.0.1",
+              "::": "[::1]", "[::]": "[::1]"}
+Auth = Union[None, Tuple[str, str], Dict[str, str]]
 Certificate = Union[None, bool, Tuple[str, str], ssl.SSLContext]
 
 
-def _check_settings(limits: Limits, auth: Optional[Tuple[str, str]], tls: Certificate) -> None:
+def _check_settings(limits: Limits, auth: Auth, tls: Certificate,
+                    require: Tuple[str, ...]) -> None:
     """TypeError says what a setting should be, before it fails where nobody expects it."""
     if not isinstance(limits, Limits):
         raise TypeError(f"expected limits to be Limits(...), got {limits!r}")
@@ -6987,9 +6992,13 @@ def _check_settings(limits: Limits, auth: Optional[Tuple[str, str]], tls: Certif
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not value >= 0:
             raise TypeError(f"expected Limits({name}=...) to be a number such as "
                             f"{getattr(Limits(), name)}, got {value!r}")
-    if auth is not None and not (isinstance(auth, tuple) and len(auth) == 2
-                                 and all(isinstance(text, str) for text in auth)):
-        raise TypeError(f"expected auth to be (user, password), got {type(auth).__name__}")
+    texts = auth.items() if isinstance(auth, dict) else [auth] if auth is not None else []
+    if not all(isinstance(pair, tuple) and len(pair) == 2
+               and all(isinstance(text, str) for text in pair) for pair in texts):
+        raise TypeError("expected auth to be (user, password), or a dict from user to password, "
+                        f"got {type(auth).__name__}")      # which may be a password
+    if not set(require) <= {"auth", "tls"} or isinstance(require, str):
+        raise TypeError(f"expected require to be some of ('auth', 'tls'), got {require!r}")
     if not (tls in (None, True, False) or isinstance(tls, ssl.SSLContext)
             or isinstance(tls, tuple) and len(tls) == 2):
         raise TypeError("expected tls to be True, (certificate, key) with their paths, or an "
@@ -7008,13 +7017,13 @@ class Mailtest:
 
     page: Dict[str, Tuple[str, bytes]] = {}          # the web page: path -> media type, octets
 
-    def __init__(self, host: str = "127.0.0.1", smtp_port: int = 0, http_port: int = 0,
+    def __init__(self, host: str = "localhost", smtp_port: int = 0, http_port: int = 0,
                  smtps_port: Optional[int] = None, domain: str = "mailtest.example",
                  strict: bool = False, limits: Limits = Limits(),
-                 policy: ApiPolicy = ApiPolicy(), auth: Optional[Tuple[str, str]] = None,
-                 tls: Certificate = None, https: bool = False, save: str = "",
-                 webhook: str = ""):
-        _check_settings(limits, auth, tls)
+                 policy: ApiPolicy = ApiPolicy(), auth: Auth = None, tls: Certificate = None,
+                 https: bool = False, save: str = "", webhook: str = "",
+                 require: Tuple[str, ...] = ()):
+        _check_settings(limits, auth, tls, require)
         if not tls and (smtps_port is not None or https):
             raise ValueError("smtps_port and https need tls=True, or a certificate's paths")
         self.host = host
@@ -7022,7 +7031,9 @@ class Mailtest:
         self.certificate = ""            # path, if it is known
         self._ports = {"smtp": smtp_port, "http": http_port, "smtps": smtps_port}
         self._policy = policy
-        self._auth = auth
+        self._users = dict([auth] if isinstance(auth, tuple) else auth or {})
+        self._require = require
+        self._pem = ""                   # the certificate
         self._tls = tls
         self._https = https
         self._save = save
@@ -7135,13 +7146,13 @@ class Mailtest:
     def _open_ports(self) -> None:
         """Wires everything, from the store to the sockets."""
         tls = self._tls_context()
-        rules = SmtpPolicy(self.store.domain, tls is not None,
-                           dict([self._auth] if self._auth else []))
+        rules = SmtpPolicy(self.store.domain, tls is not None, self._users, self._require)
         self._open("smtp", SmtpServer, self.store, rules, tls)
         if self._ports["smtps"] is not None:
             self._open("smtps", SmtpServer, self.store, rules, tls, True)
         api = self._api = Api(self.store, self._policy._replace(
-            password=self._auth[1] if self._auth else "", smtp=self.smtp, files=self.page,
+            password=next(iter(self._users.values()), ""), smtp=self.smtp, files=self.page,
+            certificate=self._pem,
             state=lambda: {name: each.state() for name, each in self._followers.items()}))
         self._open("http", HttpServer, api, tls, self._https)
         if self._save:
@@ -7162,14 +7173,15 @@ class Mailtest:
         if tls is True:
             import tempfile
             folder = self._ends.enter_context(tempfile.TemporaryDirectory(prefix="mailtest-"))
-            names = ("localhost", "127.0.0.1", "::1", self.store.domain, "mailosaur.com",
-                     self.host) + self._policy.allow_hosts
-            tls = make_certificate(folder, [name for name in names if name not in (
-                "0.0.0.0", "::", "")])
+            names = ["localhost", "127.0.0.1", "::1", self.store.domain, "mailosaur.com"]
+            names += ["*" * name.startswith(".") + name for name in self._policy.allow_hosts]
+            tls = make_certificate(folder, names + [self.host] * (self.host not in _ALL_HOSTS))
         if not isinstance(tls, tuple):
             return tls or None
         self.certificate, files = tls[0], " and ".join(filter(None, tls))
         try:
+            with open(self.certificate, encoding="ascii", errors="replace") as file:
+                self._pem = file.read()
             return tls_context(*tls)
         except ssl.SSLError as error:
             raise ValueError(f"expected a PEM certificate and its key in {files}: "
@@ -7186,7 +7198,7 @@ class Mailtest:
         return port
 
     def _at(self, port: int) -> str:
-        host = {"0.0.0.0": "127.0.0.1", "": "127.0.0.1", "::": "[::1]"}.get(self.host, self.host)
+        host = _ALL_HOSTS.get(self.host, self.host)
         return f"[{host}]:{port}" if ":" in host and host[0] != "[" else f"{host}:{port}"
 
 
@@ -7268,7 +7280,9 @@ a_port = _option_type("a port from 0 to 65535", "([0-9]{1,5})", _within(65_535))
 a_count = _option_type("a whole number from 1", "0*([1-9][0-9]{0,8})", int)
 some_text = _option_type("a value", "(.+)", str)
 a_host = _option_type("a name such as mail.example, without scheme and port", "(.+)",
-                      lambda name: name.lower() if _is_domain(name) else None)
+                      lambda name: name.lower() if _is_domain(name.lstrip(".")) else None)
+an_origin = _option_type("an origin such as http://127.0.0.1:3000", r"(https?://[^/\s]+)/?",
+                         str.lower)
 a_domain = _option_type("a domain such as a.example", r"([^\[].*)",
                         lambda name: name.lower() if _is_domain(name) else None)
 
@@ -7297,8 +7311,8 @@ def _options() -> argparse.ArgumentParser:
         help="SMTP port, 0 for a free one (2525)")
     add("--http", type=a_port, default=8080, metavar="PORT",
         help="HTTP port, 0 for a free one (8080)")
-    add("--host", type=some_text, default="127.0.0.1", metavar="ADDRESS",
-        help="address to listen on; 0.0.0.0 or :: for all (127.0.0.1)")
+    add("--host", type=some_text, default="localhost", metavar="ADDRESS",
+        help="address to listen on; '*' for all (127.0.0.1 and ::1)")
     add = parser.add_argument_group("inboxes").add_argument
     add("--domain", type=a_domain, default="mailtest.example",
         help="of acquired addresses (mailtest.example)")
@@ -7313,8 +7327,11 @@ def _options() -> argparse.ArgumentParser:
     add("--smtps", type=a_port, metavar="PORT",
         help="SMTP with TLS from the start, on this port too")
     add("--https", action="store_true", help="speak TLS on the HTTP port")
-    add("--auth", type=user_and_password, metavar="USER:PASS",
-        help="the only SMTP credentials taken; without it any are")
+    add("--auth", type=user_and_password, metavar="USER:PASS", action="append", default=[],
+        help="the only SMTP credentials taken; without it any are; repeatable: each user's mail "
+             "is listed as server=USER, too")
+    add("--require", choices=["auth", "tls"], action="append", default=[],
+        help="refuse SMTP clients that do not use it")
     add("--api-key", type=some_text, metavar="KEY",
         default=os.environ.get("MAILTEST_API_KEY") or None,
         help="demand it on all but the Mailtest service (or MAILTEST_API_KEY)")
@@ -7326,7 +7343,10 @@ def _options() -> argparse.ArgumentParser:
     add("--trust-proxy", action="store_true",
         help="take the client's address from X-Forwarded-For")
     add("--allow-host", type=a_host, action="append", default=[], metavar="NAME",
-        help="a Host header to answer to, beside addresses and local names; repeatable")
+        help="a Host header to answer to, beside addresses and local names; .NAME for all below "
+             "it; repeatable")
+    add("--allow-origin", type=an_origin, action="append", default=[], metavar="ORIGIN",
+        help="http://HOST:PORT whose pages may read by script (CORS); repeatable")
     add = parser.add_argument_group("in scripts").add_argument
     add("-v", "--log", action="store_true",
         help="a line on standard error for each mail, refused or broken session, refused tunnel")
@@ -7365,18 +7385,21 @@ def _read_options(parser: argparse.ArgumentParser, arguments: List[str]) -> argp
         parser.error("--timeout needs --exit-after")
     if options.tls_key and not options.tls_cert:
         parser.error("--tls-key needs --tls-cert")
-    if not options.tls and not options.tls_cert and (options.smtps is not None or options.https):
-        parser.error("--smtps and --https need a certificate: give --tls, or --tls-cert")
+    if not options.tls and not options.tls_cert and (
+            options.smtps is not None or options.https or "tls" in options.require):
+        parser.error("--smtps, --https and --require tls need a certificate: give --tls, or "
+                     "--tls-cert")
     return options
 
 
 def _mailtest(options: argparse.Namespace) -> Mailtest:
     policy = ApiPolicy(options.api_key or "", options.hosted, options.trust_proxy,
-                       tuple(options.allow_host + [options.domain]))
+                       tuple(options.allow_host + [options.domain]),
+                       tuple(options.allow_origin))
     tls = (options.tls_cert, options.tls_key or "") if options.tls_cert else options.tls
     return Mailtest(options.host, options.smtp, options.http, options.smtps, options.domain,
-                    options.strict or options.hosted, options.limits, policy, options.auth,
-                    tls, options.https, options.save, options.webhook)
+                    options.strict or options.hosted, options.limits, policy, dict(options.auth),
+                    tls, options.https, options.save, options.webhook, tuple(options.require))
 
 
 def _why_not(error: Exception, options: argparse.Namespace) -> str:

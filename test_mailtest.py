@@ -7885,7 +7885,9 @@ def test_addresses_of_a_server(running):
 # host, how the SMTP address is told with port 25
 TOLD = {
     "IPv4": ("127.0.0.2", "127.0.0.2:25"),
-    "a name": ("localhost", "localhost:25"),
+    "both loopbacks": ("localhost", "127.0.0.1:25"),
+    "all, as a star": ("*", "127.0.0.1:25"),
+    "all of IPv6 in brackets": ("[::]", "[::1]:25"),
     "IPv6": ("::1", "[::1]:25"),
     "IPv6 in brackets": ("[::1]", "[::1]:25"),
     "all of IPv4": ("0.0.0.0", "127.0.0.1:25"),
@@ -7985,7 +7987,10 @@ def test_followers_tell_their_state_in_healthz(tmp_path):
 # arguments, what is said
 BAD_SETTINGS = {
     "credentials as text": ({"auth": "user:secret"},
-                            "expected auth to be (user, password), got str"),
+                            "expected auth to be (user, password), or a dict from user to "
+                            "password, got str"),
+    "what to require": ({"require": "tls"},
+                        "expected require to be some of ('auth', 'tls'), got 'tls'"),
     "a time as text": ({"limits": mailtest.Limits(ttl="10m")},
                        "expected Limits(ttl=...) to be a number such as 600.0, got '10m'"),
     "limits as a dict": ({"limits": {"ttl": 5}},
@@ -8225,9 +8230,10 @@ BAD_OPTIONS = {
     "a key without certificate": (["--tls-key", "key.pem"], "--tls-key needs --tls-cert"),
     "implicit TLS without certificate": (
         ["--smtps", "0"],
-        "--smtps and --https need a certificate: give --tls, or --tls-cert"),
+        "--smtps, --https and --require tls need a certificate: give --tls, or --tls-cert"),
     "HTTPS without certificate": (
-        ["--https"], "--smtps and --https need a certificate: give --tls, or --tls-cert"),
+        ["--https"],
+        "--smtps, --https and --require tls need a certificate: give --tls, or --tls-cert"),
 }
 
 
@@ -8470,7 +8476,7 @@ def test_start_without_a_thread_is_told_in_a_line(program, monkeypatch):
     def start(server):
         raise RuntimeError("can't start new thread")
     monkeypatch.setattr(mailtest.Mailtest, "start", start)
-    assert program(*FREE) == (1, "", "mailtest: cannot start with --host 127.0.0.1 --smtp 0, "
+    assert program(*FREE) == (1, "", "mailtest: cannot start with --host localhost --smtp 0, "
                                      "--http 0: can't start new thread\n")
 
 
@@ -8493,8 +8499,10 @@ def test_help_has_its_options_in_groups(program):
         ("where to listen", ["--smtp", "--http", "--host"]),
         ("inboxes", ["--domain", "--ttl", "--strict", "--max-size", "--max-memory"]),
         ("TLS and authentication",
-         ["--tls", "--tls-cert", "--tls-key", "--smtps", "--https", "--auth", "--api-key"]),
-        ("on a network", ["--hosted", "--rate", "--trust-proxy", "--allow-host"]),
+         ["--tls", "--tls-cert", "--tls-key", "--smtps", "--https", "--auth", "--require",
+          "--api-key"]),
+        ("on a network", ["--hosted", "--rate", "--trust-proxy", "--allow-host",
+                          "--allow-origin"]),
         ("in scripts", ["--log", "--save", "--webhook", "--exit-after", "--timeout",
                         "--until-eof"]),
     ]
@@ -8571,6 +8579,21 @@ def test_options_arrive(arguments, expected, program):
     assert {name: state[name] for name in expected} == expected
 
 
+def test_users_and_what_is_required_of_them(program):
+    def ready(line):
+        for user, password in ("anna", "1"), ("ben", "2"), ("anna", "2"), ("", ""):
+            host, _, port = line["smtp"].partition(":")
+            with smtplib.SMTP(host, int(port), "c.example", 10) as client:
+                with contextlib.suppress(smtplib.SMTPAuthenticationError):
+                    client.ehlo()
+                    if user:
+                        client.login(user, password)
+                codes.append(client.mail("s@x.example")[0])
+    codes = []
+    program(*BRIEF, "--auth", "anna:1", "--auth", "ben:2", "--require", "auth", ready=ready)
+    assert codes == [250, 250, 530, 530]
+
+
 def test_listening_on_all_addresses_without_a_key_is_warned_of(program):
     warning = ("mailtest: anyone who reaches 0.0.0.0 can read and delete this mail; --api-key "
                "closes it\n")
@@ -8593,8 +8616,9 @@ def test_tls_makes_a_certificate_that_a_client_can_check(program, tmp_path, monk
         host, port = line["smtp"].split(":")
         with smtplib.SMTP("localhost", int(port), "client.example") as client:
             seen.append(client.starttls(context=context)[0])
-        with urllib.request.urlopen(line["http"] + "/healthz", context=context) as response:
+        with urllib.request.urlopen(line["http"] + "/cert.pem", context=context) as response:
             seen.append(response.status)
+            assert response.read() == files[0].read_bytes()
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     monkeypatch.setenv("no_proxy", "*")
     seen, files, key_mode = [], [], 0
@@ -8612,7 +8636,7 @@ def test_tls_without_the_openssl_program(program, tmp_path, monkeypatch):
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     monkeypatch.setattr(shutil, "which", lambda name: None)
     assert program(*BRIEF, "--tls") == (
-        1, "", "mailtest: cannot start with --host 127.0.0.1 --smtp 0, --http 0: --tls needs the "
+        1, "", "mailtest: cannot start with --host localhost --smtp 0, --http 0: --tls needs the "
                "openssl program to make a certificate, and it is not on the PATH; install it, or "
                "give --tls-cert and --tls-key\n")
 
