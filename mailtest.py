@@ -170,7 +170,6 @@ class Limits(NamedTuple):
 class MessageLimits(NamedTuple):
     """How far a mail is read. Beyond a bound reading stops with a warning; the octets are kept."""
 
-    shifted_octets: int = 1_000_000     # of Japanese text that needs another codec: 0.6 s
     html_characters: int = 1_000_000    # of HTML scanned for links; Gmail clips at 102,400
     text_characters: int = 1_000_000    # of text scanned for links
     code_characters: int = 100_000      # of text scanned for codes
@@ -265,45 +264,67 @@ class _Warnings(Dict[str, None]):
 
 # Octets to text
 
-# Labels that Python does not know; "" where a label says nothing.
-_CHARSET_LABELS = {
-    "_": "", "unknown": "", "x_unknown": "", "default": "", "8bit": "", "unknown_8bit": "",
-    "binary": "", "none": "", "ansi": "cp1252", "ansi_x3_110_1983": "cp1252",
-    "iso_8859_8_i": "iso8859_8", "x_gbk": "gbk", "gb_2312_80": "gbk", "gb_2312": "gbk",
-    "cn_big5": "big5", "x_x_big5": "big5", "x_sjis": "cp932", "31j": "cp932", "x_euc_jp": "euc_jp",
-    "cp50220": "iso2022_jp", "cp50221": "iso2022_jp", "ks_c_5601_1989": "euc_kr", "koi8": "koi8_r",
-    "koi8_ru": "koi8_u", "x_mac_roman": "mac_roman", "x_mac_cyrillic": "mac_cyrillic",
-    "utf8mb4": "utf_8", "unicode_1_1_utf_8": "utf_8", "unicode_1_1_utf_7": "utf_7",
-    "unicode": "utf_16", "ucs_2": "utf_16", "iso_10646_ucs_2": "utf_16",
+# Charset labels that Python does not know: those of the WHATWG Encoding standard, and what mail
+# has. They are without "x-" and what is no letter or digit; "" is the codec of what says nothing.
+_LABELS = {
+    "": "unknown default 8bit unknown8bit binary none",
+    "utf_8": "unicode11utf8 unicode20utf8 utf8mb4", "utf_7": "unicode11utf7",
+    "utf_16": "unicode unicodefeff csunicode ucs2 iso10646ucs2", "utf_16_be": "unicodefffe",
+    "iso8859_6": "csiso88596e csiso88596i iso88596e iso88596i", "iso8859_7": "suneugreek",
+    "iso8859_8": "csiso88598e csiso88598i iso88598e iso88598i logical visual",
+    "iso8859_15": "csisolatin9", "cp1252": "ansi ansix31101983", "cp874": "cp874",
+    "koi8_r": "koi koi8", "koi8_u": "koi8u koi8ru", "mac_cyrillic": "macukrainian",
+    "mac_roman": "mac csmacintosh", "gb2312": "csgb2312 gb231280", "big5": "cnbig5",
+    "euc_jp": "cseucpkdfmtjapanese", "iso2022_jp": "cp50220 cp50221", "shift_jis": "cp31j 31j",
+    "euc_kr": "cseuckr csksc56011987 isoir149 ksc56011989", "user": "userdefined",
+    "cp720": "cp720", "cp737": "cp737", "cp856": "cp856", "cp875": "cp875", "cp1006": "cp1006",
 }
+# An unknown name would be looked for as a module on the disk and remembered for ever, once for
+# each name that a hostile mail makes up. Those taken out are no charsets, or take quadratic time.
+_NO_CHARSETS = frozenset((
+    "base64_codec", "bz2_codec", "hex_codec", "idna", "mbcs", "oem", "punycode", "quopri_codec",
+    "raw_unicode_escape", "rot_13", "undefined", "unicode_escape", "uu_codec", "zlib_codec"))
+_CODECS = {label.replace("_", ""): codec
+           for alias, codec in encodings.aliases.aliases.items() if codec not in _NO_CHARSETS
+           for label in (alias, codec)}
+_CODECS.update((label, codec) for codec, labels in _LABELS.items() for label in labels.split())
 # What senders of these charsets write in fact (as in the WHATWG Encoding standard).
 _LARGER_CHARSETS = {
     "latin_1": "cp1252", "iso8859_9": "cp1254", "iso8859_11": "cp874", "tis_620": "cp874",
     "gb2312": "gb18030", "gbk": "gb18030", "big5": "cp950", "shift_jis": "cp932",
     "iso2022_jp": "iso2022_jp_ext", "euc_kr": "cp949",
 }
-# Only these reach `bytes.decode`: an unknown name would be looked for as a module on the disk
-# and remembered for ever, once for each name that a hostile mail makes up. The names taken out
-# are not character sets, or are decoded in quadratic time.
-_CHARSETS = frozenset(encodings.aliases.aliases.values()) - frozenset((
-    "base64_codec", "bz2_codec", "hex_codec", "idna", "mbcs", "oem", "punycode", "quopri_codec",
-    "raw_unicode_escape", "rot_13", "undefined", "unicode_escape", "uu_codec", "zlib_codec",
-)) | frozenset(("cp720", "cp737", "cp856", "cp874", "cp875", "cp1006", "koi8_u", "utf_8_sig"))
-# Octets that cp1252 leaves undefined are control characters, as in every browser.
-_C1_AS_CP1252 = {code: bytes((code,)).decode("cp1252", "ignore") or chr(code)
-                 for code in range(0x80, 0xA0)}
 
 
 def charset_codec(label: str) -> Optional[str]:
     """Python's codec for a charset label, "" for a label that says nothing, None: unknown."""
-    name = re.sub(r"[^a-z0-9]+", "_", label[:60].lower()).strip("_") or "_"
-    name = re.sub(r"^(?:charset_)?(?:(?:x_)?(?:windows|win|cp|ibm)_?(?=[0-9]))?", "", name)
-    if name.isdigit():      # "windows-1252", "cp-1252", "ibm850"
-        name = "cp" + name
-    name = _CHARSET_LABELS.get(name, name)
-    name = encodings.aliases.aliases.get(name, name)
-    name = _LARGER_CHARSETS.get(name, name)
-    return name if name in _CHARSETS or not name else None
+    name = re.sub(r"[^a-z0-9]+", "", label[:60].lower())
+    name = re.sub(r"^(?:charset)?x*(?:(?:windows|win|dos|cp|ibm)(?=[0-9]))?", "", name)
+    codec = _CODECS.get(name if not name.isdigit() else "cp" + name, "" if not name else None)
+    return _LARGER_CHARSETS.get(codec, codec) if codec else codec
+
+
+# What browsers read differently from Python: octets, and characters of larger charsets (in
+# gb18030 those of its edition of 2005).
+_BROWSER_OCTETS = {"cp1255": {0xCA: "\u05ba"}, "koi8_u": {0xAE: "\u045e", 0xBE: "\u040e"}}
+_JIS = str.maketrans("\u301c\u2016\u2212\xa2\xa3\xac", "\uff5e\u2225\uff0d\uffe0\uffe1\uffe2")
+_BROWSER_CHARACTERS = {"iso2022_jp_ext": _JIS, "euc_jp": _JIS, "gb18030": str.maketrans(
+    "\ue5e5\ue78d\ue78e\ue78f\ue790\ue791\ue792\ue793\ue794\ue795\ue796\ue7c7",
+    "\u3000\ufe10\ufe12\ufe11\ufe13\ufe14\ufe15\ufe16\ufe17\ufe18\ufe19\u1e3f")}
+
+
+@functools.lru_cache(maxsize=None)
+def _single_octets(codec: str) -> str:
+    """The character of each octet in some codecs, as in every browser: what they leave undefined
+    below A0 is a control character."""
+    if codec == "user":                  # x-user-defined
+        return "".join(chr(code + 0xF700 * (code > 0x7F)) for code in range(256))
+    characters = [bytes((code,)).decode(codec, "replace") for code in range(256)]
+    for code in range(0x80, 0xA0):
+        characters[code] = characters[code].replace("\ufffd", chr(code))
+    for code, character in _BROWSER_OCTETS.get(codec, {}).items():
+        characters[code] = character
+    return "".join(characters)
 
 
 def decode_octets(octets: bytes) -> str:
@@ -311,7 +332,7 @@ def decode_octets(octets: bytes) -> str:
     try:
         return octets.decode("utf-8")
     except UnicodeDecodeError:
-        return octets.decode("latin-1").translate(_C1_AS_CP1252)
+        return octets.decode("latin-1").translate(_single_octets("cp1252"))
 
 
 _JIS_RUN = re.compile(rb"\x1b\$(?:[@B]|\(B)([^\x1b]*)|\x1b\(I([^\x1b]*)|\x1b\([BHJ]")
@@ -320,26 +341,24 @@ _EUC_PAIR = re.compile(rb"[\xa1-\xfe]{2}|\x8e([\xa1-\xdf])")
 
 
 def _shift_pair(match) -> bytes:
-    row, cell = (octet & 0x7F for octet in match.group())
+    row, cell = (octet & 0x7F for octet in match[0])
     return bytes(((row - 0x21 >> 1) + (0x81 if row < 0x5F else 0xC1),
                   cell + (0x1F + (cell >= 0x60) if row & 1 else 0x7E)))
 
 
 def _shift_jis_run(match) -> bytes:
-    if match.group(1) is not None:
-        return _JIS_PAIR.sub(_shift_pair, match.group(1))
-    return bytes(octet | 0x80 if octet > 0x20 else octet for octet in match.group(2) or b"")
+    if match[1] is not None:
+        return _JIS_PAIR.sub(_shift_pair, match[1])
+    return bytes(octet | 0x80 if octet > 0x20 else octet for octet in match[2] or b"")
 
 
 def _in_larger_codec(octets: bytes, codec: str) -> Tuple[bytes, str]:
     """The same text for a codec with more characters: ISO-2022-JP and EUC-JP as Shift_JIS, since
     Python has those that NEC and IBM added in cp932 alone."""
-    if len(octets) > MESSAGE_LIMITS.shifted_octets:
-        return octets, codec
     if codec == "iso2022_jp_ext":
         return _JIS_RUN.sub(_shift_jis_run, octets), "cp932"
     if codec == "euc_jp" and _EUC_PAIR.sub(b"", octets).isascii():
-        return _EUC_PAIR.sub(lambda match: match.group(1) or _shift_pair(match), octets), "cp932"
+        return _EUC_PAIR.sub(lambda match: match[1] or _shift_pair(match), octets), "cp932"
     return octets, "big5hkscs" if codec == "cp950" else codec
 
 
@@ -350,23 +369,24 @@ def decode_charset(octets: bytes, label: str) -> Tuple[str, str]:
     """
     codec = charset_codec(label) if label else ""
     if codec is None:
-        return decode_octets(octets), "names the unknown charset %r" % label[:60]
+        return decode_octets(octets), f"names the unknown charset {label[:60]!r}"
     if codec in ("", "ascii"):
-        problem = "says charset us-ascii but holds 8-bit octets"
-        return decode_octets(octets), problem if codec and not octets.isascii() else ""
-    if codec == "cp1252":
-        return octets.decode("latin-1").translate(_C1_AS_CP1252), ""
-    problem = ""
+        lies = codec and not octets.isascii()
+        return decode_octets(octets), "says charset us-ascii but holds 8-bit octets" * bool(lies)
     try:
-        text = octets.decode(codec)
+        if codec[:5] in ("cp125", "cp874", "koi8_", "user"):
+            text = octets.decode("latin-1").translate(_single_octets(codec))
+        else:
+            text = octets.decode(codec)
     except UnicodeError:
         octets, codec = _in_larger_codec(octets, codec)
         text = octets.decode(codec, "replace")
-        if "\ufffd" in text:
-            problem = "says charset %s but is not valid in it" % label[:60]
-    if codec != "utf_8":    # utf-7 can spell half a surrogate pair
+    if codec in _BROWSER_CHARACTERS:
+        text = text.translate(_BROWSER_CHARACTERS[codec])
+    elif codec != "utf_8":    # utf-7 can spell half a surrogate pair
         text = text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
-    return text, problem
+    wrong = "\ufffd" in text and codec != "cp1252"
+    return text, f"says charset {label[:60]} but is not valid in it" if wrong else ""
 
 
 # Transfer encodings
@@ -424,6 +444,8 @@ _BAD_QUOTED = re.compile(rb"=(?![0-9A-Fa-f]{2}|[ \t]*\r?\n|[ \t]*\Z)")
 
 def _damage(octets: bytes, encoding: str) -> str:
     """What is wrong with encoded content, "" if nothing is."""
+    if encoding.startswith("quoted") and not octets.isascii():
+        return "broken quoted-printable (8-bit octets in it)"
     if encoding.startswith("quoted") and _BAD_QUOTED.search(octets):
         return "broken quoted-printable"
     if encoding == "base64":
@@ -736,11 +758,16 @@ class Part:
         """A text part as text, its line ends as \\n."""
         octets = self.decoded()
         text, problem = decode_charset(octets, self.charset)
-        if not self.charset and self.type == "text/html" and not octets.isascii():
-            meta = _META_CHARSET.search(octets, 0, 2048)
-            if meta and text != octets.decode("utf-8", "replace"):
-                text, problem = decode_charset(octets, meta[1].decode("ascii", "replace"))
+        if not self.charset and not octets.isascii():
+            problem = "has 8-bit text without a charset"
+            meta = self.type == "text/html" and _META_CHARSET.search(octets, 0, 2048)
+            if meta:
+                problem = ""
+                if text != octets.decode("utf-8", "replace"):
+                    text, problem = decode_charset(octets, meta[1].decode("ascii", "replace"))
         damage = _damage(self.octets, self.encoding)
+        if self.encoding in ("", "7bit") and not octets.isascii():
+            damage = "8-bit, but its Content-Transfer-Encoding says 7bit"
         for wrong in filter(None, (problem, damage and "is " + damage)):
             self.warnings.add(f"{self.type} part {wrong}")
         text = text[1:] if text.startswith("\ufeff") else text
@@ -1706,40 +1733,81 @@ def is_date(value: str) -> bool:
         return False    # NameError: 3.8's parsedate_tz at `10.00.00.00`
 
 
+class Envelope(NamedTuple):
+    """What was said of a mail beside its octets (RFC 5321 2.3.1)."""
+
+    reverse_path: Optional[str]          # None: not from SMTP; "": the null reverse-path
+    forward_paths: Tuple[str, ...]
+    helo: Optional[str] = None
+    client: str = ""                     # the sender's network address
+    user: str = ""                       # whom AUTH named
+    tls: bool = False
+    eight_bit: bool = True               # BODY=8BITMIME was announced
+    utf8: bool = False                   # SMTPUTF8 was: header fields may be raw UTF-8
+
+
 MAX_LINE = 998               # octets without CRLF, RFC 5322 2.1.1
 _ONCE = (                    # RFC 5322 3.6 and RFC 2045: at most one each
     "bcc", "cc", "content-transfer-encoding", "content-type", "date", "from", "message-id",
     "mime-version", "reply-to", "sender", "subject", "to")
-_FIELD_START = re.compile(rb"[!-9;-~]+[ \t]*:")
+_JUNK_LINE = re.compile(rb"^(?![!-9;-~]+[ \t]*:)[^ \t\r\n][^\n]*", re.M)
+_MESSAGE_ID = re.compile(r"<[^\s<>]+@[^\s<>]+>")
+# Header fields at the start of a body, one of which no one writes as text.
+_STRAY_FIELDS = re.compile(
+    rb"(?:[!-9;-~]+:[^\n]*\n(?:[ \t][^\n]*\n)*){0,50}?"
+    rb"(?:bcc|content-(?:type|transfer-encoding)|message-id|mime-version):", re.I)
 
 
-def _check_header(block: bytes, header: Header, mail: "Mail"):
-    """What RFC 5322 asks of a mail's header block and this one does not do."""
-    names, add = [name.lower() for name, _ in header.fields], header.warnings.add
+def _check_fields(header: Header):
+    """What RFC 5322 and MIME ask of a mail's header fields and these do not do."""
+    names, first, add = [name.lower() for name, _ in header.fields], header.first, (
+        header.warnings.add)
     for name in ("From", "Date", "Message-ID"):
-        if name.lower() not in header.first:
+        if name.lower() not in first:
             add(f"no {name} field")
-    if len(names) > len(header.first):
+    if len(names) > len(first):
         for name in _ONCE:
             if names.count(name) > 1:
                 add(f"{names.count(name)} {name.title()} fields: one is allowed")
-    if "date" in header.first and not any(
+    if "date" in first and not any(
             is_date(value) for name, value in header.fields if name.lower() == "date"):
         add("Date field that is no date")
-    if "from" in header.first and not mail.from_:
-        add("From field without an address")
+    if "message-id" in first and not _MESSAGE_ID.fullmatch(first["message-id"]):
+        add(f"Message-ID {first['message-id'][:60]!r} is none: expected <unique@domain>")
+    if "bcc" in first:
+        add("Bcc field: every recipient can read it")
+    if "content-type" in first and "mime-version" not in first:
+        add("Content-Type without MIME-Version")
+
+
+def _check_addresses(mail: "Mail", warnings: _Warnings):
+    """Mailboxes without an address."""
+    if not mail.from_ and any(name.lower() == "from" for name, _ in mail.headers):
+        warnings.add("From field without an address")
+    for field in ("from", "to", "cc", "reply-to"):
+        for name, box in getattr(mail, field.replace("from", "from_").replace("-", "_")):
+            if "@" not in box:
+                warnings.add(f"{field.title()} names {(name or box)[:60]!r} without an address: a "
+                             "name with a comma needs quotes")
+                break
+
+
+def _check_octets(octets: bytes, block: bytes, start: int, envelope: Envelope,
+                  warnings: _Warnings):
+    """What RFC 5321 and 5322 ask of the octets of a mail and these do not do; `block` is its
+    header block, its body begins at `start`."""
     if not block.isascii():
-        add("raw 8-bit octets in the header block: only SMTPUTF8 mail may have them")
-    for line in block[:MAX_HEADER].split(b"\n"):
-        if line[:1] not in b" \t\r" and not _FIELD_START.match(line):
-            add("header line that is no field: "
-                f"{line[:60].decode('ascii', 'replace').rstrip()!r}")
-            break
-
-
-def _check_octets(octets: bytes, envelope: "Envelope", warnings: _Warnings):
-    """What RFC 5321 and 5322 ask of the lines of a mail and these do not do."""
-    if not envelope.eight_bit and not octets.isascii():
+        if not envelope.utf8:
+            warnings.add("raw 8-bit octets in the header block: only SMTPUTF8 mail may have them")
+        elif "\ufffd" in block.decode("utf-8", "replace"):
+            warnings.add("raw 8-bit octets in the header block that are no UTF-8")
+    junk = _JUNK_LINE.search(block, 0, MAX_HEADER)
+    if junk:
+        warnings.add("header line that is no field: "
+                     f"{junk[0][:60].decode('ascii', 'replace').rstrip()!r}")
+    if _STRAY_FIELDS.match(octets, start, start + 4_000):
+        warnings.add("the body begins with header fields: an empty line ended the header early")
+    if not envelope.eight_bit and not (octets[start:] if envelope.utf8 else octets).isascii():
         warnings.add("8-bit octets, but BODY=8BITMIME was not announced")
     ends = octets.count(b"\r\n")
     if octets.count(b"\n") > ends:
@@ -1753,18 +1821,6 @@ def _check_octets(octets: bytes, envelope: "Envelope", warnings: _Warnings):
             warnings.add(f"line over {MAX_LINE} octets (RFC 5322 2.1.1)")
             break
         at = end + 1
-
-
-class Envelope(NamedTuple):
-    """What was said of a mail beside its octets (RFC 5321 2.3.1)."""
-
-    reverse_path: Optional[str]          # None: not from SMTP; "": the null reverse-path
-    forward_paths: Tuple[str, ...]
-    helo: Optional[str] = None
-    client: str = ""                     # the sender's network address
-    user: str = ""                       # whom AUTH named
-    tls: bool = False
-    eight_bit: bool = True               # BODY=8BITMIME was announced
 
 
 class Mail:
@@ -1810,8 +1866,9 @@ class Mail:
         self.from_, self.to, self.cc, self.reply_to = map(
             header.addresses, ("from", "to", "cc", "reply-to"))
         self.message_id = header.text("message-id")
-        _check_header(block, header, self)
-        _check_octets(self.octets, self.envelope, warnings)
+        _check_fields(header)
+        _check_addresses(self, warnings)
+        _check_octets(self.octets, block, start, self.envelope, warnings)
         texts, htmls, attachments = [], [], []
         for part in leaves(self.octets, start, Part(header)):
             if part.is_body():
@@ -2199,7 +2256,7 @@ def inbox_key(address: str) -> str:
     """The name of an address's inbox: domains compare without case (RFC 5321 2.4), and so do
     local-parts, as everyone's mail system does in practice.  No name begins with "@": those
     folders are the servers'."""
-    return address.lower().lstrip("@")
+    return address_key(address).lstrip("@")
 
 
 def untagged(key: str) -> str:
@@ -3666,7 +3723,7 @@ class Session:
         id, mail = new_id(), transaction.mail
         self.store.deliver(Message(id, octets, Envelope(
             mail.path, tuple(transaction.forward_paths), self.helo, self.client, self.user,
-            self.tls, mail.eight_bit), session=(self._opening, dialogue)))
+            self.tls, mail.eight_bit, mail.utf8), session=(self._opening, dialogue)))
         self._accepted += 1
         return reply(250, "2.0.0", f"Ok: queued as {id}")
 
@@ -4878,7 +4935,7 @@ def _choice(expected: str, choices: Dict[Any, Any], default: Any) -> Kind:
     return Kind(expected, read, {"enum": [*choices, ""]}, default)
 
 
-_ISO = _Pattern(r"(\d{4})-(\d\d)-(\d\d)(?:[T ](\d\d):(\d\d)(?::(\d\d)(?:\.(\d{1,9}))?)?"
+_ISO = re.compile(r"(\d{4})-(\d\d)-(\d\d)(?:[T ](\d\d):(\d\d)(?::(\d\d)(?:\.(\d{1,9}))?)?"
                 r"(?:(Z)|([+\- ])(\d\d):?(\d\d))?)?", re.I)
 
 
@@ -5488,8 +5545,8 @@ def get_email(api: Api, request: Request, id: str) -> Response:
 _LOADERS = (r"<(?=(?:iframe|frame|frameset|object|embed|applet|portal|fencedframe|base{})[\s/>]"
             r"|meta(?!\s+name=[\"']?(?:viewport|color-scheme|supported-color-schemes)[\"']?\s+"
             r"content=[\"'][\w\s=.,-]*[\"']\s*/?>)[\s/>])")
-_LINK_TAG = _Pattern(r"<(?:a|area)(?=[\s/])", re.I)
-_LINK_ATTRIBUTE = _Pattern(r"[\s/]*([^\s/>=][^\s/>=]*)"
+_LINK_TAG = re.compile(r"<(?:a|area)(?=[\s/])", re.I)
+_LINK_ATTRIBUTE = re.compile(r"[\s/]*([^\s/>=][^\s/>=]*)"
                       r"(?:\s*=\s*(\"[^\"]*\"|'[^']*'|[^\s>\"'][^\s>]*))?")
 
 
@@ -5892,7 +5949,7 @@ def usage_transactions(api: Api, request: Request) -> Any:
 
 # -- Mailosaur: analysis
 
-_SHORTENERS = _Pattern(r"https?://(?:bit\.ly|t\.co|goo\.gl|tinyurl\.com|ow\.ly|is\.gd|buff\.ly|"
+_SHORTENERS = re.compile(r"https?://(?:bit\.ly|t\.co|goo\.gl|tinyurl\.com|ow\.ly|is\.gd|buff\.ly|"
                        r"rebrand\.ly|cutt\.ly|shorturl\.at)/", re.I)
 _ELEMENTS = ("embed", "iframe", "object", "script", "form")
 _OFFLINE = "Not checked: this catcher works offline, and asks no other machine"

@@ -124,13 +124,14 @@ def message_rows(table):
     return pytest.mark.parametrize("given, expected", list(table.values()), ids=list(table))
 
 
-def read(octets, eight_bit=True):
+def read(octets, *paths, **envelope):
     """A mail that was read."""
-    envelope = mailtest.Envelope(None, (), eight_bit=eight_bit)
+    envelope = mailtest.Envelope(None, paths, **envelope)
     return mailtest.Message("id", octets, envelope).read()
 
 
 PLAIN, HTML = "Content-Type: text/plain", "Content-Type: text/html"
+EIGHT_BIT = "Content-Transfer-Encoding: 8bit"
 IMAGE = ("Content-Type: image/png", "Content-ID: <i@x>", "Content-Disposition: inline", "", "png")
 
 SUBJECTS = {
@@ -231,6 +232,22 @@ def test_several_to_fields_all_count_and_the_first_from_does():
     assert [[address.email for address in field]
             for field in (mail.from_, mail.to, mail.cc, mail.reply_to)] == [
         ["a@x"], ["c@x", "d@x"], ["e@x"], ["g@x"]]
+
+
+@message_rows({
+    "case": ("a@X.example", "A@x.example"),
+    "IDNA": ("j@b\u00fccher.example", "J@xn--bcher-kva.EXAMPLE"),
+})
+def test_two_spellings_of_one_address(given, expected):
+    assert mailtest.address_key(given) == mailtest.address_key(expected)
+    assert mailtest.inbox_key(given) == mailtest.inbox_key(expected)
+    assert read(crlf("To: " + given, "", "x"), expected).bcc == ()
+
+
+@message_rows({"two": ("a@x@y", "a@x@y"), "none": ("Root", "root"), "no name of DNS": (
+    "a@\u00fc..x", "a@\u00fc..x"), "too long": ("a@" + "\u00fc" * 300, "a@" + "\u00fc" * 300)})
+def test_key_of_what_is_no_address(given, expected):
+    assert mailtest.address_key(given) == expected
 
 
 DATES = {
@@ -495,6 +512,108 @@ def test_charset(given, expected):
     assert read(head.encode() + b"\r\n\r\n" + octets).text_body.body == expected
 
 
+# octets, what a browser makes of them, the labels of that encoding in WHATWG's Encoding standard.
+# Browsers refuse six more: iso-2022-kr, hz-gb-2312 ...
+LABELS = (
+    (b"\x81\xa4\xbd\xca\xd6\xe6\xff", "Бд╜╩╓ц\xa0",
+     "866 cp866 csibm866 ibm866"),
+    (b"\xc3\xbc\xe2\x82\xac", "ü€",
+     "unicode-1-1-utf-8 unicode11utf8 unicode20utf8 utf-8 utf8 x-unicode20utf8"),
+    (b"\x81\xa4\xbd\xca\xd6\xe6\xff", "\x81¤˝ĘÖć˙",
+     "csisolatin2 iso-8859-2 iso-ir-101 iso8859-2 iso88592 iso_8859-2 iso_8859-2:1987 l2 "
+     "latin2"),
+    (b"\x81\xa4\xbd\xca\xd6\xe6\xff", "\x81¤½ÊÖĉ˙",
+     "csisolatin3 iso-8859-3 iso-ir-109 iso8859-3 iso88593 iso_8859-3 iso_8859-3:1988 l3 "
+     "latin3"),
+    (b"\x81\xa4\xbd\xca\xd6\xe6\xff", "\x81¤ŊĘÖæ˙",
+     "csisolatin4 iso-8859-4 iso-ir-110 iso8859-4 iso88594 iso_8859-4 iso_8859-4:1988 l4 "
+     "latin4"),
+    (b"\x81\xa4\xbd\xca\xd6\xe6\xff", "\x81ЄНЪжцџ",
+     "csisolatincyrillic cyrillic iso-8859-5 iso-ir-144 iso8859-5 iso88595 iso_8859-5 "
+     "iso_8859-5:1988"),
+    (b"\x81\xa4\xca\xd6\xe6", "\x81¤\u062a\u0636\u0646",
+     "arabic asmo-708 csiso88596e csiso88596i csisolatinarabic ecma-114 iso-8859-6 "
+     "iso-8859-6-e iso-8859-6-i iso-ir-127 iso8859-6 iso88596 iso_8859-6 iso_8859-6:1987"),
+    (b"\x81\xa4\xbd\xca\xd6\xe6", "\x81€½ΚΦζ",
+     "csisolatingreek ecma-118 elot_928 greek greek8 iso-8859-7 iso-ir-126 iso8859-7 "
+     "iso88597 iso_8859-7 iso_8859-7:1987 sun_eu_greek"),
+    (b"\x81\xa4\xbd\xe6", "\x81¤½\u05d6",
+     "csiso88598e csisolatinhebrew hebrew iso-8859-8 iso-8859-8-e iso-ir-138 iso8859-8 "
+     "iso88598 iso_8859-8 iso_8859-8:1988 visual"),
+    (b"\x81\xa4\xbd\xe6", "\x81¤½\u05d6",
+     "csiso88598i iso-8859-8-i logical"),
+    (b"\x81\xa4\xbd\xca\xd6\xe6\xff", "\x81Ī―ĘÖæĸ",
+     "csisolatin6 iso-8859-10 iso-ir-157 iso8859-10 iso885910 l6 latin6"),
+    (b"\x81\xa4\xbd\xca\xd6\xe6\xff", "\x81¤½ŹÖę’",
+     "iso-8859-13 iso8859-13 iso885913"),
+    (b"\x81\xa4\xbd\xca\xd6\xe6\xff", "\x81ĊẄÊÖæÿ",
+     "iso-8859-14 iso8859-14 iso885914"),
+    (b"\x81\xa4\xbd\xca\xd6\xe6\xff", "\x81€œÊÖæÿ",
+     "csisolatin9 iso-8859-15 iso8859-15 iso885915 iso_8859-15 l9"),
+    (b"\x81\xa4\xbd\xca\xd6\xe6\xff", "\x81€œÊÖæÿ",
+     "iso-8859-16"),
+    (b"\x81\xa4\xbd\xca\xd6\xe6\xff", "│╓╫йжФЪ",
+     "cskoi8r koi koi8 koi8-r koi8_r"),
+    (b"\x81\xa4\xbd\xca\xd6\xe6\xff", "│єҐйжФЪ",
+     "koi8-ru koi8-u"),
+    (b"\x81\xa4\xbd\xca\xd6\xe6\xff", "Å§Ω\xa0÷Êˇ",
+     "csmacintosh mac macintosh x-mac-roman"),
+    (b"\x81\xa4\xbd\xca\xd6\xe6", "\x81คฝสึๆ",
+     "dos-874 iso-8859-11 iso8859-11 iso885911 tis-620 windows-874"),
+    (b"\x81\xa4\xbd\xca\xd6\xe6\xff", "\x81¤˝ĘÖć˙",
+     "cp1250 windows-1250 x-cp1250"),
+    (b"\x81\xa4\xbd\xca\xd6\xe6\xff", "Ѓ¤ЅКЦжя",
+     "cp1251 windows-1251 x-cp1251"),
+    (b"\x81\xa4\xbd\xca\xd6\xe6\xff", "\x81¤½ÊÖæÿ",
+     "ansi_x3.4-1968 ascii cp1252 cp819 csisolatin1 ibm819 iso-8859-1 iso-ir-100 "
+     "iso8859-1 iso88591 iso_8859-1 iso_8859-1:1987 l1 latin1 us-ascii windows-1252 "
+     "x-cp1252"),
+    (b"\x81\xa4\xbd\xca\xd6\xe6", "\x81¤½ΚΦζ",
+     "cp1253 windows-1253 x-cp1253"),
+    (b"\x81\xa4\xbd\xca\xd6\xe6\xff", "\x81¤½ÊÖæÿ",
+     "cp1254 csisolatin5 iso-8859-9 iso-ir-148 iso8859-9 iso88599 iso_8859-9 "
+     "iso_8859-9:1989 l5 latin5 windows-1254 x-cp1254"),
+    (b"\x81\xa4\xbd\xca\xd6\xe6", "\x81₪½\u05ba\u05f2\u05d6",
+     "cp1255 windows-1255 x-cp1255"),
+    (b"\x81\xa4\xbd\xca\xd6\xe6\xff", "\u067e¤½\u062a\u0636\u0648\u06d2",
+     "cp1256 windows-1256 x-cp1256"),
+    (b"\x81\xa4\xbd\xca\xd6\xe6\xff", "\x81¤½ŹÖę˙",
+     "cp1257 windows-1257 x-cp1257"),
+    (b"\x81\xa4\xbd\xca\xd6\xe6\xff", "\x81¤½ÊÖæÿ",
+     "cp1258 windows-1258 x-cp1258"),
+    (b"\x81\xa4\xbd\xca\xd6\xe6\xff", "Б§љ\xa0÷ж€",
+     "x-mac-cyrillic x-mac-ukrainian"),
+    (b"\xd6\xd0\xe6\x67", "中鎔",
+     "chinese csgb2312 csiso58gb231280 gb2312 gb_2312 gb_2312-80 gbk iso-ir-58 x-gbk"),
+    (b"\xd6\xd0\xe6\x67", "中鎔",
+     "gb18030"),
+    (b"\xa4\xa4\xa4\xe5", "中文",
+     "big5 big5-hkscs cn-big5 csbig5 x-x-big5"),
+    (b"\xc6\xfc\xad\xa1", "日①",
+     "cseucpkdfmtjapanese euc-jp x-euc-jp"),
+    (b"\x1b\x24\x42\x46\x7c\x21\x41\x1b\x28\x42", "日～",
+     "csiso2022jp iso-2022-jp"),
+    (b"\x93\xfa\x87\x40\xb1", "日①ｱ",
+     "csshiftjis ms932 ms_kanji shift-jis shift_jis sjis windows-31j x-sjis"),
+    (b"\xc7\xd1\x8c\x63", "한똠",
+     "cseuckr csksc56011987 euc-kr iso-ir-149 korean ks_c_5601-1987 ks_c_5601-1989 "
+     "ksc5601 ksc_5601 windows-949"),
+    (b"\x00\x61\x65\xe5", "a日",
+     "unicodefffe utf-16be"),
+    (b"\x61\x00\xe5\x65", "a日",
+     "csunicode iso-10646-ucs-2 ucs-2 unicode unicodefeff utf-16 utf-16le"),
+    (b"\x81\xff", "\uf781\uf7ff",
+     "x-user-defined"),
+)
+
+
+def test_labels_of_charsets_are_those_of_browsers():
+    assert sum(len(labels.split()) for _, _, labels in LABELS) == 228 - 6
+    wrong = {label: text for octets, expected, labels in LABELS for label in labels.split()
+             for text in [mailtest.decode_charset(octets, label)[0]] if text != expected}
+    assert wrong == {}
+
+
 def test_charset_of_html_is_in_its_meta_element():
     raw = (HTML + "\r\n\r\n<meta charset=koi8-r>да").encode("koi8-r")
     assert read(raw).html_body.body == "<meta charset=koi8-r>да"
@@ -660,20 +779,44 @@ def test_preview(given, expected):
     assert read(given).preview == expected
 
 
-FINE = ("From: a@b", "Date: Fri, 17 May 2024 10:00:00 +0000", "Message-ID: <1@b>")
+FINE = ("From: a@b", "Date: Fri, 17 May 2024 10:00:00 +0000", "Message-ID: <1@b>",
+        "MIME-Version: 1.0")
+LATER = "8-bit octets, but BODY=8BITMIME was not announced"
 MIXED = FINE + ("Content-Type: multipart/mixed; boundary=b", "", "--b")
 WARNINGS = {
     "nothing": (crlf(*FINE, "", "x"), []),
     "an empty mail": (b"", ["no From field", "no Date field", "no Message-ID field"]),
     "fields twice": (crlf(*FINE, "From: c@d", "Subject: x", "Subject: y", "", "x"),
                      ["2 From fields: one is allowed", "2 Subject fields: one is allowed"]),
-    "no date": (crlf(FINE[0], "Date: x", FINE[2], "", "x"), ["Date field that is no date"]),
+    "no date": (crlf(FINE[0], "Date: x", *FINE[2:], "", "x"), ["Date field that is no date"]),
     "no address": (crlf("From: <>", *FINE[1:], "", "x"), ["From field without an address"]),
     "junk": (crlf(*FINE, "junk", "", "x"), ["header line that is no field: 'junk'"]),
     "8-bit header": (crlf(*FINE, "Subject: ü", "", "x"), [
-        "raw 8-bit octets in the header block: only SMTPUTF8 mail may have them",
-        "8-bit octets, but BODY=8BITMIME was not announced"]),
-    "8-bit body": (crlf(*FINE, "", "ü"), ["8-bit octets, but BODY=8BITMIME was not announced"]),
+        "raw 8-bit octets in the header block: only SMTPUTF8 mail may have them", LATER]),
+    "8-bit body": (crlf(*FINE, EIGHT_BIT, PLAIN + "; charset=utf-8", "", "ü"), [LATER]),
+    "8-bit body that says 7bit": (crlf(*FINE, PLAIN + "; charset=utf-8", "", "ü"), [
+        LATER, "text/plain part is 8-bit, but its Content-Transfer-Encoding says 7bit"]),
+    "8-bit body without a charset": (crlf(*FINE, EIGHT_BIT, "", "ü"), [
+        LATER, "text/plain part has 8-bit text without a charset"]),
+    "encoded text without a charset": (
+        crlf(*FINE, "Content-Transfer-Encoding: base64", "", "w7w="),
+        ["text/plain part has 8-bit text without a charset"]),
+    "8-bit quoted-printable": (
+        crlf(*FINE, PLAIN + "; charset=utf-8", "Content-Transfer-Encoding: quoted-printable", "",
+             "ü"),
+        [LATER, "text/plain part is broken quoted-printable (8-bit octets in it)"]),
+    "Bcc": (crlf(*FINE, "Bcc: c@d", "", "x"), ["Bcc field: every recipient can read it"]),
+    "no MIME-Version": (crlf(*FINE[:3], PLAIN, "", "x"), ["Content-Type without MIME-Version"]),
+    "no Message-ID": (crlf(*FINE[:2], "Message-ID: 17", FINE[3], "", "x"),
+                      ["Message-ID '17' is none: expected <unique@domain>"]),
+    "a line break in the subject": (
+        crlf(*FINE, "Subject: hi", "", "To: you@b", "Content-Type: text/html", "", "x"),
+        ["the body begins with header fields: an empty line ended the header early"]),
+    "a quoted mail": (crlf(*FINE, "", "From: a@b", "To: c@d", "Subject: x", "", "hi"), []),
+    "lost quotes": (crlf(*FINE, "To: Dr. X, Head of Y <a@b>", "", "x"), [
+        "To names 'Dr. X' without an address: a name with a comma needs quotes"]),
+    "no address at all": (crlf(*FINE, "Cc: Doe, John <a@b>", "", "x"), [
+        "Cc names 'Doe' without an address: a name with a comma needs quotes"]),
     "bare LF": (crlf(*FINE, "", "x\ny"), ["bare LF: a line that does not end in CRLF"]),
     "bare CR": (crlf(*FINE, "", "x\ry"), ["bare CR: a CR without LF"]),
     "998 octets": (crlf(*FINE, "", "x" * 998), []),
@@ -704,6 +847,16 @@ WARNINGS = {
 @message_rows(WARNINGS)
 def test_warnings(given, expected):
     assert list(read(given, eight_bit=False).warnings) == expected
+
+
+@message_rows({
+    "UTF-8 in the header": (crlf(*FINE, "Subject: ü", "", "x"), []),
+    "latin-1 in the header": (crlf(*FINE, b"Subject: \xfc", "", "x"), [
+        "raw 8-bit octets in the header block that are no UTF-8"]),
+    "UTF-8 in the body": (crlf(*FINE, EIGHT_BIT, PLAIN + "; charset=utf-8", "", "ü"), [LATER]),
+})
+def test_warnings_of_smtputf8_mail(given, expected):
+    assert list(read(given, eight_bit=False, utf8=True).warnings) == expected
 
 
 def nested(depth):
@@ -2853,7 +3006,8 @@ def test_utf8_recipient_needs_smtputf8_on_mail():
                               "RCPT TO:<jürgen@exämple.example>\r\nBDAT 1 LAST\r\nx".encode())
     assert masked(replies).splitlines()[-3:] == [
         b"250 2.1.0 Ok", b"250 2.1.5 Ok", b"250 2.0.0 Ok: queued as <id>"]
-    assert len(store.messages("JÜRGEN@exämple.example")) == 1
+    message, = store.messages("JÜRGEN@xn--exmple-cua.example")
+    assert message.envelope.utf8
 
 
 # -- AUTH with credentials, and what is told of it
