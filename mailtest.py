@@ -7291,12 +7291,6 @@ class Mailtest:
         """A message as the HTTP API gives it."""
         return message_json(self._api, message, self.url).decode("utf-8")
 
-    def wait_for(self, count: int, timeout: float, after: int = 0) -> List[Message]:
-        """The messages with a number above `after`, newest first, once there are `count`, else
-        those there are after `timeout` seconds."""
-        return collect(self.store, lambda message: True, count, timeout, after,
-                       server=DEFAULT_SERVER)
-
     def _open_ports(self) -> None:
         """Wires everything, from the store to the sockets."""
         tls = self._tls_context()
@@ -7474,6 +7468,7 @@ def _options() -> argparse.ArgumentParser:
     add("--strict", action="store_true", help="refuse mail to addresses that were not acquired")
     add("--max-size", type=a_size, metavar="SIZE", help="of a message (25M; hosted 200k)")
     add("--max-memory", type=a_size, metavar="SIZE", help="of all messages together (512M)")
+    add("--keep", type=a_count, metavar="N", help="the newest N mails only; older ones end")
     add = parser.add_argument_group("TLS and authentication").add_argument
     add("--tls", action="store_true", help="offer STARTTLS, with a certificate made by openssl")
     add("--tls-cert", metavar="FILE", help="offer STARTTLS, with this certificate (PEM)")
@@ -7515,9 +7510,10 @@ def _options() -> argparse.ArgumentParser:
 
 
 def _limits(options: argparse.Namespace) -> Limits:
-    limits = Limits(max_size=200_000, rate=10) if options.hosted else Limits()
+    limits = Limits(max_size=200_000, rate=10, inbox_messages=1_000, inbox_octets=20_000_000,
+                    client_octets=50_000_000) if options.hosted else Limits()
     given = {"ttl": options.ttl, "max_size": options.max_size, "max_memory": options.max_memory,
-             "rate": options.rate}
+             "rate": options.rate, "keep": options.keep}
     return limits._replace(**{name: value for name, value in given.items() if value is not None})
 
 
@@ -7864,8 +7860,9 @@ def _exit_after(server: Mailtest, count: int, timeout: Optional[float]) -> int:
     found: List[Message] = []
     while len(found) < count and time.monotonic() < until:
         # In steps: Windows delivers Ctrl-C between them.
-        found += server.wait_for(count - len(found), max(0.0, min(1.0, until - time.monotonic())),
-                                 found[-1].number if found else 0)[::-1]
+        found += server.store.messages(
+            server=DEFAULT_SERVER, after=found[-1].number if found else 0,
+            timeout=max(0.0, min(1.0, until - time.monotonic())))[::-1]
     if len(found) < count:
         print(f"mailtest: expected {count} message{'s' * (count > 1)} within {timeout:g} s, "
               f"got {len(found)}", file=sys.stderr)

@@ -8459,7 +8459,8 @@ def test_help_has_its_options_in_groups(program):
             for name, options in groups if name != "usage"] == [
         ("options", ["--help", "--version"]),
         ("where to listen", ["--smtp", "--http", "--host"]),
-        ("inboxes", ["--domain", "--ttl", "--strict", "--max-size", "--max-memory"]),
+        ("inboxes", ["--domain", "--ttl", "--strict", "--max-size", "--max-memory",
+                     "--keep"]),
         ("TLS and authentication",
          ["--tls", "--tls-cert", "--tls-key", "--smtps", "--https", "--auth", "--require",
           "--api-key"]),
@@ -8522,7 +8523,7 @@ TOLD_OPTIONS = {
                       "api_key": False}),
     "each its own": (
         ["--domain", "S1.Mail.example", "--ttl", "1h", "--max-size", "1M", "--max-memory", "2M",
-         "--rate", "7", "--strict", "--api-key", "k"],
+         "--rate", "7", "--strict", "--api-key", "k", "--keep", "5"],
         {"domain": "s1.mail.example", "ttl": 3600.0, "max_size": 1_000_000,
          "max_memory": 2_000_000, "rate": 7, "hosted": False, "strict": True, "api_key": True}),
     "hosted": (["--hosted"], {"max_size": 200_000, "rate": 10, "hosted": True, "strict": True}),
