@@ -87,8 +87,9 @@ def _log(level: str, text: str, arguments: Tuple[Any, ...], trace: bool = False)
     getattr(logging.getLogger("mailtest"), level)(text, *arguments, exc_info=trace)
 
 
-def log_error(text: str, *arguments: Any, trace: bool = False) -> None:
-    """Logs what went wrong to the logger "mailtest"; with `trace` the exception too."""
+def log_error(text: str, *arguments: Any, trace: Any = False) -> None:
+    """Logs what went wrong to the logger "mailtest"; with `trace` (an exception, or True for the
+    one that is being handled) where it came from."""
     _log("error", text, arguments, trace)
 
 
@@ -3156,20 +3157,26 @@ class SmtpPolicy(NamedTuple):
 
 class Command(NamedTuple):
     """A command: its syntax, as HELP shows it; the phases of a session in which it may come; what
-    it does with its argument."""
+    its argument means; what it does with that."""
 
     syntax: str
     phases: str
-    run: Callable[["Session", str], Optional[bytes]]
+    read: Callable[[str], Any]
+    run: Callable[["Session", Any], Optional[bytes]]
 
 
 COMMANDS: Dict[bytes, Command] = {}
 
 
-def command(syntax: str, phases: str = "new idle mail rcpt") -> Callable:
-    """Makes a method the command that the syntax begins with; its HELP and its 503 follow."""
-    def register(run: Callable[["Session", str], Optional[bytes]]) -> Callable:
-        COMMANDS[syntax.split()[0].encode()] = Command(syntax, phases, run)
+def command(syntax: str, phases: str = "new idle mail rcpt",
+            read: Callable[[str], Any] = str) -> Callable:
+    """Makes a method the command that the syntax begins with; its HELP and its 503 follow.
+
+    `read` looks at nothing but the argument, and what it returns never changes: lines that come
+    again are read once.
+    """
+    def register(run: Callable[["Session", Any], Optional[bytes]]) -> Callable:
+        COMMANDS[syntax.split()[0].encode()] = Command(syntax, phases, read, run)
         return run
     return register
 
@@ -3231,7 +3238,6 @@ class MailArgument(NamedTuple):
     size: int                            # SIZE, in octets
 
 
-@functools.lru_cache(maxsize=500)        # senders repeat themselves
 def read_mail(argument: str) -> MailArgument:
     """What stands behind MAIL."""
     match = _MAIL.fullmatch(argument)
@@ -3258,7 +3264,6 @@ def read_mail(argument: str) -> MailArgument:
     return MailArgument(path, body == "8BITMIME", utf8, int(size))
 
 
-@functools.lru_cache(maxsize=500)        # the two together: 8 % of the mail a second
 def read_rcpt(argument: str) -> str:
     """The forward-path that stands behind RCPT."""
     match = _RCPT.fullmatch(argument)
@@ -3389,6 +3394,25 @@ _HTTP = re.compile(rb"[A-Z]{3,20} (?:/|https?:)|Host:", re.I)
 _OBSOLETE = frozenset((b"EXPN", b"TURN", b"ETRN", b"ATRN", b"SEND", b"SOML", b"SAML"))
 
 
+_KNOWN_LINES: Dict[bytes, Tuple[Command, Any, bytes]] = {}     # see Session._read()
+_KNOWN_LENGTH = 256                      # octets of such a line at most
+
+
+def _read_argument(found: Command, octets: bytes) -> Any:
+    """What the octets behind a verb mean, or the Refuse that they deserve: that is said once it is
+    known whether the command may be given at all."""
+    try:
+        argument = octets.decode("utf-8")
+        if " " not in found.syntax and argument.strip():
+            raise Refuse(501, "5.5.4", f"Expected {found.syntax} alone, got {_seen(argument)} "
+                                       "after it")
+        return found.read(argument)
+    except UnicodeDecodeError:           # RFC 6531 3.1: what is not ASCII is UTF-8
+        return Refuse(501, "5.5.2", "Expected ASCII or UTF-8")
+    except Refuse as refusal:
+        return refusal.with_traceback(None)
+
+
 def _escaped(line: bytes) -> bytes:
     """A line for the transcript that stays one line there."""
     return _FORBIDDEN.sub(lambda match: "".join(map(r"\x%02x".__mod__, match[0])).encode(), line)
@@ -3405,7 +3429,7 @@ class Session:
     __slots__ = ("store", "policy", "client", "tls", "helo", "user", "transaction", "ended",
                  "cut_off", "wants_tls", "pause", "_paused", "_buffer", "_skips_line",
                  "_exchange", "_chunk", "_chunk_refusal", "_secret_next", "_bad", "_started",
-                 "_accepted", "_refused", "_tried", "_opening", "_lines", "_past")
+                 "_accepted", "_refused", "_opening", "_lines", "_past")
 
     def __init__(self, store: Store, policy: SmtpPolicy = SmtpPolicy(), client: str = "",
                  tls: bool = False):
@@ -3432,7 +3456,6 @@ class Session:
         self._started = store.client_seen = store.wall()
         self._accepted = 0
         self._refused = ""
-        self._tried = False              # more than EHLO and QUIT came
         self._opening: Optional[bytes] = None        # the transcript up to the first MAIL,
         self._lines: List[bytes] = []                # since the latest one, and in between
         self._past: "collections.deque[bytes]" = collections.deque(
@@ -3467,21 +3490,27 @@ class Session:
     def receive(self, octets: bytes) -> bytes:
         """Takes what arrived; returns all replies that it caused, to be sent at once."""
         replies: List[bytes] = []
-        self._buffer += octets
-        while self._buffer and not self.halted:
+        self._buffer = self._buffer + octets if self._buffer else octets
+        while self._buffer and not (self.ended or self.wants_tls or self.pause):
+            transaction = self.transaction
             try:
-                said = self._take()
+                if self._chunk is not None:
+                    said = self._take_chunk()
+                elif transaction is None or transaction.data is None or transaction.by_chunks:
+                    said = self._take_line()
+                else:
+                    said = self._take_data()
             except Refuse as refusal:
                 said = refusal.reply
                 refusal.__traceback__ = None         # it may be kept, and would lead to itself
             except Drop as drop:
-                said = drop.reply
-                replies.append(self._say(said))
+                replies.append(self._say(drop.reply))
                 self.end(str(drop))
                 break
             if said is None:             # more octets are needed
                 break
             replies.append(self._say(said))
+        self._cut_part()
         return b"".join(replies)
 
     def resume(self) -> bytes:
@@ -3511,26 +3540,25 @@ class Session:
         if self.transaction is not None and self.in_data:
             how += f", {self.transaction.size} octets into the mail data"
         self.cut_off = how != "quit" or bool(self._buffer)
-        is_probe = not (self._tried or self._refused or self._buffer) and (
-            how == "quit" or not self.helo and how in ("left without QUIT", BROKE))
+        is_probe = not self._refused and self._opening is None and self._is_probe(how)
         self._reset()
         self._buffer = b""
-        if is_probe:                     # of a load balancer: whether we are alive
+        self._cut_part()
+        if is_probe:
             return
         transcript = (self._opening or b"") + b"".join(self._past) + b"".join(self._lines)
         self.store.add_session(SessionRecord(
             0, self.client, self.helo, self.user, self.tls, self._started,
             self.store.wall(), self._accepted, self._refused, how, transcript))
 
-    # -- octets to commands
+    def _is_probe(self, how: str) -> bool:
+        """A load balancer looked whether we are alive: nothing but EHLO and QUIT came."""
+        verbs = [line[3:7].upper() for line in self._lines if line.startswith(b"C: ")]
+        if how == "quit":
+            return set(verbs) <= {b"EHLO", b"HELO", b"QUIT"}
+        return how in ("left without QUIT", BROKE) and not verbs and not self._buffer
 
-    def _take(self) -> Optional[bytes]:
-        """Takes what comes next; the reply, b"" for none, None if more octets are needed."""
-        if self._chunk is not None:
-            return self._take_chunk()
-        if self.transaction is not None and self.in_data and not self.transaction.by_chunks:
-            return self._take_data()
-        return self._take_line()
+    # -- octets to commands: what takes them returns the reply, b"" for none, None if it needs more
 
     def _take_line(self) -> Optional[bytes]:
         """Takes one line.
@@ -3539,23 +3567,38 @@ class Session:
         another server reads as one line is two here.
         """
         buffer = self._buffer
-        end = buffer.find(b"\r\n")
-        if not self.helo and buffer.startswith(b"\x16\x03"):
-            raise Drop("spoke TLS at once: use STARTTLS, or the port of --smtps")
-        if self._skips_line:
-            self._skips_line = end < 0
-            self._buffer = b"\r" * buffer.endswith(b"\r") if end < 0 else buffer[end + 2:]
-            return None if end < 0 else b""
-        if end > 510 or end < 0:
-            self._check_length(len(buffer) if end < 0 else end + 2)
-        if end < 0:
-            self._await_line()
-            return None
-        line, self._buffer = buffer[:end], buffer[end + 2:]
-        if self._exchange is not None:
-            self._note(b"C: ********\r\n")
-            return self._respond(line)
-        return self._obey(line)
+        read = _KNOWN_LINES.get(buffer) if len(buffer) <= _KNOWN_LENGTH else None
+        if read is not None and self._exchange is None and not self._skips_line:
+            self._buffer = b""           # as a rule: one line, and not a new one
+        else:
+            end = buffer.find(b"\r\n")
+            if not self.helo and buffer.startswith(b"\x16\x03"):
+                raise Drop("spoke TLS at once: use STARTTLS, or the port of --smtps")
+            if self._skips_line:
+                self._skips_line = end < 0
+                self._buffer = b"\r" * buffer.endswith(b"\r") if end < 0 else buffer[end + 2:]
+                return None if end < 0 else b""
+            if end > 510 or end < 0:
+                self._check_length(len(buffer) if end < 0 else end + 2)
+            if end < 0:
+                self._await_line()
+                return None
+            line, self._buffer = buffer[:end + 2], buffer[end + 2:]
+            if self._exchange is not None:
+                self._lines.append(b"C: ********\r\n")
+                return self._respond(line[:-2])
+            read = _KNOWN_LINES.get(line) or self._read(line)
+        found, argument, noted = read
+        self._secret_next = False
+        phase = self.phase
+        if phase == "idle" and found is COMMANDS[b"MAIL"]:
+            self._begin_part()
+        self._lines.append(noted)
+        if phase not in found.phases:
+            raise self._out_of_order(found.phases)
+        if isinstance(argument, Refuse):
+            raise argument
+        return found.run(self, argument)
 
     def _check_length(self, octets: int) -> None:
         """Refuses a line that is too long as soon as it is; the rest of it is skipped."""
@@ -3563,10 +3606,10 @@ class Session:
         most = (self.store.limits.auth_line if secret or self._buffer[:4].upper() == b"AUTH" else
                 self.store.limits.command_line)
         if octets > most:
-            self._tried = self._skips_line = True
+            self._skips_line = True
             self._refuse_http(self._buffer)
             self._exchange = None
-            self._note(b"C: (a line that is too long)\r\n")
+            self._lines.append(b"C: (a line that is too long)\r\n")
             raise Refuse(500, "5.5.6" if secret else "5.5.2",        # RFC 4954 4, 6
                          f"Line too long: expected at most {most} octets with CRLF")
 
@@ -3578,36 +3621,30 @@ class Session:
             line, self._buffer = self._buffer, b""
             raise self._not_a_command(line, line.partition(b" ")[0].upper())
 
-    def _obey(self, line: bytes) -> Optional[bytes]:
-        """Does what a whole line says."""
+    def _read(self, octets: bytes) -> Tuple[Command, Any, bytes]:
+        """What a whole line says: the command, its argument or why that is refused, and what the
+        transcript has.  That is kept for the next time, since senders repeat themselves: 20 % of
+        the mail a second on connections that are kept."""
+        line = octets[:-2]
         verb, _, rest = line.partition(b" ")
-        verb = verb.upper()
-        found = COMMANDS.get(verb)
+        found = COMMANDS.get(verb.upper())
         if found is None or _FORBIDDEN.search(line):
-            raise self._not_a_command(line, verb)
-        self._secret_next = False
-        self._tried = self._tried or verb not in (b"EHLO", b"HELO", b"QUIT")
-        if verb == b"MAIL" and self.phase == "idle":
-            self._begin_part()
-        self._note(b"C: %b\r\n" % (_without_secret(line) if verb == b"AUTH" else line))
-        if self.phase not in found.phases:
-            raise self._out_of_order(found.phases)
-        try:
-            argument = rest.decode("utf-8")
-        except UnicodeDecodeError:       # RFC 6531 3.1: what is not ASCII is UTF-8
-            raise Refuse(501, "5.5.2", "Expected ASCII or UTF-8") from None
-        if " " not in found.syntax and argument.strip():
-            raise Refuse(501, "5.5.4", f"Expected {found.syntax} alone, got {_seen(argument)} "
-                                       "after it")
-        return found.run(self, argument)
+            raise self._not_a_command(line, verb.upper())
+        secret = found is COMMANDS[b"AUTH"]
+        noted = self._short(_without_secret(line) if secret else line)
+        read = found, _read_argument(found, rest), noted
+        if not secret and len(octets) <= _KNOWN_LENGTH:
+            if len(_KNOWN_LINES) >= 1_000:
+                _KNOWN_LINES.clear()
+            _KNOWN_LINES[octets] = read
+        return read
 
     def _not_a_command(self, line: bytes, verb: bytes) -> Refuse:
         known = verb in COMMANDS
         secret = not known and self._secret_next     # a password after a failed AUTH
         self._secret_next = False
-        self._tried = True
         hidden = secret or b"AUTH" in line[:20].upper()
-        self._note(b"C: %b\r\n" % (_without_secret(line) if hidden else _escaped(line)))
+        self._lines.append(self._short(_without_secret(line) if hidden else _escaped(line)))
         if not known:
             self._refuse_http(line)
         if _FORBIDDEN.search(line):
@@ -3644,15 +3681,16 @@ class Session:
         data, before = transaction.data, len(transaction.data)
         data += self._buffer
         end, has_dots = _end_of_data(data, max(0, before - 4))
-        transaction.has_dots = transaction.has_dots or has_dots
+        if has_dots:
+            transaction.has_dots = True
         if end < 0:
             self._buffer = b""
             self._count(len(data) - before)
             return None
         self._buffer = bytes(data[end + 5:])
         transaction.size += end + 2 - before         # the CRLF belongs to the last line
-        with memoryview(data) as view:               # one copy; a slice of a slice makes two
-            octets = bytes(view[2:end + 2])
+        del data[end + 2:], data[:2]                 # the second moves nothing
+        octets = bytes(data)
         return self._finish(_without_stuffing(octets) if transaction.has_dots else octets)
 
     def _take_chunk(self) -> Optional[bytes]:
@@ -3704,8 +3742,9 @@ class Session:
     def _finish(self, octets: bytes) -> bytes:
         """Ends the transaction: the message is stored before its 250 is made."""
         transaction, dialogue = self.transaction, b"".join(self._lines)
-        self._note(b"C: (%d octets of mail data)\r\n" % transaction.size)
-        self._release()                  # from here on the message itself is counted
+        self._lines.append(b"C: (%d octets of mail data)\r\n" % transaction.size)
+        if transaction.reserved:
+            self._release()              # from here on the message itself is counted
         try:
             if transaction.refusal is not None:
                 raise transaction.refusal
@@ -3725,7 +3764,7 @@ class Session:
             mail.path, tuple(transaction.forward_paths), self.helo, self.client, self.user,
             self.tls, mail.eight_bit, mail.utf8), session=(self._opening, dialogue)))
         self._accepted += 1
-        return reply(250, "2.0.0", f"Ok: queued as {id}")
+        return b"250 2.0.0 Ok: queued as %b\r\n" % id.encode()
 
     # -- commands
 
@@ -3750,10 +3789,11 @@ class Session:
         self._reset()                    # RFC 5321 4.1.4: EHLO ends a transaction
 
     @command("MAIL FROM:<reverse-path> [SIZE=n] [BODY=7BIT|8BITMIME] [SMTPUTF8] [AUTH=mailbox]",
-             phases="idle")
-    def _mail(self, argument: str) -> bytes:
-        self._check_required("tls", "auth")
-        mail, most = read_mail(argument), self.store.limits.max_size
+             phases="idle", read=read_mail)
+    def _mail(self, mail: MailArgument) -> bytes:
+        if self.policy.require:
+            self._check_required("tls", "auth")
+        most = self.store.limits.max_size
         if mail.size > most:
             raise Refuse(552, "5.3.4", f"Message too large: expected at most {most} octets, "
                                        f"got SIZE={mail.size}")
@@ -3768,9 +3808,9 @@ class Session:
             if kind in kinds and kind in self.policy.require and not is_there:
                 raise Refuse(530, "5.7.0", f"{text} (--require {kind})")
 
-    @command("RCPT TO:<forward-path>", phases="mail rcpt")
-    def _rcpt(self, argument: str) -> bytes:
-        path, paths = read_rcpt(argument), self.transaction.forward_paths
+    @command("RCPT TO:<forward-path>", phases="mail rcpt", read=read_rcpt)
+    def _rcpt(self, path: str) -> bytes:
+        paths = self.transaction.forward_paths
         _check_ascii(path, self.transaction.mail.utf8)
         if len(paths) >= self.store.limits.recipients:
             raise Refuse(452, "4.5.3", f"Too many recipients: expected at most "
@@ -3906,20 +3946,23 @@ class Session:
         """The one place where a reply enters the transcript.  The first one that refuses is
         remembered: what comes after follows from it."""
         if said:
-            self._note(b"S: %b\r\n" % said[:-2].replace(b"\r\n", b"\r\nS: "))
-            if said[:1] in b"45" and not self._refused:
+            several = said[3] == 45      # a hyphen
+            noted = said.replace(b"\r\n", b"\r\nS: ")[:-3] if several else said
+            self._lines.append(b"S: " + noted)
+            if said[0] >= 52 and not self._refused:          # 4 or 5
                 self._refused = said[:200].decode("ascii").rstrip()
         return said
 
-    def _note(self, line: bytes) -> None:
-        """Adds a line with its CRLF, or all of one reply, within bounds."""
-        limits, count = self.store.limits, len(self._lines)
-        if count < limits.transcript_lines - 1:
-            if len(line) > limits.transcript_line and line.startswith(b"C"):
-                line = line[:limits.transcript_line] + b"...\r\n"
-            self._lines.append(line)
-        elif count < limits.transcript_lines:
-            self._lines.append(b"(further lines were not kept)\r\n")
+    def _short(self, line: bytes) -> bytes:
+        """What the transcript has of a client's line."""
+        longest = self.store.limits.transcript_line
+        return b"C: %b\r\n" % (line if len(line) <= longest else line[:longest] + b"...")
+
+    def _cut_part(self) -> None:
+        """Keeps the transcript since the latest MAIL within bounds."""
+        most = self.store.limits.transcript_lines
+        if len(self._lines) > most:
+            self._lines[most - 1:] = [b"(further lines were not kept)\r\n"]
 
     def _begin_part(self) -> None:
         """A MAIL command begins a new part of the transcript."""
@@ -3990,8 +4033,9 @@ class Connection:
     def send_some(self) -> None:
         """Sends as much of `unsent` as can be sent without blocking."""
         try:
-            sent = self.socket.send(self.unsent)
-            self.unsent = self.unsent[sent:]
+            if self.unsent:
+                sent = self.socket.send(self.unsent)
+                self.unsent = self.unsent[sent:]
         except (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError):
             pass
         except OSError:
@@ -4204,6 +4248,7 @@ class Listener:
         self._selector = selectors.DefaultSelector()
         for sock in (*self._sockets, self._woken):
             self._selector.register(sock, selectors.EVENT_READ)
+        self._now = 0.0                  # the monotonic clock, when this round began
         self._pool = Pool(name, limits.workers_idle)
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
 
@@ -4228,8 +4273,8 @@ class Listener:
     def ready(self, connection: Connection) -> None:
         """A connection that the selector watches said something, or can be sent to."""
 
-    def between(self, now: float) -> float:
-        """What is due between two rounds; the seconds after which something else is."""
+    def between(self) -> float:
+        """Does what is due between two rounds; the seconds after which something else is."""
         return 60.0
 
     def is_over(self) -> bool:
@@ -4285,7 +4330,9 @@ class Listener:
     def _run(self) -> None:
         seconds = 60.0
         while not self.stopping.is_set() or not self.is_over():
-            for key, _ in self._selector.select(seconds):
+            found = self._selector.select(seconds)
+            self._now = time.monotonic()
+            for key, _ in found:
                 if key.data is not None:
                     self.ready(key.data)
                 elif key.fileobj is self._woken:
@@ -4296,7 +4343,7 @@ class Listener:
                 for sock in self._sockets:
                     self._selector.unregister(sock)
                     sock.close()
-            seconds = self.between(time.monotonic())
+            seconds = self.between()
 
     def _accept(self, listening: socket.socket) -> None:
         """Takes the connections that wait."""
@@ -4364,14 +4411,14 @@ class Listener:
             self.serve(connection)
         except Hangup as hangup:
             why = str(hangup)
-        except Exception:                # the edge of a thread: the next client is served
+        except Exception as error:       # the edge of a thread: the next client is served
             why = "met a defect of mailtest"
-            self.met_defect(connection)
+            self.met_defect(connection, error)
         self.close(connection, why)
 
-    def met_defect(self, connection: Connection) -> None:
-        """Logs the exception that is being handled."""
-        log_error("%s: a connection from %s failed", self.name, connection.client, trace=True)
+    def met_defect(self, connection: Connection, error: Exception) -> None:
+        """Logs an exception that is none of the peer's making."""
+        log_error("%s: a connection from %s failed", self.name, connection.client, trace=error)
 
     def watch(self, connection: Connection, events: int) -> None:
         """Calls ready() for these events of the connection from now on, 0 for none."""
@@ -4449,12 +4496,6 @@ _DATA_OCTETS = 65_536                    # others: 170 of them are 0.5 ms
 _LINGER = 0.5                            # seconds, see Connection.linger()
 
 
-def _outcome(replies: bytes, error: Optional[Exception], connection: Connection) -> bytes:
-    if error is not None:
-        raise error
-    return replies
-
-
 class SmtpServer(Listener):
     """SMTP on one port.  With `implicit`, TLS begins before the greeting (RFC 8314 3.3).
 
@@ -4475,7 +4516,7 @@ class SmtpServer(Listener):
         self._speaking: List[Connection] = []        # with something to send in this round
         self._due: Dict[Connection, float] = {}
         self._returned: "collections.deque[Any]" = collections.deque()     # by threads
-        self._swept = 0.0                # when _sweep() came by
+        self._next_sweep = 0.0
         self._stop_at = float("inf")     # then no mail data is waited for
 
     # -- turns
@@ -4483,7 +4524,8 @@ class SmtpServer(Listener):
     def accepted(self, connection: Connection) -> None:
         """Greets; with implicit TLS after the handshake."""
         connection.socket.setblocking(False)
-        connection.active = time.monotonic()
+        connection.active = self._now
+        self._next_sweep = min(self._next_sweep, self._now + 1.0)
         session = connection.session = Session(self._store, self._policy, connection.client,
                                                self._implicit)
         if self._implicit:
@@ -4493,62 +4535,58 @@ class SmtpServer(Listener):
 
     def ready(self, connection: Connection) -> None:
         """One turn of a connection that said something, or can be sent to."""
-        connection.active = time.monotonic()
+        connection.active = self._now
+        session = connection.session
         if connection.unsent:
             self._speaking.append(connection)
-        elif connection.session.ended:
+        elif session.ended:
             self._take_rest(connection)
         else:
-            self._try(connection, self._converse)
+            try:
+                octets = connection.receive(
+                    _DATA_OCTETS if session.in_data or session.tls else _COMMAND_OCTETS)
+                if not octets:
+                    raise Hangup("left without QUIT")
+                self._say(connection, session.receive(octets))
+            except Exception as error:   # the edge of a thread: the next client is served
+                self._fail(connection, error)
 
-    def _try(self, connection: Connection, take: Callable[[Connection], bytes]) -> None:
-        """Says what comes of a step; what goes wrong in it ends this connection alone."""
-        try:
-            self._say(connection, take(connection))
-        except Silence:                  # not a word yet: half a record of TLS
+    def _fail(self, connection: Connection, error: Exception) -> None:
+        """What went wrong in a step of a connection ends it, and no other."""
+        if isinstance(error, Silence):   # not a word yet: half a record of TLS
             self.watch(connection, selectors.EVENT_READ)
-        except Hangup as hangup:
-            self.close(connection, str(hangup))
-        except Exception:                # the edge of a thread: the next client is served
-            self.met_defect(connection)
+        elif isinstance(error, Hangup):
+            self.close(connection, str(error))
+        else:
+            self.met_defect(connection, error)
             self._end(connection, "4.3.0", "This is a defect of mailtest; its log on standard "
                                            "error says more")
-
-    def _converse(self, connection: Connection) -> bytes:
-        """Takes what arrived; the replies."""
-        session = connection.session
-        octets = connection.receive(
-            _DATA_OCTETS if session.in_data or session.tls else _COMMAND_OCTETS)
-        if not octets:
-            raise Hangup("left without QUIT")
-        return session.receive(octets)
 
     def _say(self, connection: Connection, replies: bytes) -> None:
         """Sends replies at the end of the round, after a scripted pause if there is one."""
         connection.unsent += replies
         if connection.session.pause:
             self.watch(connection, 0)
-            self._due[connection] = time.monotonic() + connection.session.pause
+            self._due[connection] = self._now + connection.session.pause
         else:
             self._speaking.append(connection)
 
     def _speak(self, connection: Connection) -> None:
         """Sends; when all is sent, goes on."""
         session = connection.session
-        if connection.unsent:
-            connection.send_some()
+        connection.send_some()
         if connection.unsent:
             self.watch(connection, selectors.EVENT_WRITE)
-        elif session.ended and not session.cut_off:
-            self.close(connection, "")
-        elif session.ended:
-            connection.shut(socket.SHUT_WR)
-            self._due[connection] = time.monotonic() + _LINGER
-            self.watch(connection, selectors.EVENT_READ)
         elif session.wants_tls:
             self._lend(connection, self._shake_hands)
-        else:
+        elif not session.ended:
             self.watch(connection, selectors.EVENT_READ)
+        elif session.cut_off:
+            connection.shut(socket.SHUT_WR)
+            self._due[connection] = self._now + _LINGER
+            self.watch(connection, selectors.EVENT_READ)
+        else:
+            self.close(connection, "")
 
     def _take_rest(self, connection: Connection) -> None:
         """Takes what arrives after the end, see Connection.linger()."""
@@ -4574,12 +4612,12 @@ class SmtpServer(Listener):
 
     def _do(self, connection: Connection, job: Callable[[Connection], bytes]) -> None:
         """The step, by a thread; the listener's deals with what came of it."""
-        replies, error = b"", None
+        outcome: Any = b""
         try:
-            replies = job(connection)
-        except Exception as caught:      # the listener's thread knows what to do about it
-            error = caught
-        self._returned.append((connection, functools.partial(_outcome, replies, error)))
+            outcome = job(connection)
+        except Exception as error:       # the listener's thread knows what to do about it
+            outcome = error
+        self._returned.append((connection, outcome))
         self.wake()
 
     def _shake_hands(self, connection: Connection) -> bytes:
@@ -4592,37 +4630,44 @@ class SmtpServer(Listener):
 
     # -- between the rounds
 
-    def between(self, now: float) -> float:
+    def between(self) -> float:
         """Sends the replies, ends pauses and silences; the seconds until the next one ends."""
         while self._returned:
-            self._try(*self._returned.popleft())
-        for connection in [each for each, due in self._due.items()
-                           if due <= now or self.stopping.is_set()]:
-            del self._due[connection]
-            self._try(connection, self._resume)
+            connection, outcome = self._returned.popleft()
+            if isinstance(outcome, Exception):
+                self._fail(connection, outcome)
+            else:
+                self._say(connection, outcome)
+        if self._due:
+            self._end_pauses()
         speaking, self._speaking = self._speaking, []
         for connection in speaking:
             try:
                 self._speak(connection)
             except Hangup as hangup:
                 self.close(connection, str(hangup))
-        pace = 0.02 if self.stopping.is_set() else max(0.01, min(1.0, self.limits.smtp_timeout))
-        if now >= self._swept + pace:
-            self._swept = now
-            self._sweep(now)
-        soonest = min(self._due.values(), default=now + 60.0)
-        return max(0.0, min(soonest, self._swept + pace if self._connections else soonest) - now)
+        if self._now >= self._next_sweep or self.stopping.is_set():
+            self._sweep()
+        return max(0.0, min(self._due.values(), default=self._next_sweep) - self._now)
 
-    def _resume(self, connection: Connection) -> bytes:
-        """The pause of a connection is over, or the time for its last octets."""
-        if not connection.session.pause:
-            raise Hangup("quit")
-        connection.send_some()           # before what follows may pause again
-        return connection.session.resume()
+    def _end_pauses(self) -> None:
+        at_once = self.stopping.is_set()
+        for connection in [each for each, due in self._due.items() if due <= self._now or at_once]:
+            del self._due[connection]
+            session = connection.session
+            try:
+                if not session.pause:    # it had its time for the last octets
+                    raise Hangup("quit")
+                connection.send_some()   # before what follows pauses again
+                self._say(connection, session.resume())
+            except Exception as error:
+                self._fail(connection, error)
 
-    def _sweep(self, now: float) -> None:
+    def _sweep(self) -> None:
         """Ends the connections that are silent for too long, or meet the stop."""
-        late = now >= self._stop_at
+        late = self._now >= self._stop_at
+        pace = min(1.0, max(0.01, self.limits.smtp_timeout)) if self._connections else 60.0
+        self._next_sweep = self._now + (0.02 if self.stopping.is_set() else pace)
         for connection in self._open_now():
             session = connection.session
             if connection in self._due:
@@ -4634,7 +4679,7 @@ class SmtpServer(Listener):
                     self._end(connection, "4.3.2", "Shutting down")
                 else:                    # a thread has it
                     connection.shut(socket.SHUT_RD)
-            elif connection.events and connection.active <= now - self.limits.smtp_timeout:
+            elif connection.events and connection.active <= self._now - self.limits.smtp_timeout:
                 self._end(connection, "4.4.2", "Silent for too long")
 
     def _end(self, connection: Connection, status: str, text: str) -> None:

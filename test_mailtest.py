@@ -8888,6 +8888,7 @@ def test_sendmail_counts_a_mail_as_taken_whatever_quit_says(monkeypatch, standin
     def broken(session, argument):
         said.append("QUIT")
         raise mailtest.Refuse(421, "4.3.2", "Shutting down")
+    monkeypatch.setattr(mailtest, "_KNOWN_LINES", {})
     monkeypatch.setitem(mailtest.COMMANDS, b"QUIT",
                         mailtest.COMMANDS[b"QUIT"]._replace(run=broken))
     status, err, messages = standin(["b@x.example"], spelled("WHOLE||x|"))
