@@ -5334,6 +5334,7 @@ def item(api: Api, message: Message, server: str = "") -> bytes:
         octets = _json({field.name: field.value(message, mail, "") for field in ITEM})
         api.store.keep(message, octets)
     state = _json({"direction": message.direction, "inboxes": list(message.inboxes),
+                   "seen": message.seen,
                    "server": server if server not in ("", DEFAULT_SERVER) else _server(message)})
     return octets[:-1] + b"," + state[1:]
 
@@ -5363,7 +5364,8 @@ def acquire(api: Api, request: Request, fail: List[Failure]) -> Any:
 
 def _inbox(view: InboxView) -> Dict[str, Any]:
     return {"address": view.address, "expires": iso_time(view.expires),
-            "acquired": view.acquired, "message_count": view.count, "attempts": view.attempts,
+            "acquired": view.acquired, "message_count": view.count, "unseen": view.unseen,
+            "attempts": view.attempts,
             "failures": [{"fail": text, "answered": answered, "left": left}
                          for text, answered, left in view.failures]}
 
@@ -5425,6 +5427,21 @@ def load_inbox(api: Api, request: Request, address: str, **wanted: Any) -> Any:
 def delete_inbox(api: Api, request: Request, address: str) -> None:
     """End an inbox and its mail"""
     api.store.drop_inbox(address)
+
+
+def empty_inbox(api: Api, request: Request, address: str) -> None:
+    """Delete the mail of an inbox, which stays open"""
+    api.store.empty_inbox(address)
+
+
+def mark_seen(api: Api, request: Request, id: str) -> None:
+    """Mark a message as seen"""
+    api.store.see(id, True)
+
+
+def mark_unseen(api: Api, request: Request, id: str) -> None:
+    """Mark a message as not seen"""
+    api.store.see(id, False)
 
 
 def list_inboxes(api: Api, request: Request, inbox: List[str]) -> Any:
@@ -6129,6 +6146,9 @@ ROUTES = tuple(Route(*row) for row in (
     ("GET",    "/v1/get/{address}",            get_inbox,          "inbox", _WAIT, "", "Inbox"),
     ("GET",    "/v1/load/{address}",           load_inbox,         "inbox", _WAIT, "", "Inbox"),
     ("DELETE", "/v1/get/{address}",            delete_inbox,       "inbox"),
+    ("DELETE", "/v1/inboxes/{address}/messages", empty_inbox,      "inbox"),
+    ("PUT",    "/v1/messages/{id}/seen",       mark_seen,          "open"),
+    ("DELETE", "/v1/messages/{id}/seen",       mark_unseen,        "open"),
     ("GET",    "/v1/messages/{id}/preview",    preview,            "open", "remote", "", _HTML),
     ("GET",    "/v1/messages/{id}/source",     source,             "open", "", "", _TXT),
     ("GET",    "/v1/attachments/{id}",         download,           "open", "", "", _ANY),

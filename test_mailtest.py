@@ -4325,7 +4325,7 @@ def test_summary_has_every_member():
         "bcc": [person("hidden@bcc.example")],
         "summary": "Your code is 482913, see https://x.example/t", "attachments": 1,
         "direction": "Received", "size": len(EVERYTHING), "code": "482913", "links": 2,
-        "warnings": 0, "inboxes": ["bob@abcd1234.example", "hidden@bcc.example"],
+        "warnings": 0, "inboxes": ["bob@abcd1234.example", "hidden@bcc.example"], "seen": False,
         "server": "abcd1234"}]}
 
 
@@ -5457,7 +5457,7 @@ def test_sms_is_stored_as_the_seed_shows_it_and_never_null():
         "subject": "", "from": [number("+15005550006")], "to": [number("+491512")], "cc": [],
         "bcc": [], "summary": text, "attachments": 0, "size": len(text.encode()),
         "code": "482913", "links": 0, "warnings": 0, "direction": "Received",
-        "inboxes": ["+491512"], "server": "mailtest"}
+        "inboxes": ["+491512"], "seen": False, "server": "mailtest"}
 
 
 @pytest.mark.parametrize("body, found", rows({
@@ -5548,7 +5548,7 @@ def test_inbox_says_what_it_holds_newest_first():
     messages = value.pop("messages")
     assert value == {
         "address": address, "expires": "2026-11-21T01:43:37.000000+00:00", "acquired": True,
-        "message_count": 2, "attempts": 0, "failures": []}
+        "message_count": 2, "unseen": 2, "attempts": 0, "failures": []}
     assert [message["subject"] for message in messages] == ["2", "1"]
     assert messages == [got(api, f"/api/messages/{each['id']}") for each in messages]
     for path in (f"/v1/load/{address}", f"/{address}", f"/v1/get/{address.replace('@', '%40')}",
@@ -5668,9 +5668,23 @@ def test_inboxes_are_listed():
     expires = "2026-11-21T01:43:37.000000+00:00"
     assert got(api, "/v1/inboxes") == {"items": [
         {"address": address, "expires": expires, "acquired": True, "message_count": 0,
-         "attempts": 0, "failures": []},
+         "unseen": 0, "attempts": 0, "failures": []},
         {"address": "a@x.example", "expires": expires, "acquired": False, "message_count": 1,
-         "attempts": 0, "failures": []}]}
+         "unseen": 1, "attempts": 0, "failures": []}]}
+
+
+def test_seen_marks_and_emptying_are_told_in_lists():
+    _, api = api_on_clock()
+    first = delivered(api.store, "a@x.example", "b@x.example")
+    delivered(api.store, "a@x.example")
+    for method, unseen in (("PUT", 1), ("DELETE", 2)):
+        assert ask(api, method, f"/v1/messages/{first.id}/seen").status == 204
+        assert [each["seen"] for each in got(api, "/api/messages")["items"]] == [
+            False, method == "PUT"]
+        assert got(api, "/healthz")["unseen"] == unseen
+    assert ask(api, "DELETE", "/v1/inboxes/a@x.example/messages").status == 204
+    assert [each["id"] for each in got(api, "/api/messages")["items"]] == [first.id]
+    assert ask(api, "DELETE", "/v1/inboxes/nobody@x.example/messages").status == 404
 
 
 def test_sessions_are_listed_newest_first():
@@ -5868,10 +5882,12 @@ def test_wait_is_one_step_with_looking(waiting_store):
 
 OPEN = {("GET", "/"), ("GET", "/page.css"), ("GET", "/page.js"), ("GET", "/favicon.ico"),
         ("GET", "/healthz"), ("GET", "/cert.pem"), ("GET", "/v1/messages/{id}/preview"),
-        ("GET", "/v1/messages/{id}/source"), ("GET", "/v1/attachments/{id}")}
+        ("GET", "/v1/messages/{id}/source"), ("GET", "/v1/attachments/{id}"),
+        ("PUT", "/v1/messages/{id}/seen"), ("DELETE", "/v1/messages/{id}/seen")}
 SERVICE = {("GET", "/v1/acquire"), ("GET", "/v1/register"), ("GET", "/acquire"),
            ("GET", "/aquire"), ("GET", "/v1/get/{address}"), ("GET", "/v1/load/{address}"),
-           ("DELETE", "/v1/get/{address}"), ("GET", "/{address}")}
+           ("DELETE", "/v1/get/{address}"), ("GET", "/{address}"),
+           ("DELETE", "/v1/inboxes/{address}/messages")}
 
 
 def key(text):
