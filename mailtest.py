@@ -8003,11 +8003,12 @@ PAGE_HTML = r"""<!doctype html>
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <meta name="color-scheme" content="light dark">
 <title>mailtest</title>
-<link rel="icon" href="/favicon.ico" type="image/svg+xml">
-<link rel="stylesheet" href="/page.css">
-<script src="/page.js" defer></script>
+<link rel="icon" href="favicon.ico" type="image/svg+xml">
+<link rel="stylesheet" href="page.css">
+<script src="page.js" defer></script>
 </head>
 <body data-pane="list">
+<a id="skip" href="#rows">To the messages</a>
 <svg hidden>
   <symbol id="i-mail" viewBox="0 0 16 16"><path d="M1.5 3h13v10h-13zM2 4l6 5 6-5"/></symbol>
   <symbol id="i-plus" viewBox="0 0 16 16"><path d="M8 2.5v11M2.5 8h11"/></symbol>
@@ -8024,80 +8025,54 @@ PAGE_HTML = r"""<!doctype html>
   <symbol id="i-warn" viewBox="0 0 16 16"><path d="M8 2l6.5 12h-13zM8 6v4m0 1v1.5"/></symbol>
   <symbol id="i-back" viewBox="0 0 16 16"><path d="M10 2.5 4.5 8l5.5 5.5"/></symbol>
   <symbol id="i-more" viewBox="0 0 16 16"><path d="M2 8h2m3 0h2m3 0h2"/></symbol>
+  <symbol id="i-dot" viewBox="0 0 16 16">
+    <path d="M10 3H1.5v10h13V7.5M2 4l6 5 2.5-2"/><circle cx="13" cy="3.5" r="1.5"/></symbol>
   <symbol id="i-theme" viewBox="0 0 16 16"><circle cx="8" cy="8" r="6"/>
     <path fill="currentColor" d="M8 2a6 6 0 0 1 0 12z"/></symbol>
 </svg>
-<header>
-  <h1><svg class="icon" aria-hidden="true"><use href="#i-mail"/></svg>mailtest</h1>
-  <span id="status" data-testid="status" role="status" data-state="connecting">connecting</span>
-  <button id="smtp" class="quiet mono" title="Copy the SMTP address" hidden></button>
-  <form id="find" role="search">
-    <input id="search" data-testid="search" type="search" placeholder="Search or address"
-      aria-label="Search messages" aria-keyshortcuts="/" autocomplete="off" spellcheck="false"
-      title="words, &quot;two words&quot;, from: to: subject: body: has:attachment, -not">
-    <kbd>/</kbd>
-  </form>
+<header class="line">
+  <h1><a class="line" href="./" data-inside title="All mail, and how to send some">
+    <svg class="icon" aria-hidden="true"><use href="#i-mail"/></svg>mailtest</a></h1>
+  <span id="status" class="soft line" data-testid="status" role="status"
+    data-state="connecting">connecting</span>
+  <button id="smtp" class="quiet mono" title="Copy the SMTP address"></button>
+  <form id="find" role="search"><input id="search" data-testid="search" type="search"
+    placeholder="Search or address" aria-label="Search messages" aria-keyshortcuts="/"
+    title="Search (/)" autocomplete="off" spellcheck="false"></form>
   <button id="acquire" data-testid="acquire" class="primary"
     title="Acquire a temporary address and copy it (a)">
     <svg class="icon" aria-hidden="true"><use href="#i-plus"/></svg>address
   </button>
-  <button id="theme" class="quiet square">
+  <button id="theme" class="square" aria-label="Light or dark">
     <svg class="icon" aria-hidden="true"><use href="#i-theme"/></svg>
   </button>
-  <button id="help" class="quiet square" aria-label="Help" title="Help (?)">?</button>
+  <a id="help" data-testid="help" class="square" data-inside href="?message=help"
+    aria-label="Help" title="How to send, search and type (?)">?</a>
 </header>
-<section id="refused" data-testid="refused" aria-label="Refused session" hidden>
-  <details>
-    <summary>
-      <svg class="icon" aria-hidden="true"><use href="#i-warn"/></svg>
-      <span></span>
-    </summary>
-    <pre tabindex="0" aria-label="Transcript of the session"></pre>
-  </details>
-  <button class="quiet square" aria-label="Dismiss" title="Dismiss">&times;</button>
+<section id="refused" class="line" data-testid="refused" aria-label="Refused session" hidden>
+  <svg class="icon" aria-hidden="true"><use href="#i-warn"/></svg>
+  <a data-inside href="?message=sessions" class="grow"></a>
+  <button class="square" aria-label="Dismiss" title="Dismiss">&times;</button>
 </section>
 <nav id="inboxes" aria-label="Inboxes">
-  <ul id="all"></ul>
+  <div id="all"></div>
   <h2>Acquired</h2>
-  <ul id="acquired"></ul>
+  <div id="acquired"></div>
   <h2>Other recipients</h2>
-  <ul id="others"></ul>
+  <div id="others"></div>
   <p id="more"></p>
 </nav>
 <section id="list" aria-label="Messages">
-  <div id="scroller">
-    <div id="rows" role="listbox" tabindex="0" aria-label="Messages, newest first"></div>
-  </div>
-  <div id="nothing" hidden></div>
+  <div id="bar" class="line wrap"></div>
+  <div id="nothing" role="status"></div>
+  <div id="rows" role="listbox" tabindex="0" aria-label="Messages, newest first"></div>
+  <p id="older"></p>
 </section>
 <main id="message" tabindex="-1" aria-label="Message"></main>
-<div id="toast" role="status" hidden>
-  <span></span><button data-testid="undo" hidden>Undo</button>
+<div id="toast" class="line" role="status" hidden>
+  <span class="cut"></span><button data-testid="undo" hidden>Undo</button>
 </div>
-<div id="arrivals" class="unseen" role="log" aria-live="polite"></div>
-<dialog id="keys" aria-label="Help">
-  <h2>Keyboard</h2>
-  <dl>
-    <dt><kbd>j</kbd> <kbd>k</kbd> or arrows</dt><dd>next and previous message</dd>
-    <dt><kbd>Enter</kbd></dt><dd>into the message</dd>
-    <dt><kbd>Esc</kbd></dt><dd>back</dd>
-    <dt><kbd>1</kbd> to <kbd>7</kbd></dt><dd>Preview, Text, Links, Headers, Source, SMTP, JSON</dd>
-    <dt><kbd>y</kbd></dt><dd>copy the code</dd>
-    <dt><kbd>Del</kbd></dt><dd>delete the message</dd>
-    <dt><kbd>u</kbd></dt><dd>undo that, within 5 seconds</dd>
-    <dt><kbd>/</kbd></dt><dd>search</dd>
-    <dt><kbd>a</kbd></dt><dd>acquire an address and copy it</dd>
-  </dl>
-  <h2>Search</h2>
-  <dl>
-    <dt><code>words</code> <code>"two words"</code></dt><dd>in subject, addresses and bodies</dd>
-    <dt><code>from:</code> <code>to:</code> <code>subject:</code> <code>body:</code></dt>
-    <dd>a part of that field</dd>
-    <dt><code>has:attachment</code></dt><dd>also code, link, html, text, warning</dd>
-    <dt><code>-word</code> <code>-has:link</code></dt><dd>not that</dd>
-  </dl>
-  <form method="dialog"><span id="version"></span><button class="primary">Close</button></form>
-</dialog>
+<div id="arrivals" class="heard" role="log" aria-live="polite"></div>
 </body>
 </html>
 """
@@ -8105,452 +8080,276 @@ PAGE_HTML = r"""<!doctype html>
 PAGE_CSS = r"""/* Colours: text 4.5:1 and more on every background it stands on, in both themes. */
 :root {
   color-scheme: light dark;
-  --back: light-dark(#f5f6f8, #111418);
-  --card: light-dark(#ffffff, #181c22);
-  --sunk: light-dark(#eceef2, #222831);
-  --line: light-dark(#dde1e7, #2c333d);
-  --text: light-dark(#1b2027, #e4e8ee);
-  --soft: light-dark(#59636f, #9aa5b3);
-  --accent: light-dark(#2455c8, #8db4ff);
-  --on-accent: light-dark(#ffffff, #0e1726);
-  --tint: light-dark(#e6edfd, #1d2b46);
-  --good: light-dark(#15803d, #4ade80);
-  --warn: light-dark(#8a5300, #f3c063);
-  --warn-tint: light-dark(#fdf3dc, #33290f);
-  --bad: light-dark(#b42318, #ff9b91);
-  --bad-tint: light-dark(#fdebe9, #3a1b19);
-  --mono: ui-monospace, "SF Mono", "Cascadia Mono", Menlo, Consolas, "DejaVu Sans Mono", monospace;
+  --back: light-dark(#f5f6f8, #111418); --card: light-dark(#fff, #181c22);
+  --sunk: light-dark(#eceef2, #222831); --edge: 1px solid light-dark(#dde1e7, #2c333d);
+  --text: light-dark(#1b2027, #e4e8ee); --soft: light-dark(#59636f, #9aa5b3);
+  --accent: light-dark(#2455c8, #8db4ff); --tint: light-dark(#e6edfd, #1d2b46);
+  --warn: light-dark(#8a5300, #f3c063); --bad: light-dark(#b42318, #ff9b91);
+  --mono: ui-monospace, "SF Mono", Menlo, Consolas, "DejaVu Sans Mono", monospace;
 }
 :root[data-theme=light] { color-scheme: light; }
 :root[data-theme=dark] { color-scheme: dark; }
 
 /* Base */
-* { box-sizing: border-box; }
+* { box-sizing: border-box; margin: 0; scrollbar-width: thin; }
 [hidden] { display: none !important; }
-html, body { height: 100%; margin: 0; }
-* { scrollbar-width: thin; scrollbar-color: light-dark(#b9c0ca, #444d59) transparent; }
 body {
-  display: grid; grid-template-columns: 232px minmax(330px, 27vw) minmax(0, 1fr);
-  grid-template-rows: auto auto minmax(0, 1fr);
-  grid-template-areas: "head head head" "strip strip strip" "side list main";
-  background: var(--back); color: var(--text);
-  font: 14px/1.45 system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", sans-serif;
+  display: grid; grid-template: "head head head" auto "strip strip strip" auto
+    "side list main" minmax(0, 1fr) / 232px minmax(330px, 27vw) minmax(0, 1fr);
+  height: 100dvh; background: var(--back); color: var(--text);
+  font: 14px/1.45 system-ui, -apple-system, "Segoe UI", Roboto, sans-serif;
 }
-h1, h2, h3, p, ul, dl, dd, pre { margin: 0; padding: 0; }
-ul { list-style: none; }
-a { color: var(--accent); }
-pre, code, kbd, .mono { font-family: var(--mono); font-size: 12.5px; }
-pre { white-space: pre-wrap; overflow-wrap: anywhere; }
-kbd {
-  padding: 0 5px; border: 1px solid var(--line); border-bottom-width: 2px; border-radius: 4px;
-  background: var(--card); color: var(--soft); font-size: 11px;
-}
+a, .client, .code { color: var(--accent); }
+pre, code, .mono { font: 12.5px/1.5 var(--mono); white-space: pre-wrap; }
+pre, h2, dd, p, .line { overflow-wrap: anywhere; }
+.line { display: flex; align-items: center; gap: 4px 8px; }
+.wrap { flex-wrap: wrap; }
+.grow { flex: 1; min-width: 0; }
+.cut, .chip span { overflow: hidden; text-overflow: ellipsis; white-space: nowrap; }
+.soft, small, summary, time, dt { color: var(--soft); font-size: 12.5px; }
 button, input { font: inherit; color: inherit; }
-button {
+button, .button, .square {
   display: inline-flex; align-items: center; justify-content: center; gap: 6px; min-height: 30px;
-  padding: 3px 10px; border: 1px solid var(--line); border-radius: 7px; background: var(--card);
-  white-space: nowrap; cursor: pointer;
+  padding: 3px 10px; color: inherit; text-decoration: none; cursor: pointer;
 }
-button:hover { border-color: var(--soft); }
-button.primary {
-  border-color: var(--accent); background: var(--accent); color: var(--on-accent);
-  font-weight: 550;
+button, .button, .box, #search {
+  border: var(--edge); border-radius: 8px; background: var(--card);
 }
-.quiet { border-color: transparent; background: none; color: var(--soft); }
-.quiet:hover { border-color: transparent; background: var(--sunk); color: var(--text); }
-.square {
-  flex: none; display: inline-grid; place-items: center; width: 30px; height: 30px; padding: 0;
-  border-radius: 7px;
-}
+button.primary { background: var(--accent); color: var(--card); }
+.square, .quiet, .chip button { border: 0; border-radius: 7px; background: none; }
+.square { flex: none; width: 30px; height: 30px; padding: 0; color: var(--soft); }
+button:hover, .square:hover, .inbox:hover { background: var(--sunk); }
+button.primary:hover { background: var(--text); }
+input[type=search] { width: 100%; height: 32px; padding: 0 11px; }
+::placeholder { color: var(--soft); opacity: 1; }
 :focus { outline: none; }
-:focus-visible { outline: 2px solid var(--accent); outline-offset: 1px; }
-.unseen { position: absolute; width: 1px; height: 1px; overflow: hidden; clip-path: inset(50%); }
-.soft { color: var(--soft); }
-.icon {
-  flex: none; width: 16px; height: 16px; fill: none; stroke: currentColor; stroke-width: 1.5;
-  stroke-linejoin: round;
+:focus-visible, label:has(:focus-visible) {
+  outline: 2px solid var(--accent); outline-offset: -2px;
 }
+.heard, [type=radio], #skip:not(:focus) { position: absolute; opacity: 0; clip-path: inset(50%); }
+.icon { flex: none; width: 16px; height: 16px; fill: none; stroke: currentColor;
+  stroke-width: 1.5; stroke-linejoin: round; }
+summary, label { cursor: pointer; }
 
 /* Header */
-header {
-  grid-area: head; display: flex; align-items: center; gap: 6px 10px; padding: 8px 14px;
-  border-bottom: 1px solid var(--line); background: var(--card);
+header { grid-area: head; padding: 8px 14px; border-bottom: var(--edge); background: var(--card); }
+h1 { font-size: 15px; }
+h1 a { color: inherit; text-decoration: none; }
+h1 .icon { width: 20px; height: 20px; color: var(--accent); }
+#status::before, .unread::before {
+  content: ""; width: 8px; height: 8px; border-radius: 50%; background: gray;
 }
-h1 { display: flex; align-items: center; gap: 7px; font-size: 15px; font-weight: 650; }
-h1 .icon { width: 18px; height: 18px; color: var(--accent); }
-#status {
-  display: flex; align-items: center; gap: 6px; color: var(--soft); font-size: 12.5px;
-  white-space: nowrap;
-}
-#status::before {
-  content: ""; width: 8px; height: 8px; border-radius: 50%; background: var(--soft);
-}
-#status[data-state=live]::before { background: var(--good); }
-#status[data-state=reconnecting] { color: var(--bad); }
-#status[data-state=reconnecting]::before { background: var(--bad); }
-#find { position: relative; flex: 1; max-width: 480px; min-width: 90px; margin-left: auto; }
-#search {
-  width: 100%; height: 32px; padding: 0 30px 0 11px; border: 1px solid var(--line);
-  border-radius: 7px;
-  background: var(--back);
-}
-#search::placeholder { color: var(--soft); opacity: 1; }
-#find kbd { position: absolute; right: 8px; top: 7px; pointer-events: none; }
-#search:focus + kbd, #search:not(:placeholder-shown) + kbd { display: none; }
-
-/* Refused sessions */
-#refused {
-  grid-area: strip; display: flex; align-items: flex-start; border-bottom: 1px solid var(--line);
-  background: var(--bad-tint); color: var(--bad);
-}
-#refused details { flex: 1; min-width: 0; }
-#refused summary {
-  display: flex; align-items: baseline; gap: 8px; padding: 8px 6px 8px 14px;
-  overflow-wrap: anywhere; cursor: pointer;
-}
-#refused summary span { min-width: 0; }
-#refused summary .icon { align-self: flex-start; margin-top: 2px; }
-#refused summary::after {
-  content: "transcript"; flex: none; text-decoration: underline; font-size: 12.5px;
-}
-#refused button { margin: 4px 8px; color: inherit; font-size: 18px; }
-#refused pre { max-height: 40vh; overflow: auto; padding: 0 14px 12px 37px; color: var(--text); }
+#status[data-state=live]::before { background: light-dark(#15803d, #4ade80); }
+#status:is([data-state=reconnecting], [data-state=waiting]) { color: var(--bad); }
+#find { flex: 1; max-width: 480px; min-width: 90px; margin-left: auto; }
+#refused { grid-area: strip; padding: 2px 14px; border-bottom: var(--edge); }
+#refused *, .refusal { color: var(--bad); font-weight: 600; }
 
 /* Inboxes */
-#inboxes {
-  grid-area: side; overflow: auto; padding: 10px 8px; border-right: 1px solid var(--line);
-}
-#inboxes h2 { padding: 14px 8px 4px; color: var(--soft); font-size: 12px; font-weight: 600; }
-#inboxes li { display: flex; flex-wrap: wrap; border-radius: 7px; }
-#inboxes h2:has(+ :empty) { display: none; }
-#inboxes li:has([aria-current=true]) { background: var(--tint); }
-.inbox {
-  flex: 1; min-width: 0; justify-content: flex-start; gap: 8px; padding: 4px 8px; border: 0;
-  background: none;
-}
-.inbox:hover { background: var(--sunk); }
-.inbox[aria-current=true] { background: none; color: var(--accent); font-weight: 550; }
-.inbox bdi { flex: 1; min-width: 0; overflow: hidden; text-align: left; text-overflow: ellipsis; }
-.inbox .left {
-  color: var(--soft); font-size: 12px; font-weight: 400; font-variant-numeric: tabular-nums;
-}
-.count {
-  min-width: 20px; padding: 0 6px; border-radius: 9px; background: var(--accent);
-  color: var(--on-accent); font-size: 11.5px; font-weight: 600;
-}
-.count.none { background: none; color: var(--soft); font-weight: 400; }
-#inboxes .menu { display: flex; flex: 1 0 100%; gap: 4px; padding: 2px 6px 7px; }
-#inboxes .menu button { min-height: 26px; padding: 1px 8px; font-size: 12.5px; }
-#more { padding: 6px 8px; color: var(--soft); font-size: 12.5px; }
+#inboxes { grid-area: side; overflow: auto; padding: 10px 8px; border-right: var(--edge); }
+#inboxes h2, #more { padding: 14px 8px 4px; color: var(--soft); font-size: 12px; }
+#inboxes h2:has(+ :empty), #inboxes p:empty { display: none; }
+.inbox { position: relative; padding: 4px 8px; border-radius: 7px; line-height: 22px; }
+label:has(:checked), .row[aria-selected=true] { background: var(--tint); }
+label:has(:checked) { color: var(--accent); font-weight: 550; }
+.count { color: var(--soft); font-size: 11.5px; }
+.count b { padding: 1px 7px; border-radius: 9px; background: var(--accent); color: var(--card); }
 
 /* List */
 #list {
-  grid-area: list; position: relative; min-width: 0; border-right: 1px solid var(--line);
-  background: var(--card);
+  grid-area: list; display: flex; flex-direction: column; min-width: 0;
+  border-right: var(--edge); background: var(--card);
 }
-#scroller { height: 100%; overflow: hidden auto; }
-#rows { position: relative; min-height: 100%; }
-#rows:focus-visible { outline: none; }
-#list:has(#rows[aria-activedescendant=""]:focus-visible)::after {
-  content: ""; position: absolute; inset: 0; border: 2px solid var(--accent); pointer-events: none;
+#bar { padding: 6px 10px 6px 14px; border-bottom: var(--edge); }
+#bar h2 { flex: 1; font-size: 13.5px; }
+.menu { position: relative; }
+.menu div {
+  position: absolute; z-index: 2; right: 0; display: grid; gap: 6px; width: max-content;
+  max-width: 300px; padding: 10px; box-shadow: 0 6px 24px #0003;
 }
-#rows:focus-visible .row[aria-selected=true] {
-  outline: 2px solid var(--accent); outline-offset: -2px;
-}
+#rows { flex: 1; overflow: hidden auto; }
+#rows:has([aria-selected=true]) { outline: none; }
 .row {
-  position: absolute; inset: 0 0 auto; height: 78px; padding: 9px 14px 0 26px; overflow: hidden;
-  border-bottom: 1px solid var(--line); cursor: pointer; contain: strict;
+  position: relative; display: block; padding: 9px 14px 9px 26px; border-bottom: var(--edge);
+  color: inherit; text-decoration: none; content-visibility: auto;
+  contain-intrinsic-height: 79px;
 }
 .row:hover { background: var(--back); }
-.row[aria-selected=true] { background: var(--tint); }
-.row > div {
-  display: flex; align-items: center; gap: 8px; min-width: 0; height: 20px; white-space: nowrap;
-}
-.row .who, .row .subject, .row .text {
-  flex: 1; min-width: 0; overflow: hidden; text-overflow: ellipsis;
-}
-.row .who, .row time, .row .facts { color: var(--soft); font-size: 12.5px; }
-.row time { font-variant-numeric: tabular-nums; }
-.row.unread::before {
-  content: ""; position: absolute; left: 10px; top: 15px; width: 8px; height: 8px;
-  border-radius: 50%; background: var(--accent);
-}
-.row.unread .who { color: var(--text); }
-.row.unread .subject { font-weight: 600; }
-.row .facts { gap: 10px; }
-.fact { display: inline-flex; align-items: center; gap: 4px; }
-.fact.warning { color: var(--warn); }
-.fact .icon { width: 13px; height: 13px; }
-.facts .code {
-  padding: 0 6px; border-radius: 5px; background: var(--tint); color: var(--accent);
-  font: 600 12.5px/18px var(--mono);
-}
-[aria-selected=true] .code { background: var(--card); }
-#nothing {
-  position: absolute; inset: 0; padding: 48px 24px; text-align: center; color: var(--soft);
-}
-#nothing button { margin-top: 12px; }
+#rows:focus-visible [aria-selected=true] { box-shadow: inset 0 0 0 2px var(--accent); }
+.row .line { height: 20px; white-space: nowrap; }
+.unread::before { position: absolute; left: 10px; top: 15px; background: var(--accent); }
+.unread .subject { font-weight: 600; }
+.row .icon { width: 13px; height: 13px; }
+.warning { color: var(--warn); }
+.code { font: 600 12.5px/18px var(--mono); letter-spacing: .04em; }
+#nothing, #older { padding: 20px 24px; text-align: center; color: var(--soft); }
+:is(#nothing, #older, #gone, .chips):empty { display: none; }
 
 /* Message */
 #message { grid-area: main; display: flex; flex-direction: column; min-width: 0; overflow: auto; }
-.head { padding: 14px 20px 0; background: var(--card); }
-.head > * + * { margin-top: 6px; }
-.title { display: flex; align-items: flex-start; gap: 6px; }
-.title h2 {
-  flex: 1; min-width: 0; max-height: 5.4em; overflow: auto; font-size: 19px; line-height: 1.35;
-  font-weight: 620; overflow-wrap: anywhere;
+.head { flex: none; display: grid; gap: 6px; padding: 14px 20px 4px; background: var(--card); }
+.head h2, .sheet h2 { font-size: 19px; line-height: 1.35; }
+.back { display: none; }
+.parties, .meta { gap: 0 14px; }
+.meta button { min-height: 0; padding: 0; border: 0; background: none; }
+.notice, .notice summary { color: var(--warn); }
+.notice ul { padding-left: 22px; }
+.chip { max-width: 100%; gap: 0; }
+.chip > button { min-width: 0; }
+.chip span, .file .cut { max-width: 260px; }
+.file { max-width: 100%; padding: 5px 12px 5px 6px; color: inherit; text-decoration: none; }
+.file > :first-child {
+  display: grid; place-items: center; width: 38px; height: 38px; border-radius: 5px;
+  background: var(--sunk); object-fit: contain; font: 600 10px var(--mono);
 }
-.title .back-button { display: none; }
-.parties {
-  display: flex; flex-wrap: wrap; gap: 0 14px; max-height: 6.6em; overflow: auto;
-  overflow-wrap: anywhere;
+.tabs {
+  position: sticky; top: 0; z-index: 1; display: flex; flex: none; padding: 0 12px;
+  overflow: auto hidden; border-bottom: var(--edge); background: var(--card);
 }
-.parties .soft, .meta { font-size: 12.5px; color: var(--soft); }
-.meta {
-  display: flex; flex-wrap: wrap; gap: 0 12px; font-variant-numeric: tabular-nums;
-  overflow-wrap: anywhere;
-}
-.meta button {
-  min-height: 0; padding: 0; border: 0; background: none; color: inherit; font-size: 12px;
-  white-space: normal; overflow-wrap: anywhere; text-align: left;
-}
-.meta button:hover { color: var(--accent); }
-.notice {
-  padding: 6px 10px; border-radius: 7px; background: var(--warn-tint); color: var(--warn);
-}
-.notice ul { padding-left: 22px; list-style: disc; }
-.chips { display: flex; flex-wrap: wrap; gap: 6px; align-items: flex-start; }
-.chip {
-  display: inline-flex; max-width: 100%; border: 1px solid var(--line); border-radius: 8px;
-  background: var(--back); overflow: clip; overflow-clip-margin: 4px;
-}
-.chip button { border: 0; background: none; min-width: 0; border-radius: 7px; }
-.chip button:hover { background: var(--sunk); }
-.chip span { overflow: hidden; text-overflow: ellipsis; max-width: 260px; }
-.chip a { height: auto; border-left: 1px solid var(--line); border-radius: 0 7px 7px 0; }
-.chip.code { border-color: var(--accent); background: var(--tint); color: var(--accent); }
-.chip.code b { font-family: var(--mono); letter-spacing: .06em; }
-.files {
-  display: flex; flex-wrap: wrap; gap: 6px; max-height: 118px; overflow: auto; padding: 2px;
-  margin: 4px -2px 0;
-}
-.file {
-  display: flex; align-items: center; gap: 9px; max-width: 100%; min-width: 150px;
-  padding: 5px 12px 5px 6px;
-  border: 1px solid var(--line); border-radius: 8px; color: inherit; text-decoration: none;
-}
-.file:hover { border-color: var(--soft); }
-.file img, .file .type {
-  flex: none; display: grid; place-items: center; width: 38px; height: 38px; border-radius: 5px;
-  background: var(--sunk); object-fit: contain; color: var(--soft); font: 600 10px var(--mono);
-}
-.file > span:last-child { min-width: 0; }
-.file bdi, .file .soft {
-  display: block; max-width: 300px; overflow: hidden; text-overflow: ellipsis; white-space: nowrap;
-}
-.file .soft { font-size: 12px; }
-[role=tablist] {
-  display: flex; gap: 2px; margin: 10px -8px 0; overflow: auto hidden; scrollbar-width: none;
-}
-[role=tab] {
-  flex: none; min-height: 36px; padding: 4px 10px; border: 0; border-bottom: 2px solid transparent;
-  border-radius: 6px 6px 0 0; background: none; color: var(--soft);
-}
-[role=tab]:hover { color: var(--text); }
-[role=tab]:focus-visible { outline-offset: -3px; }
-[role=tab][aria-selected=true] {
-  border-bottom-color: var(--accent); color: var(--accent); font-weight: 550;
-}
-[role=tab][aria-disabled=true] { color: light-dark(#9aa2ac, #596371); cursor: default; }
-[role=tab] small { font-size: 11.5px; }
-[role=tabpanel] {
-  flex: 1; min-height: 220px; overflow: auto; padding: 14px 20px 20px;
-  border-top: 1px solid var(--line);
-}
-[data-tab=preview] { display: flex; flex-direction: column; padding: 0; overflow: hidden; }
-[role=tabpanel]:focus-visible { outline-offset: -3px; }
-.bar {
-  display: flex; flex-wrap: wrap; align-items: center; gap: 6px 10px; padding: 7px 20px;
-  font-size: 12.5px;
-}
-.bar button { min-height: 26px; padding: 0 8px; font-size: 12.5px; }
-.widths { display: flex; gap: 2px; margin-left: auto; }
-.widths button { border-color: transparent; background: none; color: var(--soft); }
-.widths button[aria-pressed=true] {
-  border-color: var(--line); background: var(--card); color: var(--text);
-}
-.stage { flex: 1; min-height: 0; display: flex; overflow: auto; background: var(--sunk); }
-.stage iframe {
-  flex: none; width: 100%; height: 100%; margin: 0 auto; border: 0; background: #fff;
-  color-scheme: light;
-}
-.letter { max-width: 78ch; font: 14px/1.6 var(--mono); }
-.block {
-  position: relative; margin: 6px 0 10px; padding: 10px 46px 10px 12px;
-  border: 1px solid var(--line); border-radius: 8px; background: var(--card); min-height: 46px;
-}
-.block pre { overflow-x: auto; padding-bottom: 5px; white-space: pre; }
-.block button { position: absolute; right: 7px; top: 7px; }
-.client { color: var(--accent); }
-.refusal { color: var(--bad); font-weight: 600; }
-.links li {
-  display: flex; align-items: center; gap: 8px; padding: 8px 0;
-  border-bottom: 1px solid var(--line);
-}
-.links li > div { flex: 1; min-width: 0; overflow-wrap: anywhere; }
-.filter {
-  width: 100%; max-width: 320px; height: 30px; margin-bottom: 10px; padding: 0 10px;
-  border: 1px solid var(--line); border-radius: 7px; background: var(--card);
-}
-.headers { display: grid; grid-template-columns: minmax(90px, auto) minmax(0, 1fr); }
-.headers dt, .headers dd {
-  padding: 4px 0; border-bottom: 1px solid var(--line); overflow-wrap: anywhere;
-}
-.headers dt { padding-right: 20px; color: var(--soft); font-weight: 550; }
+.tabs, #inboxes { scrollbar-width: none; }
+.tabs label { flex: none; padding: 7px 10px; border-bottom: 2px solid transparent; }
+.tabs label:has(:checked) { border-color: var(--accent); background: none; }
+label:has(:disabled) { color: light-dark(#9aa2ac, #596371); cursor: default; }
+#panel { flex: 1 0 auto; padding: 14px 20px 20px; }
+#panel[data-tab=preview] { display: flex; flex-direction: column; min-height: 50vh; padding: 0; }
+.tools { padding: 4px 20px; font-size: 12.5px; }
+.tools label { position: relative; padding: 3px 6px; border-radius: 7px; }
+.tools input { vertical-align: middle; margin: 0; }
+.away { display: none; color: var(--accent); }
+.tools:has(+ .stage iframe:focus) .away { display: inline; }
+.stage { flex: 1; display: grid; overflow: auto; background: var(--sunk); }
+iframe { justify-self: center; width: 100%; height: 100%; border: 0; background: #fff; }
+.letter { max-width: 78ch; font-size: 14px; }
+.block { position: relative; margin: 6px 0 10px; }
+.block pre { overflow-x: auto; padding: 10px 46px 12px 12px; white-space: pre; }
+.block button { position: absolute; right: 7px; top: 6px; background: var(--card); }
+.links > *, .pairs > * { padding: 5px 0; border-bottom: var(--edge); }
+#panel input { max-width: 320px; margin-bottom: 10px; }
+.pairs { display: grid; grid-template-columns: minmax(90px, auto) minmax(0, 1fr); gap: 0 20px; }
 
-/* Manual */
-.manual { width: 100%; max-width: 760px; margin: 0 auto; padding: 36px 28px 48px; }
-.manual h2 { font-size: 21px; font-weight: 640; }
-.manual h3 { margin-top: 26px; font-size: 13.5px; font-weight: 600; }
-.manual p { margin-top: 6px; color: var(--soft); }
-.manual .actions { display: flex; flex-wrap: wrap; gap: 8px; margin-top: 18px; }
-.places { display: flex; flex-wrap: wrap; gap: 8px; margin-top: 18px; }
-.places div {
-  flex: 1 1 150px; min-width: 0; padding: 9px 8px 9px 14px; border: 1px solid var(--line);
-  border-radius: 9px; background: var(--card);
-}
-.places dt { color: var(--soft); font-size: 12px; }
-.places dd {
-  display: flex; align-items: center; gap: 4px; font: 14px var(--mono); overflow-wrap: anywhere;
-}
-.places dd span { flex: 1; min-width: 0; }
-.places div:last-child { flex-basis: 260px; }
-.manual ul { margin-top: 8px; padding-left: 20px; list-style: disc; color: var(--soft); }
-
-/* Over everything */
+/* Manual and sessions */
+.sheet { width: 100%; max-width: 800px; margin: 0 auto; padding: 30px 28px 48px; }
+.sheet h3 { margin: 24px 0 6px; font-size: 13.5px; }
+.sheet > p, .sheet > .wrap { margin: 12px 0; color: var(--soft); }
+.places > div { flex: 1 1 150px; padding: 9px 8px 5px 14px; color: var(--text); }
+.places > div:last-child { flex-basis: 260px; }
+#sessions > * { padding: 6px 0; border-bottom: var(--edge); }
 #toast {
-  position: fixed; z-index: 2; left: 50%; bottom: 22px; transform: translateX(-50%); display: flex;
-  align-items: center; gap: 14px;
-  max-width: calc(100vw - 24px); padding: 9px 16px; border-radius: 9px;
-  background: light-dark(#1f2630, #e8ecf2);
-  color: light-dark(#fff, #151a21); box-shadow: 0 6px 24px #0005;
+  position: fixed; z-index: 3; left: 50%; bottom: 22px; transform: translateX(-50%);
+  max-width: calc(100vw - 24px); padding: 9px 16px; border-radius: 9px; background: var(--text);
+  color: var(--back);
 }
-#toast span { overflow: hidden; text-overflow: ellipsis; white-space: nowrap; }
-#toast button { border: 0; background: light-dark(#3a4452, #c9d1dc); }
-dialog {
-  max-width: min(560px, calc(100vw - 24px)); padding: 22px 26px; border: 1px solid var(--line);
-  border-radius: 12px; background: var(--card); color: var(--text);
-}
-dialog::backdrop { background: #0007; }
-dialog h2 { font-size: 15px; }
-dialog dl { display: grid; grid-template-columns: auto 1fr; gap: 7px 18px; margin: 10px 0 20px; }
-dialog dd { color: var(--soft); }
-dialog form {
-  display: flex; align-items: center; justify-content: space-between; gap: 10px;
-  color: var(--soft); font-size: 12.5px;
-}
-dialog p { margin-bottom: 18px; overflow-wrap: anywhere; }
+#toast button { color: var(--text); }
 
 /* Two columns: the inboxes lie in a row above them */
 @media (max-width: 1099px) {
   body {
-    grid-template-columns: minmax(280px, 38vw) minmax(0, 1fr);
-    grid-template-rows: auto auto auto minmax(0, 1fr);
-    grid-template-areas: "head head" "strip strip" "side side" "list main";
+    grid-template: "head head" auto "strip strip" auto "side side" auto
+      "list main" minmax(0, 1fr) / minmax(280px, 38vw) minmax(0, 1fr);
   }
-  #inboxes, #inboxes ul { display: flex; gap: 2px; }
-  #inboxes {
-    padding: 5px 10px; overflow: auto hidden; scrollbar-width: none;
-    border-bottom: 1px solid var(--line);
-  }
+  #inboxes, #inboxes div { display: flex; gap: 2px; }
+  #inboxes { padding: 5px 10px; border-bottom: var(--edge); }
   #inboxes h2 { display: none; }
-  #inboxes li, #more { flex: none; flex-wrap: nowrap; white-space: nowrap; }
-  #inboxes bdi { max-width: 150px; }
-  .inbox, #inboxes .menu { flex: none; padding: 2px 6px; }
+  .inbox, #inboxes #more { flex: none; padding: 4px 8px; }
+  .inbox bdi { flex: none; max-width: 150px; }
 }
 
 /* One column: list or message */
 @media (max-width: 699px) {
-  body {
-    grid-template-columns: minmax(0, 1fr); grid-template-areas: "head" "strip" "side" "list";
-  }
-  header { flex-wrap: wrap; padding: 8px 10px; }
-  #help { display: none; }
+  body { grid-template: "head" auto "strip" auto "side" auto "list" minmax(0, 1fr) / 100%; }
+  header { flex-wrap: wrap; }
+  #find, #acquire { order: 1; }
   #theme { margin-left: auto; }
-  #acquire { order: 2; }
-  #find { order: 1; max-width: none; margin: 0; }
-  header::after { content: ""; order: 0; flex-basis: 100%; }
-  #theme, #status, #smtp { order: -1; }
-  #smtp { padding: 0; font-size: 12px; }
-  #smtp .icon { display: none; }
-  h1 { order: -2; }
-  button { min-height: 36px; }
-  button.square { width: 36px; }
-  #search { height: 36px; font-size: 16px; }
-  #find kbd { display: none; }
-  #inboxes, #list { border-right: 0; }
-  [data-pane=list]:not([data-empty]) #message, [data-pane=message] :is(#list, #inboxes),
-  [data-empty] #list { display: none; }
-  #message { grid-area: list; }
-  [data-pane=message] #message { grid-row: side / list; }
-  .head { padding: 10px 14px 0; }
-  .title .back-button { display: inline-flex; margin-left: -8px; }
-  [role=tabpanel] { flex: 1 0 auto; min-height: 65vh; padding: 12px 14px; }
-  [data-tab=preview] { padding: 0; }
-  .title h2 { max-height: 10.8em; }
-  .parties, .files { max-height: none; }
-  .bar { padding: 7px 14px; }
-  .widths { margin-left: 0; }
-  .headers { grid-template-columns: minmax(0, 1fr); }
-  .headers dt { padding-bottom: 0; border: 0; }
-  .headers dd { padding-top: 0; }
-  .manual { padding: 22px 16px 40px; }
-  dialog dl { grid-template-columns: minmax(0, 1fr); gap: 2px; }
-  dialog dd { margin-bottom: 8px; }
+  header::after { content: ""; flex-basis: 100%; }
+  button, .button, #search, .square { min-height: 36px; min-width: 36px; }
+  #search { font-size: 16px; }
+  #smtp { display: none; }
+  #message { grid-row: side / list; grid-column: 1; }
+  [data-pane=list] #message, [data-pane=message] :is(#list, #inboxes) { display: none; }
+  .head, #panel, .sheet, .tools { padding-left: 14px; padding-right: 14px; }
+  .square.back { display: inline-flex; margin-left: -8px; }
+  .pairs { grid-template-columns: 100%; }
+  .pairs dt { border: 0; }
 }
-@media (prefers-reduced-motion: no-preference) {
-  .row.new { animation: arrive 1.2s ease-out; }
-  @keyframes arrive { from { background: var(--tint); } }
+@media (forced-colors: active) {
+  [aria-selected=true], label:has(:checked) { outline: 3px solid Highlight; outline-offset: -3px; }
+  .unread::before, #status::before { background: CanvasText; forced-color-adjust: none; }
+}
+@media print {
+  body, #message, #panel[data-tab=preview], .stage { display: block; height: auto; }
+  body > :not(main), #refused, .square, .tabs, .tools, button { display: none !important; }
+  body > main { display: block !important; }
+  iframe { height: calc(100vh * var(--pages)); }
 }
 """
 
 PAGE_JS = r""""use strict";
 
-// What comes from a mail enters the document as text or as the value of an attribute, never as
-// markup.  Its HTML is shown by the server alone, in a sandboxed frame.
+// One way round: what happens in the catcher or is done here leads to refresh(), which asks for
+// all that is in sight, and to render(), which shows the state.  What is in sight stands in the
+// URL.  What comes from a mail enters the document as text or as the value of an attribute, never
+// as markup; its HTML is shown by the server alone, in a sandboxed frame.
 
 // ---- State -----------------------------------------------------------------
 
-const PAGE = 100;                    // messages that one request lists
-const ROW = 78;                      // CSS pixels of a row, as in page.css
+const PAGE = 100, MOST = 1000;       // messages that are listed at first, and at last
+const INBOXES = 100;                 // inboxes that are shown
 const UNDO = 5000;                   // milliseconds in which a deletion can be taken back
 const SHOWN = 400000;                // characters of a body or a source that are shown
-const INBOXES = 100;                 // inboxes that are shown
+
+const VIEW = {q: "", inbox: "", message: "", tab: "preview", width: "100%", scheme: "light"};
+let view = VIEW;                     // what the URL says, VIEW where it says nothing
 
 const state = {
-  health: {},                        // of GET /healthz
-  own: false,                        // only inboxes that this browser acquired may be read
-  inboxes: new Map(),                // address in lower case -> address, expires, acquired, count
-  total: 0,                          // messages there are
-  messages: [],                      // summaries, newest first, as far as they were asked for
-  complete: false,                   // there are no older ones
-  arrivals: [],                      // what came while a list was on its way
-  inbox: "",                         // whose mail is shown, a key of inboxes; "": all
-  menu: false,                       // its menu is open
-  query: "",
-  selected: "",                      // id of a message
-  message: null,                     // the whole of it, once it is here
-  tab: "preview",                    // chosen last
-  width: "100%",                     // of the preview
+  health: null,                      // of GET healthz; null until it answered
+  own: null,                         // whether only inboxes acquired here may be read
+  inboxes: new Map(),                // address in lower case -> inbox, those of late mail first
+  items: [],                         // summaries, newest first
+  count: PAGE,                       // how many are asked for
+  total: null,                       // how many there are; null while that is not known
+  problem: "",                       // why it is not
+  pause: 0,                          // time before which nothing is asked
+  newest: "",                        // when the newest message came
+  sessions: [],
+  message: null,                     // the whole of it
+  absent: "",                        // why there is none
+  revealed: null,                    // the row that was scrolled into sight
   remote: false,                     // the preview may load from elsewhere
-  deleted: new Set(),                // ids to be deleted unless that is undone
-  read: new Map(recall("read", [])), // id -> keys of its inboxes
+  deleted: new Map(),                // id -> timer: to be deleted unless that is undone
 };
+
+function urlOf(changes) {
+  const words = Object.entries({...view, ...changes}).filter(([name, is]) => is !== VIEW[name]);
+  return location.pathname + (words.length ? "?" + new URLSearchParams(words) : "");
+}
+
+/** Goes to another view.  history.state says whether Back leads to the list alone. */
+function go(changes, replace = false) {
+  if (replace) history.replaceState(history.state, "", urlOf(changes));
+  else history.pushState(!view.message, "", urlOf(changes));
+  moved();
+}
+
+function moved() {
+  const before = view, words = new URLSearchParams(location.search);
+  view = Object.fromEntries(Object.entries(VIEW).map(
+    ([name, usual]) => [name, words.get(name) || usual]));
+  if (before.q !== view.q || before.inbox !== view.inbox) {
+    Object.assign(state, {total: null, problem: "", items: [], count: PAGE, newest: ""});
+    refresh();
+  }
+  if (before.message !== view.message) {
+    Object.assign(state, {message: null, absent: "", remote: false});
+    loadMessage();
+  }
+  if ($("search").value.trim() !== view.q) $("search").value = view.q;
+  render();
+}
 
 function recall(name, otherwise) {
   try {
     return JSON.parse(localStorage.getItem("mailtest." + name)) || otherwise;
-  } catch (error) {                  // storage is switched off, or holds something else
+  } catch {                          // storage is switched off, or holds something else
     return otherwise;
   }
 }
@@ -8558,35 +8357,47 @@ function recall(name, otherwise) {
 function remember(name, value) {
   try {
     localStorage.setItem("mailtest." + name, JSON.stringify(value));
-  } catch (error) { /* then for this visit only */ }
+  } catch { /* then for this visit only */ }
 }
 
 // ---- Document --------------------------------------------------------------
 
 const $ = (id) => document.getElementById(id);
 const sleep = (milliseconds) => new Promise((done) => setTimeout(done, milliseconds));
-const narrow = matchMedia("(max-width: 699px)");
-const dark = matchMedia("(prefers-color-scheme: dark)");
+const narrow = matchMedia("(max-width: 699px)"), dark = matchMedia("(prefers-color-scheme: dark)");
 
-/** A new element; `on...` are listeners; attributes and children that are false are left out. */
-function el(tag, attributes, ...children) {
+/** A new element of "tag.class@testid".  Attributes may come first, `on...` are listeners; what
+    is false is left out. */
+function h(name, ...children) {
+  const [, tag, classes, testid] = /^(\w+)([^@]*)@?(.*)$/.exec(name);
   const node = document.createElement(tag);
-  for (const [name, value] of Object.entries(attributes)) {
-    if (name.startsWith("on")) node.addEventListener(name.slice(2), value);
-    else if (value !== false && value != null) node.setAttribute(name, value);
+  if (classes) node.className = classes.replaceAll(".", " ").trim();
+  if (testid) node.dataset.testid = testid;
+  const given = children[0] && children[0].constructor === Object ? children.shift() : {};
+  for (const [key, value] of Object.entries(given)) {
+    if (key.startsWith("on")) node[key] = value;
+    else if (value !== false) node.setAttribute(key, value);
   }
-  node.append(...children.flat().filter((child) => child || child === 0));
+  node.append(...children.flat(9).filter((child) => child || child === 0));
   return node;
 }
 
-/** Makes these the children of a node.  Those that stay are not touched, so that a click or the
-    focus is not lost. */
-function arrange(parent, nodes) {
-  const wanted = new Set(nodes);
-  [...parent.children].forEach((child) => wanted.has(child) || child.remove());
-  nodes.forEach((node, index) => {
-    const there = parent.children[index];
+/** Fills a node anew if its key has changed; else frames, focus and selection stay. */
+function fill(node, key, build) {
+  if (node.key === JSON.stringify(key)) return;
+  node.key = JSON.stringify(key);
+  node.replaceChildren(...[build()].flat(9).filter(Boolean));
+}
+
+/** Makes one child of each item.  Those that stay are not touched, so that clicks arrive. */
+function each(parent, items, key, make, update = () => {}) {
+  const before = parent.nodes || new Map();
+  parent.nodes = new Map(items.map((item) => [item[key], before.get(item[key]) || make(item)]));
+  before.forEach((node, name) => parent.nodes.has(name) || node.remove());
+  items.forEach((item, index) => {
+    const node = parent.nodes.get(item[key]), there = parent.children[index];
     if (there !== node) parent.insertBefore(node, there || null);
+    update(node, item);
   });
 }
 
@@ -8601,51 +8412,49 @@ function icon(name) {
   return svg;
 }
 
-const dirty = new Set();
+/** A button, or with href a link, that shows only an icon. */
+const tool = (name, title, attributes, more = "") => h((attributes.href ? "a" : "button")
+  + ".square" + more, {title, "aria-label": title, ...attributes}, icon(name));
 
-/** Draws with the next frame, however often it is asked for. */
-function redraw(draw) {
-  if (!dirty.size) {
-    requestAnimationFrame(() => {
-      const draws = [...dirty];
-      dirty.clear();
-      draws.forEach((each) => each());
-    });
-  }
-  dirty.add(draw);
+/** A radio button that looks like a button. */
+const choice = (kind, group, value, title, onchange, ...children) => h("label" + kind, {title},
+  h("input", {type: "radio", name: group, value, onchange}), children);
+
+function choose(group, value) {
+  for (const input of document.getElementsByName(group)) input.checked = input.value === value;
 }
 
 /** The function, run at once and then at most so often: less often if it takes long. */
 function throttled(run) {
-  let busy = false, waiting = false;
-  return async function again() {
-    waiting = busy;
+  let busy = false, again = false;
+  return async function begin() {
+    again = busy;
     if (busy) return;
     busy = true;
     const began = performance.now();
-    await run().catch(() => {});     // the live connection says so, and asks anew
-    await sleep(Math.max(250, 5 * (performance.now() - began)));
+    await run();
+    await sleep(Math.max(100, 3 * (performance.now() - began)));
     busy = false;
-    if (waiting) again();
+    if (again) begin();
   };
 }
 
 let toastTimer = 0;
 
-function toast(text, milliseconds = 3000, undoable = false) {
-  $("toast").firstElementChild.textContent = text;
-  $("toast").lastElementChild.hidden = !undoable;
+function toast(text, undoable = false) {
+  const [span, button] = $("toast").children;
+  span.textContent = text;
+  button.hidden = !undoable;
   $("toast").hidden = false;
   clearTimeout(toastTimer);
-  toastTimer = setTimeout(() => { $("toast").hidden = true; }, milliseconds);
+  toastTimer = setTimeout(() => { $("toast").hidden = true; }, UNDO);
 }
 
 async function copy(text, what = text) {
   try {
     await navigator.clipboard.writeText(text);
-  } catch (error) {                  // there is no clipboard without HTTPS or localhost
-    const focused = document.activeElement, area = el("textarea", {class: "unseen"});
-    area.value = text;
+  } catch {                          // there is no clipboard without HTTPS or localhost
+    const focused = document.activeElement, area = h("textarea.heard", text);
     document.body.append(area);
     area.select();
     document.execCommand("copy");
@@ -8655,40 +8464,40 @@ async function copy(text, what = text) {
   toast("Copied " + what);
 }
 
-const copyButton = (text, what) => el("button", {class: "quiet square", title: "Copy " + what,
-  "aria-label": "Copy " + what, onclick: () => copy(text, what)}, icon("copy"));
+const copier = (text, what) => tool("copy", "Copy " + what, {onclick: () => copy(text, what)});
 
 // ---- Words -----------------------------------------------------------------
 
-const party = (address) => address.email || address.phone || "";
+const party = ({email, phone}) => email || phone || "";
 const nameOf = (address) => address.name || party(address);
-const two = (number) => String(number).padStart(2, "0");
 const plural = (count, noun) => `${count.toLocaleString("en")} ${noun}${count === 1 ? "" : "s"}`;
 
-function clock(iso, exact) {
-  const time = new Date(iso), today = time.toDateString() === new Date().toDateString();
-  const day = today ? "" : time.toLocaleDateString([], {month: "short", day: "numeric"}) + " ";
-  const seconds = `:${two(time.getSeconds())}.${String(time.getMilliseconds()).padStart(3, "0")}`;
-  return `${day}${two(time.getHours())}:${two(time.getMinutes())}${exact ? seconds : ""}`;
+/** The local time of day, before today with the date; to minutes (16), to milliseconds (23). */
+function clock(iso, end = 16) {
+  const [then, now] = [new Date(iso), new Date()].map((time) => new Date(
+    time - 60000 * time.getTimezoneOffset()).toISOString());
+  return (then.slice(0, 10) === now.slice(0, 10) ? "" : then.slice(5, 10) + " ")
+    + then.slice(11, end);
 }
 
 function duration(seconds) {
-  if (seconds < 100) return `${Math.max(0, Math.round(seconds))} s`;
-  return seconds < 6000 ? `${Math.round(seconds / 60)} min` : `${Math.round(seconds / 3600)} h`;
+  const [per, unit] = seconds < 100 ? [1, "s"] : seconds < 6000 ? [60, "min"] : [3600, "h"];
+  return `${Math.round(seconds / per)} ${unit}`;
 }
 
-const age = (iso) => duration((Date.now() - Date.parse(iso)) / 1000) + " ago";
+/** How far a time is from now. */
+const apart = (iso) => duration(Math.abs(Date.parse(iso) - Date.now()) / 1000);
 
-function left(expires) {
-  const seconds = Math.max(0, Math.round((expires - Date.now()) / 1000));
-  return seconds > 6000 ? duration(seconds) : `${Math.floor(seconds / 60)}:${two(seconds % 60)}`;
-}
+/** That, kept up to date by tick(). */
+const timer = (iso, title) => h("time", {"data-at": iso, title}, apart(iso));
 
 function size(octets) {
-  if (octets < 1000) return `${octets} B`;
-  const [unit, per] = octets < 1e6 ? ["kB", 1e3] : ["MB", 1e6];
+  const [per, unit] = octets < 1e3 ? [1, "B"] : octets < 1e6 ? [1e3, "kB"] : [1e6, "MB"];
   return `${Number((octets / per).toFixed(1))} ${unit}`;
 }
+
+/** The URL of the API as programs need it. */
+const base = () => new URL(".", location).href.slice(0, -1);
 
 /** Host and port for mail as seen from here: a catcher for all hosts calls itself 127.0.0.1. */
 function smtpAddress() {
@@ -8697,1060 +8506,786 @@ function smtpAddress() {
   return [local.test(host) && !local.test(location.hostname) ? location.hostname : host, port];
 }
 
-// ---- API -------------------------------------------------------------------
+// ---- Asking ----------------------------------------------------------------
 
-/** The JSON of an answer; of a refusal an Error with status, body and retry (seconds). */
-async function request(path, options) {
+/** The JSON of an answer, `total` from its header.  A refusal is an Error with status and retry
+    (seconds); without an answer it has no status. */
+async function ask(path, options) {
   const response = await fetch(path, {headers: {Accept: "application/json"}, ...options});
-  if (response.ok) return response.status === 204 ? null : response.json();
-  const body = await response.json().catch(() => ({}));
+  const body = await response.json().catch(() => ({})), {headers, status, ok} = response;
+  if (ok) return {...body, total: headers.get("X-Total-Count")};
   throw Object.assign(new Error(body.detail || body.message || response.statusText),
-    {status: response.status, body, retry: Number(response.headers.get("Retry-After"))});
+    {status, retry: Number(headers.get("Retry-After"))});
 }
 
-const inboxUrl = (address) => "/v1/get/" + encodeURIComponent(address);
-const messageUrl = (id) => "/api/messages/" + encodeURIComponent(id);
-const sourceUrl = (id) => `/v1/messages/${encodeURIComponent(id)}/source`;
-
-/** A search as far as it is typed: an open quotation is closed, a lone `from:` left out. */
-function finished(query) {
-  const closed = query.split('"').length % 2 ? query : query + '"';
-  return closed.replace(/(^|\s)-?((from|to|subject|body|has):)?(?=\s|$)/gi, "$1").trim();
-}
-
-/** A page of the list.  An inbox is sought by its local-part, for local+tag is of it too, and
-    shown() looks closer. */
-async function list(page, count) {
-  const local = state.inbox.slice(0, state.inbox.lastIndexOf("@")).replace(/"/g, "");
-  const words = encodeURIComponent(`${local && `to:"${local}" `}${finished(state.query)}`);
-  return (await request(
-    `/api/messages?server=mailtest&itemsPerPage=${count}&page=${page}&q=${words}`)).items;
-}
-
-async function loadHealth() {
-  state.health = await request("/healthz");
-  state.own = state.own || state.health.hosted && !recall("signed-in", false);
-  if (!state.own) state.total = state.health.messages;
-  renderHeader();
-  if (!location.hash && !$("message").hasChildNodes()) renderMessage();
-}
-
-async function loadInboxes() {
-  const {items} = await request("/v1/inboxes");
-  state.inboxes = new Map(items.map((item) => [item.address.toLowerCase(), {...item,
-    expires: Date.parse(item.expires), count: item.message_count}]));
-  if (state.inbox && !state.inboxes.has(state.inbox)) showInbox("", "That inbox has ended");
-  renderCounts();
-}
-
-let turn = 0;                        // of the list: an older answer is not for it
-
-/** The newest messages, as many as there were. */
-async function loadMessages() {
-  if (state.own) return listOwn();
-  const mine = ++turn, count = Math.min(1000, Math.max(PAGE, state.messages.length));
-  state.arrivals = [];
-  const items = await list(0, count);
-  if (mine !== turn) return;
-  state.messages = [];
-  append(state.arrivals.concat(items), items.length < count);
-  if (state.complete && !state.inbox && !state.query) forgetRead();
-}
-
-let older = null;                    // the request for older messages that is on its way
-
-async function loadOlder() {
-  if (state.complete || older || !state.messages.length) return;
-  const mine = turn, count = Math.min(1000, state.messages.length);
-  older = list(Math.floor(state.messages.length / count), count);
-  const items = await older.finally(() => { older = null; });
-  if (mine === turn) append(items, items.length < count);
-}
-
-function append(items, complete) {
-  const known = new Set(state.messages.map((item) => item.id));
-  state.messages.push(...items.filter((item) => !known.has(item.id) && known.add(item.id)));
-  state.complete = complete;
-  redraw(renderList);
-}
-
-/** Whether the message that is shown is still there. */
-async function checkMessage() {
-  if (!state.message) return;
-  const id = state.selected, {status} = await fetch(messageUrl(id), {method: "HEAD"});
-  if (status === 404 && id === state.selected) lose();
-}
-
-/** Shows the session of that number if it was refused; without a number the last one. */
-async function loadSessions(number) {
-  const {items} = await request("/v1/sessions");
-  const session = items.find((item) => !number || item.number === number);
-  if (session && (session.refused || session.ending !== "quit" && !session.messages)) {
-    renderRefused(session);
+/** Changes something in the catcher; null if that could not be, which is said. */
+async function change(path, options) {
+  try {
+    return await ask(path, options);
+  } catch ({status, retry, message}) {
+    toast(retry ? `Too many requests: try again in ${retry} s` : message);
+    return status === 404 ? {} : null;
+  } finally {
+    refresh();
   }
 }
 
-/** Everything.  Health first: its number of events is where the stream goes on. */
-async function load() {
-  await loadHealth();
-  if (state.own) return;
-  await Promise.all([loadMessages(), loadInboxes(), loadSessions(), checkMessage()]);
+const apiUrl = (id) => "api/messages/" + encodeURIComponent(id);
+const viewUrl = (id, what) => `v1/messages/${encodeURIComponent(id)}/${what}`;
+const own = () => (state.own ? recall("own", []) : []);
+const blind = () => state.own && !own().length;      // nothing may be asked for
+
+/** Parameters that limit a request to these inboxes, or to nothing. */
+const only = (addresses) => new URLSearchParams(addresses.map((address) => ["inbox", address]));
+
+/** The list as the view wants it.  A search may not be typed to its end: an open quotation is
+    closed, a lone `from:` left out. */
+async function loadList() {
+  const {q, inbox} = view, closed = q.split('"').length % 2 ? q : q + '"';
+  const words = encodeURIComponent(closed.replace(/(^|\s)-?(\w+:)?(?=\s|$)/g, "$1").trim());
+  const {items, total} = blind() ? {items: [], total: 0} : await ask("api/messages?server=mailtest"
+    + `&itemsPerPage=${state.count}&q=${words}&` + only(inbox ? [inbox] : own()));
+  if (q === view.q && inbox === view.inbox) {
+    Object.assign(state, {items, total: Number(total ?? state.health.messages)});
+  }
 }
 
-const relist = throttled(loadMessages);
-const recount = throttled(() => Promise.all([loadHealth(), loadInboxes()]));
+const recount = throttled(() => loadInboxes().then(render, trouble));
+
+async function loadInboxes() {
+  const before = recall("own", []);
+  const {items} = blind() ? {items: []} : await ask("v1/inboxes?" + only(own()));
+  items.sort((one, other) => (one.expires < other.expires ? 1 : -1));
+  state.inboxes = new Map(items.map((item) => [item.address.toLowerCase(), item]));
+  const ended = before.filter((address) => !state.inboxes.has(address.toLowerCase()));
+  remember("own", recall("own", []).filter((address) => !ended.includes(address)));
+}
+
+async function loadSessions() {
+  if (!state.own) state.sessions = (await ask("v1/sessions")).items;
+  render();
+}
+
+/** Whether only inboxes acquired here may be read.  It is one request, so that the browser asks
+    for the API key once. */
+async function limited({hosted, api_key: key}) {
+  if (hosted && !recall("signed-in") || !key) return hosted;
+  return ask("api/messages?server=mailtest&itemsPerPage=1").then(() => false, (error) => {
+    if (error.status === 401 || error.status === 403) return true;
+    throw error;
+  });
+}
+
+/** Asks for all that is in sight. */
+const refresh = throttled(async () => {
+  if (Date.now() < state.pause) return;
+  try {
+    state.health = await ask("healthz");
+    if (state.own === null) {
+      state.own = await limited(state.health);
+      loadSessions().catch(() => {});
+    }
+    recount();                       // it may take longer than the rest
+    await loadList();
+    if (state.message) await ask(apiUrl(view.message), {method: "HEAD"}).catch(gone);
+    state.problem = "";
+  } catch (error) {
+    trouble(error);
+  }
+  follow();
+  announce();
+  render();
+});
+
+/** Says what keeps the list from being known. */
+function trouble({status, message, retry}) {
+  state.problem = status ? message : "mailtest does not answer; trying again";
+  state.pause = retry ? Date.now() + 1000 * retry : 0;
+  if (status === 400) Object.assign(state, {total: 0, items: []});           // a search word
+  else if (state.own && (status === 401 || status === 403)) remember("own", []);   // all unknown
+  else setStatus(status === 429 ? "waiting" : "reconnecting", state.problem);
+}
+
+/** The message that the URL names; after a moment, as it may be one of many leafed through. */
+async function loadMessage() {
+  const id = view.message;
+  await sleep(30);
+  if (!id || SHEETS[id] || id !== view.message) return;
+  try {
+    const message = await ask(apiUrl(id));
+    if (id !== view.message) return;
+    state.message = message;
+    ask(viewUrl(id, "seen"), {method: "PUT"}).catch(() => {});
+  } catch (error) {
+    if (id === view.message) gone(error);
+  }
+  render();
+}
+
+function gone({status, message}) {
+  state.absent = status === 404 ? "This message is gone from the catcher: deleted or expired"
+    : `This message could not be read: ${message}`;
+}
 
 // ---- Live ------------------------------------------------------------------
 
-function setStatus(text, title = "New mail appears by itself") {
-  $("status").textContent = text;
-  $("status").dataset.state = text;
-  $("status").title = title;
-}
+let source = null, followed = "", seconds = 0;
 
-const setReconnecting = () => setStatus("reconnecting", "No connection to mailtest; trying again");
+const live = () => source && source.readyState !== EventSource.CLOSED;
 
-/** Reads everything and follows what comes, however long it takes to get there. */
-async function start() {
-  try {
-    await load();
-  } catch (error) {
-    if (error.status !== 401 && error.status !== 403) {
-      setReconnecting();
-      await sleep(1000);
-      return start();
-    }
-    state.own = true;
-  }
-  if (state.own) startOwn();
-  else follow();
-}
-
-/** Follows the events since the last look.  Whatever cuts the stream, once it is back everything
-    is read anew. */
+/** Follows the events while the page is to be seen: a browser has six connections to a host. */
 function follow() {
-  const source = new EventSource("/v1/events?after=" + state.health.events);
-  let cut = false;
+  if (state.own === null) return;
+  const path = document.hidden || blind() ? "" : "v1/events?" + only(own());
+  if (path === followed && (!path || live())) return;
+  if (source) source.close();
+  source = path ? new EventSource(path) : null;
+  followed = path;
+  if (!path) return setStatus("ready", "Acquire an address to receive mail");
   source.onopen = () => {
     setStatus("live");
-    if (cut) load().catch(() => {});
-    cut = false;
+    refresh();
   };
-  source.onerror = () => {
-    cut = true;
-    setReconnecting();
-    if (source.readyState !== EventSource.CLOSED) return;
-    setStatus("polling", "There is no event stream: asking every few seconds");
-    sleep(2000).then(start);
-  };
-  const on = (kind, react) => source.addEventListener(kind, ({data}) => react(JSON.parse(data)));
-  on("message", arrived);
-  on("session", (session) => loadSessions(session.number).catch(() => {}));
-  on("reset", () => load().catch(() => {}));
-  on("inbox", recount);
-  on("deleted", (data) => (data.id ? forget(data.id) : ended()));
-  on("expired", ended);
-  on("emptied", ended);
-}
-
-function arrived(item) {
-  if (item.direction === "Sent") return;
-  recount();
-  if (state.query) return relist();
-  if (!isShown(item) || state.messages.some((known) => known.id === item.id)) return;
-  state.arrivals.unshift(item);
-  state.messages.unshift(item);
-  if ($("scroller").scrollTop > 0) $("scroller").scrollTop += ROW;
-  announce(item);
-  redraw(renderList);
-}
-
-let unannounced = 0;
-
-/** Tells a screen reader of arrivals: once for many. */
-function announce(item) {
-  unannounced += 1;
-  if (unannounced > 1) return;
-  setTimeout(() => {
-    $("arrivals").textContent = unannounced > 1 ? `${unannounced} new messages` :
-      `New message from ${item.from.map(nameOf).join(", ")}: ${item.subject}`;
-    unannounced = 0;
-  }, 300);
-}
-
-/** A message is gone from the catcher. */
-function forget(id) {
-  state.messages = state.messages.filter((item) => item.id !== id);
-  state.deleted.delete(id);
-  state.read.delete(id);
-  if (id === state.selected) lose();
-  recount();
-}
-
-function ended() {
-  relist();
-  recount();
-  checkMessage().catch(() => {});
-}
-
-function lose() {
-  if (state.message) $("lost").hidden = false;
-}
-
-// ---- Own inboxes -----------------------------------------------------------
-// A hosted catcher lists nothing.  What this browser acquired it may load.
-
-const ownMessages = new Map();       // id -> the whole message, with the counts of a summary
-
-function startOwn() {
-  setStatus("ready", "Acquire an address to receive mail");
-  entries.clear();                   // their menus would offer too much
-  renderMessage();
-  recall("own", []).filter((inbox) => inbox.expires > Date.now()).forEach(addOwn);
-  listOwn();
-}
-
-function addOwn(inbox) {
-  const key = inbox.address.toLowerCase();
-  state.inboxes.set(key, {...inbox, acquired: true, count: 0});
-  remember("own", [...state.inboxes.values()]);
-  followOwn(key, state.inboxes.get(key));
-}
-
-function dropOwn(key) {
-  state.inboxes.delete(key);
-  remember("own", [...state.inboxes.values()]);
-  for (const [id, message] of ownMessages) {
-    if (!inboxesOf(message).length) ownMessages.delete(id);
+  source.onerror = () => (live() ? setStatus("reconnecting", "No connection to mailtest")
+    : setStatus("polling", "There is no event stream: asking every few seconds"));
+  for (const kind of ["message", "deleted", "emptied", "inbox", "expired", "seen", "reset"]) {
+    source.addEventListener(kind, refresh);
   }
-  if (!ownMessages.has(state.selected)) lose();
-  if (state.inbox === key) showInbox("", "That inbox has ended");
-  listOwn();
+  source.addEventListener("session", () => loadSessions().catch(() => {}));
 }
 
-/** Waits for the mail of an inbox until it has ended, with about one request a minute. */
-async function followOwn(key, inbox) {
-  let after = "";
-  while (state.inboxes.get(key) === inbox) {
-    try {
-      const {messages} = await request(
-        `/v1/load/${encodeURIComponent(inbox.address)}?timeout=55${after}`);
-      messages.forEach((message) => takeOwn(message, after));
-      after = "&after=" + messages[0].id;
-      setStatus("live");
-      listOwn();
-    } catch (error) {
-      if (error.body && error.body.error === "timeout") setStatus("live");
-      else if (error.status === 404) dropOwn(key);
-      else await pauseOwn(error);
-    }
+function setStatus(text, title = "New mail appears by itself") {
+  Object.assign($("status"), {textContent: text, title}).dataset.state = text;
+}
+
+/** Tells screen readers of new mail. */
+function announce() {
+  const [newest] = state.items, before = state.newest;
+  if (newest) state.newest = newest.received;
+  if (!newest || !before || newest.received <= before) return;
+  $("arrivals").textContent =
+    `New message from ${newest.from.map(nameOf).join(", ")}: ${newest.subject}`;
+}
+
+/** Each second: times, and what is to be asked without a stream. */
+function tick() {
+  seconds += 1;
+  for (const node of document.querySelectorAll("[data-at]")) {
+    node.textContent = apart(node.dataset.at);
   }
-}
-
-async function pauseOwn(error) {
-  if (error.status === 429) setStatus("waiting", error.message);
-  else setReconnecting();
-  await sleep(1000 * (error.retry || 2));
-}
-
-function takeOwn(message, isNew) {
-  const {text, attachments, warnings} = message, codes = codesOf(message);
-  ownMessages.set(message.id, {...message, whole: message, code: codes[0],
-    summary: (text.body || "").slice(0, 200), links: linksOf(message).length,
-    attachments: attachments.length, warnings: warnings.length});
-  if (isNew) announce(message);
-}
-
-/** The list and all counts, without the API's search: messages that hold all the words. */
-function listOwn() {
-  const words = state.query.toLowerCase().split(/\s+/);
-  const all = [...ownMessages.values()].sort((a, b) => (a.received < b.received ? 1 : -1));
-  state.messages = all.filter(({subject, from, to, text}) => words.every((word) =>
-    JSON.stringify([subject, from, to, text.body]).toLowerCase().includes(word)));
-  state.complete = true;
-  state.total = all.length;
-  for (const [key, inbox] of state.inboxes) {
-    inbox.count = all.filter((item) => inboxesOf(item).includes(key)).length;
-  }
-  renderCounts();
+  if (!live() && seconds % (document.hidden || state.own ? 10 : 3) === 0) refresh();
 }
 
 // ---- Inboxes ---------------------------------------------------------------
 
-/** The open inboxes that hold a message, as keys. */
-function inboxesOf(item) {
-  if (item.inboxes) return item.inboxes;
-  const keys = [...item.to, ...item.cc, ...item.bcc].map((each) => party(each).toLowerCase());
-  const all = new Set(keys.concat(keys.map((key) => key.replace(/\+[^@]*(?=@)/, ""))));
-  return [...all].filter((key) => state.inboxes.has(key));
+function render() {
+  if (state.health) {
+    renderHeader();
+    renderInboxes();
+    renderBar();
+  }
+  renderList();
+  renderMain();
 }
 
 async function acquire() {
-  try {
-    const {address, expires} = await request("/v1/acquire");
-    const inbox = {address, expires: Date.parse(expires), acquired: true, count: 0};
-    if (state.own) addOwn(inbox);
-    else state.inboxes.set(address.toLowerCase(), inbox);
-    showInbox(address.toLowerCase());
-    copy(address);
-  } catch (error) {
-    toast(error.retry ? `Too many requests: try again in ${error.retry} s` : error.message, 5000);
-  }
+  const {address, expires} = await change("v1/acquire") || {};
+  if (!address) return;
+  state.inboxes.set(address.toLowerCase(), {address, expires, acquired: true, failures: [],
+    message_count: 0, unseen: 0});
+  remember("own", [address, ...recall("own", [])].slice(0, 50));
+  go({inbox: address.toLowerCase(), message: "", q: ""});
+  copy(address);
 }
 
-function showInbox(key, why) {
-  if (why) toast(why);
-  state.menu = state.menu && key === state.inbox;
-  state.inbox = key;
-  state.messages = [];
-  state.complete = false;
-  $("scroller").scrollTop = 0;
-  loadMessages().catch(() => {});
-  renderCounts();
-  if (!state.message) renderMessage();           // the manual names the inbox
-}
-
-/** Forgets that messages were read that are no longer there. */
-function forgetRead() {
-  const known = new Set(state.messages.map((item) => item.id));
-  state.read.forEach((keys, id) => known.has(id) || state.read.delete(id));
-}
-
-const allUnread = () => Math.max(0, state.total - state.read.size);
-
-/** How many messages of each inbox were not opened in this browser. */
-function unreadOf() {
-  const unread = new Map([...state.inboxes].map(([key, inbox]) => [key, inbox.count]));
-  for (const key of [...state.read.values()].flat()) {
-    if (unread.get(key)) unread.set(key, unread.get(key) - 1);
-  }
-  return unread;
-}
-
-/** Everything that counts; the title also while the page is hidden, when nothing is drawn. */
-function renderCounts() {
-  const unread = allUnread();
-  document.title = unread ? `(${unread}) mailtest` : "mailtest";
-  setFavicon(unread);
-  document.body.toggleAttribute("data-empty", !state.total && !state.selected);
-  redraw(renderInboxes);
-  redraw(renderList);
-}
-
-let entries = new Map();             // key of an inbox -> its entry
+const remaining = ({acquired, expires}) => acquired && timer(expires, "until its mail is gone");
 
 function renderInboxes() {
-  const before = entries, unread = unreadOf();
-  const some = [...state.inboxes].filter(([key], index) => index < INBOXES || key === state.inbox);
-  entries = new Map();
-  const entry = ([key, {address, count, expires, acquired}]) => {
-    entries.set(key, before.get(key) || inboxEntry(key, address, acquired && expires));
-    updateEntry(entries.get(key), key, count, unread.get(key));
-    return entries.get(key);
-  };
-  const total = state.total - state.deleted.size;
-  unread.set("", allUnread());
-  arrange($("all"), [entry(["", {address: "All mail", count: total}])]);
-  arrange($("acquired"), some.filter(([, inbox]) => inbox.acquired).map(entry));
-  arrange($("others"), some.filter(([, inbox]) => !inbox.acquired).map(entry));
-  const more = state.inboxes.size - some.length;
+  const all = [...state.inboxes.values()], {messages, unseen} = state.health;
+  const some = all.slice(0, INBOXES), more = all.length - some.length;
+  const sum = (name) => all.reduce((total, inbox) => total + inbox[name], 0);
+  const whole = {address: "", message_count: state.own ? sum("message_count") : messages,
+    unseen: state.own ? sum("unseen") : unseen};
+  const entries = (id, inboxes) => each($(id), inboxes, "address", inboxEntry,
+    (node, {message_count: count, unseen: fresh}) => fill(node.lastChild, [fresh, count], () => [
+      h(fresh ? "b" : "span", fresh || count),
+      h("span.heard", fresh ? ` unread of ${count}` : " messages, all read")]));
+  entries("all", [whole]);
+  entries("acquired", some.filter(({acquired}) => acquired));
+  entries("others", some.filter(({acquired}) => !acquired));
+  choose("inbox", view.inbox);
   $("more").textContent = more ? `${more.toLocaleString("en")} more: search with to:` : "";
+  document.title = whole.unseen ? `(${whole.unseen}) mailtest` : "mailtest";
+  setFavicon(whole.unseen);
 }
 
-function inboxEntry(key, address, expires) {
-  const name = address.replace("@" + state.health.domain, "");
-  const toggle = () => {
-    state.menu = !state.menu;
-    renderInboxes();
-  };
-  return el("li", {},
-    el("button", {class: "inbox", "data-testid": "inbox", title: address,
-                  onclick: () => showInbox(key)},
-      el("bdi", {}, name), expires && el("span", {class: "left", "data-expires": expires,
-        title: "until it and its mail are gone"}, left(expires)), el("span", {class: "count"})),
-    el("button", {class: "quiet square", "aria-label": "Menu of " + name, onclick: toggle},
-      icon("more")),
-    el("div", {class: "menu", role: "group", "aria-label": name},
-      key && el("button", {onclick: () => copy(address)}, "Copy"),
-      !state.own && el("button", {onclick: () => emptyInbox(key)}, "Empty"),
-      key && el("button", {onclick: () => endInbox(key, address)}, "End")));
+const inboxEntry = (inbox) => choice(".inbox.line@inbox", "inbox", inbox.address.toLowerCase(),
+  inbox.address || "All mail", ({target}) => go({inbox: target.value}),
+  h("bdi.grow.cut", inbox.address.replace("@" + state.health.domain, "") || "All mail"),
+  remaining(inbox), h("span.count"));
+
+/** What stands above the list: whose mail it is, and what can be done with it. */
+function renderBar() {
+  const inbox = state.inboxes.get(view.inbox) || {address: view.inbox, failures: []};
+  const {address, failures, attempts, acquired, expires} = inbox;
+  fill($("bar"), [address, acquired && expires, failures, attempts], () => [
+    h("h2.line@address", h("bdi", address || "All mail"),
+      address && copier(address, "the address")),
+    remaining(inbox), h("small@hits", {id: "hits", role: "status"}), h("details.menu@menu",
+      h("summary.square", {"aria-label": "Menu", title: "Menu"}, icon("more")),
+      h("div.box",
+        (address || !state.own) && h("button", {onclick: () => drop(
+          `Delete all mail to ${address || "everyone"}?`, address
+            ? `v1/inboxes/${encodeURIComponent(address)}/messages`
+            : "api/messages?server=mailtest")}, "Empty"),
+        address && h("button", {onclick: () => drop(`End ${address} and delete its mail?`,
+          "v1/get/" + encodeURIComponent(address), () => go({inbox: ""}, true))}, "End"),
+        sessionsLink(),
+        failures.length > 0 && h("p", `Failures to play, in ${plural(attempts, "attempt")}:`),
+        failures.map(({fail, answered, left}) => h("p", h("code", fail),
+          ` answered ${answered} times, ${left} left`))))]);
+  $("hits").textContent = state.total === null ? ""
+    : plural(state.total, view.q ? "hit" : "message");
 }
 
-function updateEntry(node, key, count, unread) {
-  const [button, toggle, menu] = node.children, number = button.lastChild;
-  const current = state.inbox === key;
-  button.setAttribute("aria-current", String(current));
-  number.textContent = unread || count;
-  number.classList.toggle("none", !unread);
-  number.title = `${unread} unread of ${count}`;
-  toggle.hidden = !current || !menu.hasChildNodes();
-  toggle.setAttribute("aria-expanded", String(state.menu));
-  menu.hidden = toggle.hidden || !state.menu;
-}
-
-/** Asks in a dialog; true if the answer is the verb. */
-function confirmed(question, verb) {
-  return new Promise((answer) => {
-    const dialog = el("dialog", {"aria-label": question}, el("p", {}, question),
-      el("form", {method: "dialog"}, el("button", {value: ""}, "Cancel"),
-        el("button", {class: "primary", value: verb}, verb)));
-    dialog.onclose = () => {
-      dialog.remove();
-      answer(dialog.returnValue === verb);
-    };
-    document.body.append(dialog);
-    dialog.showModal();
-  });
-}
-
-/** Deletes the mail of an inbox, which stays open. */
-async function emptyInbox(key) {
-  const {address, count} = state.inboxes.get(key) || {address: "everyone", count: state.total};
-  const question = `Delete ${plural(count, "message")} to ${address}? There is no undo.`;
-  if (!await confirmed(question, "Empty")) return;
-  if (!key) return request("/api/messages?server=mailtest", {method: "DELETE"});
-  for (const item of (await list(0, 1000)).filter(isShown)) {
-    await request(messageUrl(item.id), {method: "DELETE"}).catch(() => {});
-  }
-}
-
-/** Ends an inbox and its mail. */
-async function endInbox(key, address) {
-  if (!await confirmed(`End ${address} and delete its mail?`, "End")) return;
-  await request(inboxUrl(address), {method: "DELETE"}).catch(() => {});
-  if (state.own) dropOwn(key);
+/** Deletes mail for good. */
+async function drop(question, path, then = () => {}) {
+  if (confirm(question + " There is no undo.") && await change(path, {method: "DELETE"})) then();
 }
 
 // ---- List ------------------------------------------------------------------
 
-let drawn = new Map();               // id -> row: those near the visible part
+const listed = () => state.items.filter(({id}) => !state.deleted.has(id));
 
-const isShown = (item) => !state.deleted.has(item.id) && (
-  !state.inbox || inboxesOf(item).includes(state.inbox));
-const shown = () => (state.inbox || state.deleted.size ? state.messages.filter(isShown)
-  : state.messages);
-
-/** Draws the rows in sight and some more; the rest of the list is only height. */
 function renderList() {
-  const items = shown(), rows = $("rows"), {scrollTop, clientHeight} = $("scroller");
-  const first = Math.max(0, Math.floor(scrollTop / ROW) - 6);
-  const last = Math.min(items.length, Math.ceil((scrollTop + clientHeight) / ROW) + 6);
-  const wanted = new Map();
-  for (let index = first; index < last; index++) {
-    const item = items[index], node = drawn.get(item.id) || row(item);
-    placeRow(node, item, index);
-    wanted.set(item.id, node);
-  }
-  arrange(rows, [...wanted.values()]);
-  drawn = wanted;
-  rows.style.height = `${items.length * ROW}px`;
-  const selected = drawn.get(state.selected);
-  rows.setAttribute("aria-activedescendant", selected ? selected.id : "");
-  renderNothing(items.length);
-  if (last > items.length - 20) loadOlder().catch(() => {});
-}
-
-function placeRow(node, item, index) {
-  node.style.transform = `translateY(${index * ROW}px)`;
-  node.setAttribute("aria-selected", String(item.id === state.selected));
-  node.setAttribute("aria-posinset", index + 1);
-  node.setAttribute("aria-setsize", state.complete ? state.messages.length : -1);
-  node.classList.toggle("unread", !state.read.has(item.id));
+  each($("rows"), state.items, "id", row, (node, {id, seen}) => {
+    node.href = urlOf({message: id});
+    node.hidden = state.deleted.has(id);
+    node.setAttribute("aria-selected", id === view.message);
+    node.classList.toggle("unread", !seen);
+    node.firstChild.textContent = seen ? "" : "unread, ";
+  });
+  const selected = $("row-" + view.message), more = state.total - state.items.length;
+  $("rows").setAttribute("aria-activedescendant", selected ? selected.id : "");
+  if (selected && selected !== state.revealed) selected.scrollIntoView({block: "nearest"});
+  state.revealed = selected;
+  $("older").textContent = more > 0 && state.items.length >= MOST
+    ? `${more.toLocaleString("en")} older ones: search for them` : "";
+  renderNothing();
 }
 
 function row(item) {
   const to = [...item.to, ...item.cc, ...item.bcc];
-  return el("div", {class: "row", role: "option", id: "row-" + item.id,
-                    "data-testid": "message-row", onclick: () => open(item.id)},
-    el("div", {},
-      el("span", {class: "who"}, el("bdi", {}, item.from.map(nameOf).join(", ") || "(no sender)"),
-        " \u2192 ", el("bdi", {}, to.length ? nameOf(to[0]) : "(nobody)"),
-        to.length > 1 && ` +${to.length - 1}`),
-      el("time", {title: clock(item.received, true)}, clock(item.received))),
-    el("div", {}, el("span", {class: "subject", dir: "auto"}, item.subject || "(no subject)")),
-    el("div", {class: "facts"}, factsOf(item)));
-}
-
-/** What a tester looks for in a mail, and as much of its text as there is room for. */
-function factsOf(item) {
-  const fact = (count, noun, mark) => count > 0 && el("span", {class: "fact " + noun,
-    title: plural(count, noun)}, icon(mark), count);
-  return [item.code && el("span", {class: "code"}, item.code), fact(item.links, "link", "open"),
+  const fact = (count, noun, mark) => count > 0 && h("span.line." + noun,
+    {title: plural(count, noun)}, icon(mark), count, h("span.heard", " " + noun));
+  return h("a.row@message-row", {role: "option", id: "row-" + item.id, tabindex: -1,
+    "data-inside": ""}, h("span.heard"),
+  h("div.line", h("small.grow.cut", h("bdi", item.from.map(nameOf).join(", ") || "(no sender)"),
+    " \u2192 ", h("bdi", to.length ? nameOf(to[0]) : "(nobody)"),
+    to.length > 1 && ` +${to.length - 1}`),
+  h("time", {title: clock(item.received, 23)}, clock(item.received))),
+  h("div.line", h("span.subject.grow.cut", {dir: "auto"}, item.subject || "(no subject)"),
+    h("small", size(item.size))),
+  h("div.line.soft", item.code && h("span.code", item.code), fact(item.links, "link", "open"),
     fact(item.attachments, "attachment", "clip"), fact(item.warnings, "warning", "warn"),
-    el("span", {class: "text", dir: "auto"}, item.summary)];
+    h("span.grow.cut", {dir: "auto"}, item.summary)));
 }
 
-function renderNothing(count) {
-  $("nothing").hidden = count > 0 || !state.complete;
-  $("nothing").replaceChildren(
-    el("p", {}, state.query ? `Nothing matches \u201c${state.query}\u201d` :
-      state.inbox ? "No mail for this address yet" : "No mail yet"),
-    state.query ? el("button", {onclick: () => search("")}, "Clear the search") : "");
+/** Why there is no row: only what is known is said. */
+function renderNothing() {
+  const text = state.total ? "" : state.problem ? state.problem
+    : state.total === null ? "Asking\u2026" : view.q ? `Nothing matches \u201c${view.q}\u201d`
+      : view.inbox ? "No mail for this address yet"
+        : state.own ? "No mail to an address acquired here" : "No mail yet";
+  fill($("nothing"), [text, view.q, state.own], () => [text && h("p", text),
+    text && view.q && h("button", {onclick: () => go({q: ""})}, "Clear the search"),
+    state.own && !state.health.hosted && [h("p@signed-out", "You are not signed in: only mail to "
+      + "addresses acquired here is shown"), signIn()]]);
 }
 
-const searchSoon = throttled(async () => {
-  $("scroller").scrollTop = 0;
-  await loadMessages();
-});
-
-function search(query) {
-  state.query = query;
-  if ($("search").value !== query) $("search").value = query;
-  searchSoon();
-}
-
-/** Selects the message so many rows further, or the first. */
+/** Selects the message so many rows further, or the first.  Leafing leaves no trail in the
+    browser's history. */
 function move(step) {
-  const items = shown(), scroller = $("scroller");
-  const now = items.findIndex((item) => item.id === state.selected);
-  const next = Math.min(items.length - 1, now < 0 ? 0 : Math.max(0, now + step));
-  $("rows").focus({preventScroll: true});
-  if (next < 0) return;
-  scroller.scrollTop = Math.min(next * ROW,
-    Math.max(scroller.scrollTop, (next + 1) * ROW - scroller.clientHeight));
-  if (next !== now) select(items[next].id, 60);
+  const items = listed(), now = items.findIndex(({id}) => id === view.message);
+  const next = items[Math.max(0, Math.min(items.length - 1, now < 0 ? 0 : now + step))];
+  toList();
+  if (next) go({message: next.id}, view.message !== "");
 }
 
 // ---- Message ---------------------------------------------------------------
 
-let selectTimer = 0;
-
-/** Shows a message beside the list, after a moment if it is one of many leafed through. */
-function select(id, delay) {
-  state.selected = id;
-  state.remote = false;
-  redraw(renderList);
-  clearTimeout(selectTimer);
-  if (!delay) return fetchMessage();
-  selectTimer = setTimeout(fetchMessage, delay);
-}
-
-/** Shows a message; on a small screen instead of the list, and the browser's Back leads back. */
-async function open(id) {
-  if (narrow.matches && document.body.dataset.pane === "list") history.pushState(1, "", "#" + id);
-  document.body.dataset.pane = "message";
-  if (!state.message || state.message.id !== id) await select(id);
-}
-
-async function fetchMessage() {
-  const id = state.selected;
-  try {
-    const message = state.own ? ownMessages.get(id).whole : await request(messageUrl(id));
-    if (id !== state.selected) return;
-    state.message = message;
-    state.read.set(id, inboxesOf(message));
-    remember("read", [...state.read].slice(-2000));
-    history.replaceState(history.state, "", "#" + id);
-    renderMessage();
-    renderCounts();
-  } catch (error) {
-    if (id !== state.selected) return;
-    toast(error.status >= 500 ? "mailtest could not show it" : "That message is gone", 5000);
-    close();
-  }
-}
-
 /** Back to the list, and to the manual beside it. */
-function close() {
-  document.body.dataset.pane = "list";
-  state.selected = "";
-  state.message = null;
-  history.replaceState(null, "", location.pathname);
-  renderMessage();
-  renderCounts();
-  $("rows").focus({preventScroll: true});
+function back() {
+  if (history.state) history.back();
+  else go({message: ""});
+  toList();
 }
 
-const back = () => (history.state ? history.back() : close());
+const heading = (text, ...tools) => h("div.line", tool("back", "Back to the list",
+  {onclick: back}, ".back"), h("h2.grow", {dir: "auto"}, text), tools);
 
-function renderMessage() {
-  const message = state.message;
-  if (!message) return $("message").replaceChildren(manual());
-  $("message").replaceChildren(
-    el("div", {class: "head"}, titleOf(message), partiesOf(message), metaOf(message),
-      el("p", {class: "notice", id: "lost", role: "alert", hidden: ""},
-        "This message is gone from the catcher: deleted or expired."),
-      warningsOf(message), chipsOf(message), filesOf(message), tabsOf(message)),
-    el("div", {id: "panel", role: "tabpanel", tabindex: 0}));
+function renderMain() {
+  const {message, absent} = state, main = $("message"), {message: id} = view;
+  document.body.dataset.pane = id ? "message" : "list";
+  if (message) {
+    fill(main, message.id, () => mail(message));
+    $("gone").textContent = absent;
+    renderPanel(message);
+  } else if (id && !SHEETS[id]) {
+    fill(main, [id, absent], () => absent && h("div.sheet", heading("No message"),
+      h("p", absent)));
+  } else if (state.health) (SHEETS[id] || SHEETS.help)(main);
+}
+
+/** A part that can be folded, open if it is small. */
+const folded = (kind, title, small, ...children) => h("details" + kind, small ? {open: ""} : {},
+  h("summary", title), children);
+
+function mail(message) {
+  const {subject, warnings, attachments, id} = message;
   $("message").scrollTop = 0;
-  showTab([state.tab, "preview", "text", "source"].find((name) => !TABS[name].empty(message)));
+  return [h("div.head", heading(subject || "(no subject)",
+    tool("dot", "Mark unread (m)", {onclick: unread}),
+    tool("load", "Download as .eml", {href: viewUrl(id, "source"), download: id + ".eml"}),
+    !state.own && tool("bin", "Delete (Del)", {onclick: remove}, "@delete")),
+  partiesOf(message), metaOf(message),
+  h("p.notice", {id: "gone", role: "alert"}),
+  warnings.length > 0 && folded(".notice", plural(warnings.length, "warning"), false,
+    h("ul", warnings.map((warning) => h("li", warning)))),
+  h("div.line.wrap.chips", chipsOf(message)),
+  attachments.length > 0 && folded("", plural(attachments.length, "attachment"),
+    attachments.length < 7, h("div.line.wrap", attachments.map(fileOf)))),
+  tabsOf(message), h("div", {id: "panel", tabindex: 0, role: "region"})];
 }
 
-function titleOf(message) {
-  return el("div", {class: "title"},
-    el("button", {class: "quiet square back-button", "aria-label": "Back to the list",
-                  onclick: back}, icon("back")),
-    el("h2", {dir: "auto"}, message.subject || "(no subject)"),
-    el("a", {class: "quiet square", href: sourceUrl(message.id), download: message.id + ".eml",
-             "aria-label": "Download", title: "Download as .eml"}, icon("load")),
-    !state.own && el("button", {class: "quiet square", "data-testid": "delete",
-      "aria-label": "Delete", title: "Delete (Del)", onclick: deleteShown}, icon("bin")));
-}
+const fields = ({metadata}, name) => metadata.headers.filter(
+  ({field}) => field.toLowerCase() === name).map(({value}) => value);
 
+/** Who sent it to whom.  Of many the first are shown. */
 function partiesOf(message) {
-  const line = (label, addresses) => addresses.length > 0 && el("span", {},
-    el("span", {class: "soft"}, label + " "), addresses.flatMap((address, index) => [
-      index ? ", " : "",
-      el("bdi", {}, address.name ? `${address.name} <${party(address)}>` : party(address))]));
-  return el("div", {class: "parties"}, line("From", message.from), line("To", message.to),
-    line("Cc", message.cc), line("Bcc", message.bcc));
+  const few = (texts) => texts.flatMap((text, index) => [index ? ", " : "", h("bdi", text)]);
+  const line = (label, texts) => texts.length > 0 && h("div", h("span.soft", label + " "),
+    few(texts.slice(0, 4)), texts.length > 4 && folded("", `and ${texts.length - 4} more`, false,
+      few(texts.slice(4))));
+  const named = (label, parties) => line(label, parties.map((one) => (one.name
+    ? `${one.name} <${party(one)}>` : party(one))));
+  return h("div.line.wrap.parties", named("From", message.from), named("To", message.to),
+    named("Cc", message.cc), named("Bcc", message.bcc),
+    line("Reply to", fields(message, "reply-to")),
+    line("Unsubscribe", fields(message, "list-unsubscribe")));
 }
 
 function metaOf(message) {
-  const {mailFrom, rcptTo, client, tls, user} = message.metadata;
-  return el("div", {class: "meta"},
-    el("span", {}, `${clock(message.received, true)} (`,
-      el("span", {"data-since": message.received}, age(message.received)), ")"),
-    el("span", {}, size(message.size)),
-    client && el("span", {}, ["from", client, tls && "over TLS", user && `as ${user}`]
-      .filter(Boolean).join(" ")),
-    envelopeDiffers(message) && el("span", {}, "envelope ", el("bdi", {}, mailFrom || "<>"),
-      " \u2192 ", el("bdi", {}, rcptTo.map(party).join(", "))),
-    el("button", {title: "Copy the id", onclick: () => copy(message.id, "the id")},
-      "id " + message.id));
-}
-
-/** Whether the envelope says something else than the header fields. */
-function envelopeDiffers({from, to, cc, metadata: {mailFrom, rcptTo}}) {
+  const {received, from, to, cc, id, metadata} = message, [date] = fields(message, "date");
+  const {mailFrom, rcptTo, client, tls, user} = metadata;
   const text = (addresses) => addresses.map(party).sort().join().toLowerCase();
-  return mailFrom !== null && (text(from) !== mailFrom.toLowerCase()
-    || text(rcptTo) !== text([...to, ...cc]));
+  const differs = mailFrom !== null && (text(from) !== mailFrom.toLowerCase()
+    || text(rcptTo) !== text([...to, ...cc]));   // the envelope, from the header fields
+  return h("div.line.wrap.soft.meta", h("span", `${clock(received, 23)} (`, timer(received, ""),
+    " ago)"),
+  Math.abs(Date.parse(date) - Date.parse(received)) > 60000 && h("span", "Date field: " + date),
+  h("span", size(message.size)),
+  client && h("span", `from ${client}${tls ? " over TLS" : ""}${user ? ` as ${user}` : ""}`),
+  differs && h("span", "envelope ", h("bdi", mailFrom || "<>"), " \u2192 ",
+    h("bdi", rcptTo.slice(0, 3).map(party).join(", ")),
+    rcptTo.length > 3 && ` and ${rcptTo.length - 3} more`),
+  h("button", {title: "Copy the id", onclick: () => copy(id, "the id")}, "id " + id));
 }
 
-const warningsOf = ({warnings}) => warnings.length > 0 && el("details", {class: "notice"},
-  el("summary", {}, plural(warnings.length, "warning")),
-  el("ul", {}, warnings.map((warning) => el("li", {}, warning))));
+const codesOf = ({text, html}) => [...new Set([...text.codes, ...html.codes].map(
+  ({value}) => value))];
+const linksOf = ({text, html}) => (html.links.length ? html : text).links;
 
-const codesOf = (message) => [...new Set([...message.text.codes, ...message.html.codes].map(
-  (code) => code.value))];
-const linksOf = (message) => (message.html.links.length ? message.html : message.text).links;
-
+/** The code and the first links, the host too if the text of a link does not show it. */
 function chipsOf(message) {
-  const codes = codesOf(message).slice(0, 3).map((code) => el("span", {class: "chip code"},
-    el("button", {"data-testid": "chip-code", title: "Copy the code (y)",
-                  onclick: () => copy(code)}, "code ", el("b", {}, code), icon("copy"))));
-  const links = linksOf(message).slice(0, 3).map((link) => el("span", {class: "chip"},
-    el("button", {"data-testid": "chip-link", title: "Copy " + link.href,
-                  onclick: () => copy(link.href, "the link")},
-      el("span", {dir: "auto"}, link.text || link.href), icon("copy")), opener(link)));
-  return codes.length + links.length > 0 && el("div", {class: "chips"}, codes, links);
+  const links = linksOf(message).filter(({href}) => !href.startsWith("#")).slice(0, 3);
+  return [codesOf(message).slice(0, 3).map((code) => h("span.chip.box.line", h("button@chip-code",
+    {title: "Copy the code (y)", onclick: () => copy(code)}, "code ", h("b.code", code),
+    icon("copy")))),
+  links.map(({href, text}) => {
+    const [, host] = /^\w+:\/+(?:[^/?#]*@)?([^/?#]+)/.exec(href) || [];
+    return h("span.chip.box.line", h("button@chip-link", {title: "Copy " + href,
+      onclick: () => copy(href, "the link")}, h("span", {dir: "auto"}, text || href),
+    host && text && !text.includes(host) && h("small", host), icon("copy")), opener(href));
+  })];
 }
 
 /** A way to follow a link, if it is one for browsers. */
-const opener = ({href}) => /^(https?|mailto):/i.test(href) && el("a", {href, target: "_blank",
-  class: "quiet square", rel: "noopener noreferrer", title: "Open " + href,
-  "aria-label": "Open " + href}, icon("open"));
-
-function filesOf({attachments}) {
-  return attachments.length > 0 && el("div", {class: "files", role: "group",
-    "aria-label": "Attachments"}, attachments.map(fileOf));
-}
+const opener = (href) => /^(https?|mailto):/i.test(href) && tool("open", "Open " + href,
+  {href, target: "_blank", rel: "noopener noreferrer"});
 
 function fileOf({id, fileName, contentId, contentType, length}) {
-  const href = "/v1/attachments/" + encodeURIComponent(id);
-  const name = fileName || contentId || "(no name)";
-  const type = (/\.(\w{1,4})$/.exec(name) || [0, "file"])[1].toUpperCase();
-  return el("a", {class: "file", href, download: name, "data-testid": "attachment", title: name},
-    /^image\//.test(contentType) && length < 1e7 ? el("img", {src: href, alt: "", loading: "lazy"})
-      : el("span", {class: "type", "aria-hidden": "true"}, type),
-    el("span", {}, el("bdi", {}, name),
-      el("span", {class: "soft"}, `${contentType} \u00b7 ${size(length)}`)));
+  const href = "v1/attachments/" + encodeURIComponent(id);
+  const name = fileName || contentId || "(no name)", [, type] = /\.(\w{1,4})$/.exec(name) || [];
+  return h("a.file.box.line@attachment", {href, download: name, title: name},
+    /^image\//.test(contentType) && length < 1e7 ? h("img", {src: href, alt: "", loading: "lazy"})
+      : h("span.soft", {"aria-hidden": "true"}, (type || "file").toUpperCase()),
+    h("div.grow", h("div.cut", name), h("div.soft.cut", `${contentType} \u00b7 ${size(length)}`)));
 }
 
-// -- deleting, with a moment for second thoughts
+function unread() {
+  if (!state.message) return;
+  change(viewUrl(view.message, "seen"), {method: "DELETE"});
+  toast("Marked as unread");
+}
 
-let deleteTimer = 0;
-
-function deleteShown() {
-  if (state.own || !state.message) return;
-  const items = shown(), index = items.findIndex((item) => item.id === state.selected);
-  const next = items[index + 1] || items[index - 1], {subject} = state.message;
-  state.deleted.add(state.selected);
-  toast(state.deleted.size > 1 ? `Deleted ${state.deleted.size} messages` :
-    `Deleted \u201c${subject.slice(0, 60)}\u201d`, UNDO, true);
-  clearTimeout(deleteTimer);
-  deleteTimer = setTimeout(deleteNow, UNDO);
+/** Deletes the message that is shown, after a moment for second thoughts. */
+function remove() {
+  const id = view.message, items = listed(), now = items.findIndex((item) => item.id === id);
+  const next = items[now + 1] || items[now - 1];
+  if (state.own || !state.message || state.deleted.has(id)) return;
+  state.deleted.set(id, setTimeout(removeNow, UNDO, id));
+  toast(state.deleted.size > 1 ? `Deleted ${state.deleted.size} messages`
+    : `Deleted \u201c${state.message.subject.slice(0, 60)}\u201d`, true);
   if (narrow.matches || !next) back();
-  else select(next.id);
-  $("rows").focus({preventScroll: true});
-  renderCounts();
+  else go({message: next.id}, true);
+  toList();
 }
 
 function undo() {
-  if (!state.deleted.size) return;
-  clearTimeout(deleteTimer);
-  $("toast").hidden = true;
-  $("rows").focus({preventScroll: true});
-  select([...state.deleted].pop());
+  const ids = [...state.deleted.keys()];
+  state.deleted.forEach(clearTimeout);
   state.deleted.clear();
-  renderCounts();
+  $("toast").hidden = true;
+  if (ids.length) go({message: ids.pop()}, true);
 }
 
-function deleteNow() {
-  for (const id of state.deleted) {
-    request(messageUrl(id), {method: "DELETE", keepalive: true}).catch((error) => {
-      if (error.status !== 404) throw error;
-    }).then(() => forget(id), () => {
-      state.deleted.delete(id);
-      renderCounts();
-      toast("The message could not be deleted", 5000);
-    });
-  }
+async function removeNow(id) {
+  await change(apiUrl(id), {method: "DELETE", keepalive: true});
+  await loadList().catch(() => {});
+  state.deleted.delete(id);
+  render();
 }
 
 // ---- Tabs ------------------------------------------------------------------
 
-const limited = (text, id) => (text.length <= SHOWN ? [text] : [text.slice(0, SHOWN), "\n\n",
-  el("a", {href: sourceUrl(id), target: "_blank"}, "\u2026 The whole source")]);
+const pre = (text, id, attributes = {}) => h("pre", attributes, text.slice(0, SHOWN),
+  text.length > SHOWN && h("a", {href: viewUrl(id, "source")}, "\n\n\u2026 The whole source"));
 
 // What in a mail's HTML would be fetched from elsewhere.
-const REMOTE = new RegExp("(src|srcset|background|poster)\\s*=\\s*[\"']?\\s*(https?:)?//"
-  + "|url\\(\\s*[\"']?\\s*(https?:)?//|<link\\b", "i");
+const REMOTE = /((src|srcset|background|poster)\s*=|url\()\s*["']?\s*(https?:)?\/\/|<link\b/i;
 
-function showPreview(message) {
-  const frame = el("iframe", {"data-testid": "preview-frame", title: "The HTML of the message",
-    sandbox: "allow-popups allow-popups-to-escape-sandbox", referrerpolicy: "no-referrer",
-    src: `/v1/messages/${encodeURIComponent(message.id)}/preview?remote=${Number(state.remote)}`});
-  const buttons = ["320", "375", "768", "100%"].map((width) => el("button", {title: "Width",
-    onclick: () => setWidth(width)}, width));
-  const setWidth = (width) => {
-    state.width = width;
-    frame.style.width = width.replace(/\d$/, "$&px");
-    buttons.forEach((each) => each.setAttribute("aria-pressed", each.textContent === width));
+function showPreview({id, html, text}) {
+  const src = viewUrl(id, "preview?remote=" + Number(state.remote));
+  const frame = h("iframe@preview-frame", {title: "The HTML of the message", src,
+    sandbox: "allow-popups allow-popups-to-escape-sandbox", referrerpolicy: "no-referrer"});
+  // Nobody can ask a sandboxed document how long it is: on paper it gets room for its text.
+  frame.style.setProperty("--pages", Math.ceil(((text.body || html.body).length + 1) / 3000));
+  const load = () => {
+    state.remote = true;
+    render();
   };
-  setWidth(state.width);
-  return [el("div", {class: "bar"}, REMOTE.test(message.html.body) && remoteNote(),
-    el("div", {class: "widths", role: "group", "aria-label": "Width of the preview"}, buttons)),
-  el("div", {class: "stage"}, frame)];
+  return [h("div.tools.line.wrap", REMOTE.test(html.body) && (state.remote
+    ? "Remote content is loaded" : ["Remote content is blocked",
+      h("button@load-remote", {onclick: load}, "Load it")]),
+  h("span.grow", h("span.away", "Keys go to the mail now: Shift+Tab leads back")),
+  h("label", h("input", {type: "checkbox", id: "scheme", onchange: ({target}) => go(
+    {scheme: target.checked ? "dark" : "light"}, true)}), " Dark"),
+  ["320", "375", "768", "100%"].map((width) => choice("", "width", width, "Width",
+    () => go({width}, true), width)),
+  tool("open", "Open it in a tab of its own", {href: src, target: "_blank", rel: "noopener"})),
+  h("div.stage", frame)];
 }
 
-function remoteNote() {
-  if (state.remote) return el("span", {}, "Remote content is loaded");
-  return [el("span", {}, "Remote content is blocked"),
-    el("button", {"data-testid": "load-remote", onclick: () => {
-      state.remote = true;
-      showTab("preview");
-    }}, "Load it")];
-}
+const showLinks = (message) => h("div.links", linksOf(message).map(({href, text}) => h("div.line",
+  h("div.grow", h("div", {dir: "auto"}, text), h("code.soft", href)), copier(href, "the link"),
+  opener(href))));
 
-const showText = (message) => el("pre", {class: "letter", dir: "auto"},
-  limited(message.text.body, message.id));
-
-const showLinks = (message) => el("ul", {class: "links"}, linksOf(message).map((link) => el(
-  "li", {}, el("div", {}, el("div", {dir: "auto"}, link.text),
-    el("code", {class: "soft"}, link.href)), copyButton(link.href, "the link"), opener(link))));
-
-function showHeaders(message) {
-  const fields = el("dl", {class: "headers"});
-  const filter = el("input", {class: "filter", type: "search", placeholder: "Filter header fields",
-    "aria-label": "Filter header fields"});
-  filter.oninput = () => fields.replaceChildren(...message.metadata.headers.filter(
+function showHeaders({metadata}) {
+  const found = h("dl.pairs"), filter = h("input", {type: "search", "aria-label": "Filter",
+    placeholder: "Filter header fields"});
+  filter.oninput = () => found.replaceChildren(...metadata.headers.filter(
     ({field, value}) => `${field}: ${value}`.toLowerCase().includes(filter.value.toLowerCase())
-  ).flatMap(({field, value}) => [el("dt", {}, field), el("dd", {dir: "auto"}, value)]));
+  ).flatMap(({field, value}) => [h("dt", field), h("dd", {dir: "auto"}, value)]));
   filter.oninput();
-  return [filter, fields];
+  return [filter, found];
 }
 
-function showSource(message) {
-  const source = el("pre", {"data-testid": "source"}, "\u2026");
-  fetch(sourceUrl(message.id)).then(async (response) => {
-    source.replaceChildren(...response.ok ? limited(await response.text(), message.id)
-      : ["The source is gone with the message."]);
-  }).catch(setReconnecting);
-  return source;
+function showSource({id}) {
+  const node = h("div@source", "\u2026");
+  fetch(viewUrl(id, "source")).then(async (response) => node.replaceChildren(
+    response.ok ? pre(await response.text(), id) : "The source is gone with the message"),
+  () => node.replaceChildren("mailtest does not answer"));
+  return node;
 }
 
 const REFUSAL = /^(S: )?[45]\d\d[ -]/;
 
 /** The lines of a session: what the client said, and what was refused, in their colours. */
-const transcript = (lines) => lines.map((line) => el("span", {
-  class: /^C:/.test(line) ? "client" : REFUSAL.test(line) && "refusal"}, line + "\n"));
+const transcript = (lines) => h("pre", lines.map((line) => h(/^C:/.test(line) ? "span.client"
+  : REFUSAL.test(line) ? "span.refusal" : "span", line + "\n")));
 
 /** Text to copy as it stands. */
-const block = (text) => el("div", {class: "block"}, el("pre", {}, text), copyButton(text, "this"));
+const block = (text) => h("div.block", h("pre.box", {tabindex: 0}, text), copier(text, "this"));
 
 function showJson(message) {
-  const curl = (path) => `curl -s '${location.origin}${path.replace(/'/g, "%27")}'`;
-  const inbox = inboxesOf(message)[0], subject = encodeURIComponent(message.subject);
-  return [!state.own && block(curl(messageUrl(message.id))
-      + (state.health.api_key ? ' -u ":$MAILTEST_API_KEY"' : "")),
-    inbox && block(curl(`${inboxUrl(inbox)}?timeout=30&subject=${subject}`)),
-    el("pre", {"data-testid": "json"}, limited(JSON.stringify(message, null, 2), message.id))];
+  const curl = (path) => block(`curl -s '${base()}/${path.replaceAll("'", "%27")}'`);
+  const {email} = message.metadata.rcptTo[0] || {}, subject = encodeURIComponent(message.subject);
+  return [curl(apiUrl(message.id)),
+    email && curl(`v1/get/${encodeURIComponent(email)}?timeout=30&subject=${subject}`),
+    h("div@json", pre(JSON.stringify(message, null, 2), message.id))];
 }
 
-const TABS = {
-  preview: {label: "Preview", show: showPreview, empty: (message) => !message.html.body
-    && "This message has no HTML part"},
-  text: {label: "Text", show: showText, empty: (message) => !message.text.body
-    && "This message has no text part"},
-  links: {label: "Links", show: showLinks, count: (message) => linksOf(message).length,
-    empty: (message) => !linksOf(message).length && "This message has no links"},
-  headers: {label: "Headers", show: showHeaders, count: ({metadata}) => metadata.headers.length,
-    empty: ({metadata}) => !metadata.headers.length && "This message has no header fields"},
-  source: {label: "Source", show: showSource, empty: () => ""},
-  smtp: {label: "SMTP", show: ({session}) => el("pre", {}, transcript(session)),
-    empty: ({session}) => !session.length && "This message did not come by SMTP"},
-  json: {label: "JSON", show: showJson, empty: () => ""},
+const TABS = {                       // label, noun of what it needs, that, how it is shown
+  preview: ["Preview", "HTML part", ({html}) => html.body, showPreview],
+  text: ["Text", "text part", ({text}) => text.body,
+    ({text, id}) => pre(text.body, id, {class: "letter", dir: "auto"})],
+  html: ["HTML", "HTML part", ({html}) => html.body, ({html, id}) => pre(html.body, id)],
+  links: ["Links", "link", (message) => linksOf(message).length, showLinks],
+  headers: ["Headers", "header field", ({metadata}) => metadata.headers.length, showHeaders],
+  source: ["Source", "source", () => true, showSource],
+  smtp: ["SMTP", "SMTP session", ({session}) => session[0], ({session}) => transcript(session)],
+  json: ["JSON", "JSON", () => true, showJson],
 };
 
-function tabsOf(message) {
-  return el("div", {role: "tablist", "aria-label": "Parts of the message"},
-    Object.entries(TABS).map(([name, {label, empty, count}], index) => el("button", {
-      role: "tab", id: "tab-" + name, "data-testid": "tab-" + name, "aria-controls": "panel",
-      "aria-disabled": empty(message) ? "true" : false,
-      title: empty(message) || `${label} (${index + 1})`, onclick: () => chooseTab(name),
-    }, label, count && !empty(message) && el("small", {}, count(message)))));
-}
+const missing = (name) => !TABS[name][2](state.message) && "This message has no " + TABS[name][1];
+
+const tabsOf = (message) => h("div.tabs", {role: "radiogroup", "aria-label": "Parts"},
+  Object.entries(TABS).map(([name, [label, , holds]], index) => {
+    const tab = choice("@tab-" + name, "tab", name, missing(name) || `${label} (${index + 1})`,
+      () => go({tab: name}, true), label, holds(message) > 0 && holds(message) !== true
+        && h("small", " ", holds(message)));
+    tab.firstChild.disabled = missing(name);
+    return tab;
+  }));
 
 function chooseTab(name) {
-  const why = state.message && TABS[name].empty(state.message);
-  if (why) return toast(why);
-  state.tab = name;
-  if (state.message) showTab(name);
+  if (!state.message) return;
+  if (missing(name)) toast(missing(name));
+  else go({tab: name}, true);
 }
 
-function showTab(name) {
-  for (const tab of document.querySelectorAll("[role=tab]")) {
-    const selected = tab.id === "tab-" + name;
-    tab.setAttribute("aria-selected", String(selected));
-    tab.tabIndex = selected ? 0 : -1;
-  }
-  $("tab-" + name).scrollIntoView({block: "nearest", inline: "nearest"});
-  $("panel").dataset.tab = name;
-  $("panel").setAttribute("aria-labelledby", "tab-" + name);
-  $("panel").replaceChildren(...[TABS[name].show(state.message)].flat().filter(Boolean));
-  $("panel").scrollTop = 0;
+/** The chosen tab, or the first that holds something. */
+function renderPanel(message) {
+  const name = [view.tab, "preview", "text", "source"].find((tab) => TABS[tab] && !missing(tab));
+  const panel = $("panel");
+  choose("tab", name);
+  panel.dataset.tab = name;
+  panel.ariaLabel = TABS[name][0];
+  fill(panel, [message.id, name, state.remote], () => TABS[name][3](message));
+  const frame = panel.querySelector("iframe");
+  if (!frame) return;
+  choose("width", view.width);       // without loading it anew
+  $("scheme").checked = view.scheme === "dark";
+  frame.style.width = view.width.replace(/\d$/, "$&px");
+  frame.style.colorScheme = view.scheme;
 }
 
-/** What the arrow keys do on a tab. */
-function stepTab(step) {
-  const names = Object.keys(TABS).filter((name) => !TABS[name].empty(state.message));
-  const now = names.findIndex((name) => $("tab-" + name).tabIndex === 0);
-  const next = names[(now + step + names.length) % names.length];
-  chooseTab(next);
-  $("tab-" + next).focus();
+// ---- Manual and sessions ---------------------------------------------------
+
+const SHEETS = {                     // what may stand in the place of a message
+  help: (main) => {
+    const {smtp, hosted, strict} = state.health;
+    fill(main, [smtp, hosted, strict, state.own, view.inbox, state.inboxes.size], manual);
+  },
+  sessions: (main) => {
+    fill(main, "sessions", () => h("div.sheet", heading("The last SMTP sessions"),
+      h("div", {id: "sessions"})));
+    each($("sessions"), state.sessions, "number", (session) => h("details@session",
+      h(failed(session) ? "summary.refusal" : "summary", `${clock(session.started, 19)} `
+        + `${session.client} ${outcome(session)}`), transcript(session.transcript)));
+  },
+};
+
+const sessionsLink = () => !state.own && h("a.button", {"data-inside": "",
+  href: urlOf({message: "sessions"})}, "Last SMTP sessions");
+
+const failed = ({refused, messages, ending}) => refused || !messages && ending !== "quit";
+
+/** What became of a session. */
+function outcome({refused, ending, transcript: lines, messages}) {
+  const [first = refused] = lines.filter((line) => REFUSAL.test(line));      // the cause of others
+  if (refused) return "was refused: " + first.replace("S: ", "");
+  return messages ? `brought ${plural(messages, "message")}` : `ended without mail: ${ending}`;
 }
 
-// ---- Manual ----------------------------------------------------------------
+const HELP = {
+  Search: `word "two words"  in subject, addresses and bodies
+from: to: subject: body:  a part of that field
+has:attachment  also code, link, html, text, warning
+-word -has:link  not that`,
+  Keyboard: `j k  or arrows: next and previous message
+Enter  into the message
+Esc  back
+1 to 8  the tabs of the message
+y  copy the code
+m  mark as unread
+Del  delete the message
+u  undo that, within 5 seconds
+/  search
+a  acquire an address and copy it
+?  this help`,
+};
 
-/** What is shown while no message is: how to use this catcher. */
-const manual = () => el("div", {class: "manual", "data-testid": "empty"},
-  state.health.hosted ? serviceManual() : catcherManual());
-
-const place = (term, text) => el("div", {}, el("dt", {}, term),
-  el("dd", {}, el("span", {}, text), copyButton(text, term)));
-
-function catcherManual() {
-  const [host, port] = smtpAddress(), base = location.origin, {ttl, strict} = state.health;
-  const {address} = state.inboxes.get(state.inbox) || {};
-  return [el("h2", {}, "Send mail here"),
-    el("p", {}, `What is sent to this SMTP server, to ${strict ? "an acquired" : "any"} address, `
+/** How to use this catcher; it names the inbox that is chosen. */
+function manual() {
+  const [host, port] = smtpAddress(), {ttl, strict, hosted, rate, max_size: most} = state.health;
+  const {address} = state.inboxes.get(view.inbox) || {}, url = base();
+  const place = (term, text) => text && h("div.box", h("dt", term), h("dd.line",
+    h("span.mono.grow", text), copier(text, term)));
+  return h("div.sheet@empty", heading(hosted ? "Test your outbound mail" : "Send mail here"),
+    h("p", `What is sent to this SMTP server, to ${strict ? "an acquired" : "any"} address, `
       + `appears here at once and goes no further. After ${duration(ttl)} it is deleted.`),
-    el("dl", {class: "places"}, address && place("Address", address), place("SMTP host", host),
-      place("SMTP port", port), place("HTTP API", base)),
-    el("div", {class: "actions"},
-      !state.own && el("button", {class: "primary", "data-testid": "sample", onclick: sendSample},
-        "Send me a sample mail"),
-      el("button", {onclick: acquire}, icon("plus"), "Acquire an address"), signInButton()),
-    el("h3", {}, "In a shell: acquire an address, send to it, fetch what arrived"),
-    block(`to=$(curl -s ${base}/v1/acquire)
+    hosted && h("p", `Free, and without registration: mail of up to ${size(most)}`
+      + `${rate ? `, ${plural(rate, "request")} a minute` : ""}. Who knows an address can read `
+      + "its mail: nothing secret, please."),
+    h("dl.line.wrap.places", place("Address", address), place("SMTP host", host),
+      place("SMTP port", port), place("HTTP API", url)),
+    h("div.line.wrap", !state.own && h("button.primary@sample", {onclick: sendSample},
+      "Send me a sample mail"), h("button", {onclick: acquire}, icon("plus"),
+      "Acquire an address"), signIn(), sessionsLink()),
+    h("h3", "In a shell: acquire an address, send to it, wait for what arrives"),
+    block(`to=$(curl -s ${url}/v1/acquire)
 printf 'Subject: Hello\\n\\nIt works\\n' | curl -s --crlf -T - \\
   --mail-from me@example.com --mail-rcpt "$to" smtp://${host}:${port}
-curl -s "${base}/v1/get/$to?timeout=10"`),
-    el("h3", {}, "In Python"),
-    block(`import smtplib
+curl -s "${url}/v1/get/$to?timeout=10"`),
+    h("h3", "In Python"), block(`import smtplib
 with smtplib.SMTP("${host}", ${port}) as smtp:
-    smtp.sendmail("me@example.com", "${address || (strict ? "an acquired address" :
-      "jane@example.com")}", "Subject: Hello\\n\\nIt works")`)];
-}
-
-function serviceManual() {
-  const {rate, max_size, ttl} = state.health, base = location.origin;
-  const limits = [rate && `${plural(rate, "request")} a minute and IP address`,
-    `mail of up to ${size(max_size)}`, `an address and its mail live ${duration(ttl)}`,
-    "who knows an address can read its mail: nothing secret, please"];
-  return [el("h2", {}, "Test your outbound mail"),
-    el("p", {}, "Acquire a temporary address, send mail to it from your server or application, "
-      + "and see here what arrived, or fetch it as JSON. Free, and without registration."),
-    el("div", {class: "actions"}, el("button", {class: "primary", onclick: acquire}, icon("plus"),
-      "Acquire an address"), signInButton()),
-    el("h3", {}, "Limits"),
-    el("ul", {}, limits.filter(Boolean).map((limit) => el("li", {}, limit))),
-    el("h3", {}, "A test script for your mail server"),
-    block(`#!/bin/bash
-mail_to=$(curl -sf "${base}/v1/acquire")
-printf 'Subject: testmail\\n\\nMessage body\\n' | sendmail "$mail_to"
-sleep 10
-mail=$(curl -sf "${base}/v1/get/$mail_to") \\
-  || echo "Error: No mail received!"`),
-    el("h3", {}, "Instead of sleeping, wait for it, up to a minute"),
-    block(`curl -sf "${base}/v1/get/$mail_to?timeout=60"`)];
+    smtp.sendmail("me@example.com", "${address || (strict ? "an acquired address"
+    : "jane@example.com")}", "Subject: Hello\\n\\nIt works")`),
+    Object.entries(HELP).map(([title, lines]) => [h("h3", title), h("dl.pairs", lines.split("\n")
+      .map((line) => line.split("  ")).map(([term, text]) => [h("dt", h("code", term)),
+        h("dd", text)]))]), h("p", `mailtest ${state.health.version}`));
 }
 
 /** Who has the API key sees all mail; the browser asks for it. */
-function signInButton() {
-  return state.own && state.health.api_key && el("button", {onclick: async () => {
-    try {
-      await request("/api/messages?server=mailtest&itemsPerPage=1");
-      remember("signed-in", true);
-      location.reload();
-    } catch (error) {
-      toast("That needs the API key", 5000);
-    }
-  }}, "Show all mail (API key)");
-}
+const signIn = () => state.own && state.health.api_key && h("button@sign-in", {onclick: () => {
+  remember("signed-in", true);
+  location.reload();
+}}, "Show all mail (API key)");
 
 /** The API's own sample, to the shown inbox. */
-async function sendSample() {
-  const {address = "jane@example.com"} = state.inboxes.get(state.inbox) || {};
-  const body = JSON.stringify({to: address, from: "Acme <noreply@acme.example>"});
-  await request("/api/messages?server=mailtest", {method: "POST", body}).catch(
-    (error) => toast(error.message, 5000));
+function sendSample() {
+  const {address = "jane@example.com"} = state.inboxes.get(view.inbox) || {};
+  change("api/messages?server=mailtest", {method: "POST", body: JSON.stringify(
+    {to: address, from: "Acme <noreply@acme.example>"})});
 }
 
 // ---- Header ----------------------------------------------------------------
 
 function renderHeader() {
-  const smtp = smtpAddress().join(":");
-  $("smtp").hidden = state.health.hosted;
-  $("smtp").replaceChildren("smtp " + smtp, icon("copy"));
+  const smtp = smtpAddress().join(":"), session = state.sessions.find(failed);
+  const [, link, dismiss] = $("refused").children;
+  fill($("smtp"), smtp, () => ["smtp " + smtp, icon("copy")]);
   $("smtp").onclick = () => copy(smtp);
-  $("version").textContent = "mailtest " + state.health.version;
-  renderCounts();
+  $("help").href = urlOf({message: "help"});
+  $("refused").hidden = !session || recall("dismissed", "") >= session.started;
+  if (!session) return;
+  link.href = urlOf({message: "sessions"});
+  link.textContent = `The SMTP session of ${clock(session.started, 19)} ${outcome(session)}`;
+  dismiss.onclick = () => {
+    remember("dismissed", session.started);
+    render();
+  };
 }
 
-function setFavicon(unread) {
-  const badge = unread ? '<circle cx="22" cy="10" r="10" fill="#d92d20"/><text x="22" y="15" '
-    + 'fill="#fff" font-family="sans-serif" font-weight="700" font-size="13" text-anchor="middle">'
-    + Math.min(99, unread) + "</text>" : "";
+function setFavicon(unseen) {
+  const badge = unseen ? '<circle cx="22" cy="10" r="10" fill="#d92d20"/><text x="22" y="15" '
+    + 'fill="#fff" font-family="sans-serif" font-size="13" text-anchor="middle">'
+    + `${Math.min(99, unseen)}</text>` : "";
   document.querySelector("link[rel=icon]").href = "data:image/svg+xml," + encodeURIComponent(
     '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 32 32"><rect x="2" y="6" width="28" '
     + 'height="20" rx="4" fill="#2f5fd0"/><path d="m5 10 11 8 11-8" fill="none" stroke="#fff" '
     + `stroke-width="2.5"/>${badge}</svg>`);
 }
 
-/** A strip that says what became of a session, until it is dismissed. */
-function renderRefused({started, refused, ending, transcript: lines}) {
-  if (recall("dismissed", "") >= started) return;
-  const [details, dismiss] = $("refused").children, [summary, pre] = details.children;
-  const [first = refused] = lines.filter((line) => REFUSAL.test(line));     // the cause of others
-  summary.lastElementChild.textContent =
-    `The SMTP session of ${clock(started, true).slice(0, -4)} `
-    + (refused ? "was refused: " + first.replace("S: ", "") : `ended without mail: ${ending}`);
-  pre.replaceChildren(...transcript(lines));
-  dismiss.onclick = () => {
-    remember("dismissed", started);
-    $("refused").hidden = true;
-  };
-  $("refused").hidden = false;
-}
-
+/** Light or dark, as the system has it unless something else was chosen. */
 function renderTheme() {
-  const theme = recall("theme", dark.matches ? "dark" : "light");
+  const usual = dark.matches ? "dark" : "light", theme = recall("theme", usual);
+  const other = theme === "dark" ? "light" : "dark";
   document.documentElement.dataset.theme = theme;
-  $("theme").title = `Switch to ${theme === "dark" ? "light" : "dark"} colours`;
-  $("theme").setAttribute("aria-label", $("theme").title);
+  $("theme").title = `Switch to ${other} colours`;
+  $("theme").onclick = () => {
+    remember("theme", other === usual ? null : other);
+    renderTheme();
+  };
 }
 
-/** The other theme; the one that the system prefers is not remembered, but followed. */
-function toggleTheme() {
-  const next = document.documentElement.dataset.theme === "dark" ? "light" : "dark";
-  remember("theme", next === (dark.matches ? "dark" : "light") ? null : next);
-  renderTheme();
-}
-
-// ---- Keys ------------------------------------------------------------------
+// ---- Keys and clicks -------------------------------------------------------
 
 const toList = () => $("rows").focus({preventScroll: true});
-const rowsInSight = () => Math.max(1, Math.floor($("scroller").clientHeight / ROW) - 1);
 
 function copyCode() {
-  if (!state.message) return;
-  const [code] = codesOf(state.message);
+  const [code] = state.message ? codesOf(state.message) : [];
   if (code) copy(code);
   else toast("This message has no code");
 }
 
 /** From the list into the message. */
-async function enter() {
-  if (!state.selected) return move(0);
-  await open(state.selected);
-  if (state.message) $("panel").focus();
+function enter() {
+  if (!view.message) move(0);
+  if ($("panel")) $("panel").focus();
 }
 
 /** One step back: from the message to the list, from there to the manual. */
 function escape() {
-  const inList = document.activeElement === $("rows") || document.activeElement === document.body;
-  if (state.selected && (inList || narrow.matches)) back();
+  const inList = [$("rows"), document.body].includes(document.activeElement);
+  if (view.message && (inList || narrow.matches || SHEETS[view.message])) back();
   else toList();
 }
 
-const KEYS = {j: () => move(1), k: () => move(-1), a: acquire, u: undo, y: copyCode,
-  "/": () => $("search").select(), "?": () => $("keys").showModal(),
-  Delete: deleteShown, Escape: escape};
+const KEYS = {j: () => move(1), k: () => move(-1), a: acquire, u: undo, y: copyCode, m: unread,
+  "/": () => $("search").select(), "?": () => go({message: "help"}), Delete: remove,
+  Escape: escape};
 Object.keys(TABS).forEach((name, index) => {
   KEYS[index + 1] = () => chooseTab(name);
 });
-const LIST_KEYS = {ArrowDown: KEYS.j, ArrowUp: KEYS.k, Enter: enter,
-  Home: () => move(-Infinity), End: () => move(Infinity),
-  PageDown: () => move(rowsInSight()), PageUp: () => move(-rowsInSight()), ...KEYS};
-const TAB_KEYS = {ArrowRight: () => stepTab(1), ArrowLeft: () => stepTab(-1), ...KEYS};
-const SEARCH_KEYS = {ArrowDown: () => move(0), Escape: () => (search(""), toList())};
-
-/** The keys that work where the focus is. */
-function keysAt(node) {
-  if (node === $("search")) return SEARCH_KEYS;
-  if (node.tagName === "INPUT") return {Escape: toList};
-  if (node === document.body || node === $("rows")) return LIST_KEYS;
-  return node.getAttribute("role") === "tab" ? TAB_KEYS : KEYS;
-}
+const LIST_KEYS = {ArrowDown: KEYS.j, ArrowUp: KEYS.k, Enter: enter, Home: () => move(-MOST),
+  End: () => move(MOST), PageDown: () => move(8), PageUp: () => move(-8), ...KEYS};
+const SEARCH_KEYS = {ArrowDown: () => move(0), Escape: () => (go({q: ""}), toList())};
 
 function pressed(event) {
+  const {target, key} = event;
   if (event.ctrlKey || event.metaKey || event.altKey) return;
-  if (document.querySelector("dialog[open]")) return;
-  const keys = keysAt(event.target);
-  if (!Object.prototype.hasOwnProperty.call(keys, event.key)) return;
+  const keys = target === $("search") ? SEARCH_KEYS
+    : target.type === "search" ? {Escape: toList}
+      : [document.body, $("rows")].includes(target) ? LIST_KEYS : KEYS;
+  if (!Object.prototype.hasOwnProperty.call(keys, key)) return;
   event.preventDefault();
-  keys[event.key]();
+  keys[key]();
 }
 
-// ---- Start -----------------------------------------------------------------
-
-function tick() {
-  for (const node of document.querySelectorAll("[data-expires]")) {
-    node.textContent = left(Number(node.dataset.expires));
+/** A plain click on a link within the page changes the view; others are the browser's. */
+function clicked(event) {
+  for (const menu of document.querySelectorAll(".menu[open]")) {
+    menu.open = menu.contains(event.target) && !event.target.closest("button, a");
   }
-  for (const node of document.querySelectorAll("[data-since]")) {
-    node.textContent = age(node.dataset.since);
-  }
+  const link = event.target.closest("a[data-inside]");
+  if (!link || event.ctrlKey || event.metaKey || event.shiftKey) return;
+  event.preventDefault();
+  if (link.role) toList();           // a row
+  history.pushState(!view.message, "", link.href);
+  moved();
 }
 
-function listen() {
-  addEventListener("keydown", pressed);
-  addEventListener("popstate", () => (location.hash ? open(location.hash.slice(1)) : close()));
-  addEventListener("pagehide", deleteNow);
-  dark.addEventListener("change", renderTheme);
-  $("scroller").addEventListener("scroll", () => redraw(renderList));
-  new ResizeObserver(() => redraw(renderList)).observe($("scroller"));
-  $("search").addEventListener("input", () => search($("search").value));
-  $("find").addEventListener("submit", (event) => {
-    event.preventDefault();
-    move(0);
-  });
-  $("acquire").onclick = acquire;
-  $("theme").onclick = toggleTheme;
-  $("help").onclick = KEYS["?"];
-  $("toast").lastElementChild.onclick = undo;
-  // A click into the preview takes the keys along; with the pointer they come back.
-  $("list").addEventListener("pointerenter", () => {
-    if (document.activeElement.tagName === "IFRAME") toList();
-  });
-  setInterval(tick, 1000);
-}
-
+addEventListener("keydown", pressed);
+addEventListener("click", clicked);
+addEventListener("popstate", moved);
+addEventListener("pagehide", () => state.deleted.forEach((timer, id) => removeNow(id)));
+document.onvisibilitychange = () => {
+  follow();
+  refresh();
+};
+dark.onchange = renderTheme;
+$("rows").onscroll = ({target: {scrollTop, clientHeight, scrollHeight}}) => {
+  if (state.items.length < state.count || scrollHeight - scrollTop > 2 * clientHeight) return;
+  state.count = Math.min(MOST, state.count + PAGE);
+  refresh();
+};
+$("search").oninput = () => {
+  const q = $("search").value.trim();
+  go({q}, view.q !== "" && q !== "");
+};
+$("find").onsubmit = (event) => {
+  event.preventDefault();
+  move(0);
+};
+$("acquire").onclick = acquire;
+$("toast").lastElementChild.onclick = undo;
+setInterval(tick, 1000);
 renderTheme();
-listen();
-start().then(() => location.hash && open(location.hash.slice(1)));
+moved();
+refresh();
 """
 
 PAGE_FILES = {
