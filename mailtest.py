@@ -7542,8 +7542,7 @@ def _options() -> argparse.ArgumentParser:
         help="SMTP with TLS from the start, on this port too")
     add("--https", action="store_true", help="speak TLS on the HTTP port")
     add("--auth", type=user_and_password, metavar="USER:PASS", action="append", default=[],
-        help="the only SMTP credentials taken; without it any are; repeatable: each user's mail "
-             "is listed as server=USER, too")
+        help="the only SMTP credentials taken, repeatable; without it any are")
     add("--require", choices=["auth", "tls"], action="append", default=[],
         help="refuse SMTP clients that do not use it")
     add("--api-key", type=some_text, metavar="KEY",
@@ -7551,19 +7550,18 @@ def _options() -> argparse.ArgumentParser:
         help="demand it on all but the Mailtest service (or MAILTEST_API_KEY)")
     add = parser.add_argument_group("on a network").add_argument
     add("--hosted", action="store_true",
-        help="a public service: --strict, --max-size 200k, --rate 10, lists only with the API key")
+        help="a public service: --strict, --max-size 200k, --rate 10, no lists")
     add("--rate", type=a_count, metavar="N",
         help="requests a minute and client to the Mailtest service")
     add("--trust-proxy", action="store_true",
         help="take the client's address from X-Forwarded-For")
     add("--allow-host", type=a_host, action="append", default=[], metavar="NAME",
-        help="a Host header to answer to, beside addresses and local names; .NAME for all below "
-             "it; repeatable")
-    add("--allow-origin", type=an_origin, action="append", default=[], metavar="ORIGIN",
-        help="http://HOST:PORT whose pages may read by script (CORS); repeatable")
+        help="a Host header to answer to, .NAME for all below it; repeatable")
+    add("--allow-origin", type=an_origin, action="append", default=[], metavar="URL",
+        help="scheme, host and port whose pages may read by script (CORS); repeatable")
     add = parser.add_argument_group("in scripts").add_argument
     add("-v", "--log", action="store_true",
-        help="a line on standard error for each mail, refused or broken session, refused tunnel")
+        help="a line on standard error for each mail and whatever is refused")
     add("--save", metavar="DIR", default="", help="also write each message to DIR/<time>-<id>.eml")
     add("--webhook", metavar="URL", default="", help="also POST each message as JSON to URL")
     add("--exit-after", type=a_count, metavar="N",
