@@ -4817,12 +4817,7 @@ def _response(value: Any) -> Response:
     return Response(body=b"".join(first))
 
 
-_STRING, _NULLABLE = {"type": "string"}, {"type": "string", "nullable": True}
-_COUNT, _FACT = {"type": "integer"}, {"type": "boolean"}
-
-
-def _object(**members: Any) -> Dict[str, Any]:
-    return {"type": "object", "properties": members, "required": list(members)}
+_STRING = {"type": "string"}
 
 
 def _list(items: Dict[str, Any]) -> Dict[str, Any]:
@@ -4832,25 +4827,25 @@ def _list(items: Dict[str, Any]) -> Dict[str, Any]:
 # -- parameters
 
 class Kind(NamedTuple):
-    """How a parameter is read: what is expected, in words ("": the error says it); a function
-    from what came to the value, which raises ValueError; the JSON schema; the value when nothing
-    came; whether it may be repeated in a query (the value is a list then)."""
+    """How a parameter is read: the JSON schema; what is expected, in words ("": the error says
+    it); a function from what came to the value, ValueError if it does not fit; the value when
+    nothing came."""
 
+    schema: Dict[str, Any]
     expected: str
     read: Callable[[Any], Any]
-    schema: Dict[str, Any]
     default: Any = ""
-    many: bool = False
 
 
 class Parameter(NamedTuple):
-    """A parameter of the query, or a member of a body."""
+    """A parameter of the query, or a member of a body.  `many` may be repeated: a list then."""
 
     name: str                            # on the wire
     kind: Kind
     text: str                            # what it does
     missing: str = ""                    # what is said when it is required and not there,
     code: int = 0                        # and by which of Twilio's codes
+    many: bool = False
 
 
 def _bad(name: str, expected: str, got: Any) -> ApiError:
@@ -4876,112 +4871,95 @@ def _pairs(text: str) -> Dict[str, List[str]]:
     return found
 
 
-def _members(octets: bytes) -> Dict[str, Any]:
-    """The JSON object of a body; {} for none."""
+def _members(octets: bytes) -> Any:
+    """The JSON of a body, {} for none."""
     def refuse(constant: str) -> None:
         raise ValueError(constant)
     try:
-        value = json.loads(octets.decode("utf-8-sig") or "{}", parse_constant=refuse)
+        return json.loads(octets.decode("utf-8-sig") or "{}", parse_constant=refuse)
     except (ValueError, RecursionError):             # not UTF-8, not JSON, NaN, or too deep
         raise ApiError(400, "bad_request", "Expected a JSON object in UTF-8 as the body, got "
                        f"{octets[:60].decode('utf-8', 'replace')!r}", "body") from None
-    if not isinstance(value, dict):
-        raise _bad("the body", "a JSON object", value)
-    return value
 
 
-def _argument(parameter: Parameter, came: Any) -> Any:
+def _argument(parameter: Parameter, came: List[Any]) -> Any:
     """The value of a parameter; null, "" and nothing at all are the same."""
-    name, kind = parameter.name, parameter.kind
-    if came is None or came == "":
-        return kind.default
+    name, (_, expected, read, default), *_ = parameter
     try:
-        return [kind.read(each) for each in came] if kind.many else kind.read(came)
+        if parameter.many:
+            return [read(each) for each in came] if came else default
+        if len(came) > 1:
+            raise ApiError(400, "bad_request", f"Expected {name} once, got it {len(came)} times",
+                           name)
+        return default if came in ([], [None], [""]) else read(came[0])
     except ValueError as error:
-        raise (_bad(name, kind.expected, came) if kind.expected else
+        raise (_bad(name, expected, came[0]) if expected else
                ApiError(400, "bad_request", str(error), name)) from None
 
 
-def _arguments(words: str, given: Dict[str, Any],
+def _arguments(words: str, given: Dict[str, List[Any]],
                parameters: Dict[str, Parameter]) -> Dict[str, Any]:
     """The values of the parameters that `words` names (see Route), from what was given."""
     values: Dict[str, Any] = {}
     for word in words.split():
-        names = re.findall(r"\w+", word)
-        for name in names:
-            values[name] = _argument(parameters[name], given.get(parameters[name].name))
-        needed = "!" in word or "|" in word or ">" in word and values[names[0]]
-        if needed and not any(values[name] for name in names[">" in word:]):
-            _, _, _, missing, code = parameters[names[">" in word]]
-            name = parameters[names[">" in word]].name
+        keys = re.findall(r"\w+", word)
+        for key in keys:
+            values[key] = _argument(parameters[key], given.get(parameters[key].name, []))
+        needed = "!" in word or "|" in word or ">" in word and values[keys[0]]
+        if needed and not any(values[key] for key in keys[">" in word:]):
+            name, _, _, missing, code, _ = parameters[keys[">" in word]]
             more = {"code": code, "message": f"'{name}' is required"} if code else {}
             raise ApiError(400, "bad_request", missing, name, **more)
     return values
 
 
-def _from_query(words: str, query: str, parameters: Dict[str, Parameter]) -> Dict[str, Any]:
-    """The same from a query or a form, where only some parameters may be repeated."""
-    given: Dict[str, Any] = _pairs(query)
-    for name in re.findall(r"\w+", words):
-        name, kind, *_ = parameters[name]
-        if name in given and not kind.many:
-            if len(given[name]) > 1:
-                raise ApiError(400, "bad_request", f"Expected {name} once, got it "
-                               f"{len(given[name])} times", name)
-            given[name], = given[name]
+def _from_json(words: str, value: Any, parameters: Dict[str, Parameter]) -> Dict[str, Any]:
+    """The same from an object, whatever case its names have: .NET sends PascalCase."""
+    if not isinstance(value, dict):
+        raise _bad("the body", "a JSON object", value)
+    named = [parameters[key].name for key in re.findall(r"\w+", words)]
+    names = {name.lower(): name for name in named}
+    given = {names.get(str(name).lower(), ""): [each] for name, each in value.items()}
     return _arguments(words, given, parameters)
 
 
-def _from_object(words: str, value: Dict[Any, Any],
-                 parameters: Dict[str, Parameter]) -> Dict[str, Any]:
-    """The same from an object, whatever case its names have: .NET sends PascalCase."""
-    given = {str(name).lower(): each for name, each in value.items()}
-    return _arguments(words, {parameters[name].name: given.get(parameters[name].name.lower())
-                              for name in re.findall(r"\w+", words)}, parameters)
-
-
-def _a_text(value: Any) -> str:
-    if not isinstance(value, str):
-        raise ValueError
-    return value
-
-
-def _matching(expected: str, form: str, **schema: Any) -> Kind:
-    """A text of which all of it matches."""
+def _text(most: int = 0, form: str = "", expected: str = "a string", **schema: Any) -> Kind:
+    """A text of at most so many characters (0: any), all of which matches."""
     def read(value: Any) -> str:
-        if not re.fullmatch(form, _a_text(value)):
+        if not isinstance(value, str) or most and len(value) > most or (
+                form and not re.fullmatch(form, value)):
             raise ValueError
         return value
-    return Kind(expected, read, {"type": "string", "pattern": f"^({form})$", **schema})
+    bounds = {**({"pattern": f"^({form})?$"} if form else {}),
+              **({"maxLength": most} if most else {})}
+    return Kind({"type": "string", **bounds, **schema}, expected, read)
 
 
 def _number(least: int, most: float, default: float, whole: bool = True) -> Kind:
     """A number within bounds."""
     form = r"[0-9]{1,9}" if whole else r"[0-9]{1,6}(\.[0-9]{0,40})?(e[+-]?[0-9]{1,3})?"
 
-    def read(value: Any) -> float:
-        if not re.fullmatch(form, _a_text(value), re.I):
+    def read(text: str) -> float:
+        if not re.fullmatch(form, text, re.I) or not least <= float(text) <= most:
             raise ValueError
-        number = int(value) if whole else float(value)
-        if not least <= number <= most:
-            raise ValueError
-        return number
-    return Kind(f"a {'whole ' * whole}number from {least} to {most:.0f}", read, {
-        "type": "integer" if whole else "number", "minimum": least, "maximum": most}, default)
+        return int(text) if whole else float(text)
+    schema = {"type": "integer" if whole else "number", "minimum": least, "maximum": most}
+    return Kind(schema, f"a {'whole ' * whole}number from {least} to {most:.0f}", read, default)
 
 
 def _choice(expected: str, choices: Dict[Any, Any], default: Any) -> Kind:
-    """One of some words, in any case; choices: word -> value."""
+    """One of some words, in any case: word -> value."""
     def read(value: Any) -> Any:
-        for choice, meaning in choices.items():
-            if type(value) is type(choice) and str(value).lower() == str(choice).lower():
-                return meaning
-        raise ValueError
-    return Kind(expected, read, {"enum": [*choices, ""]}, default)
+        known = {json.dumps(word).lower(): choice for word, choice in choices.items()}
+        try:
+            return known[json.dumps(value).lower()]
+        except KeyError:
+            raise ValueError from None
+    return Kind({"enum": [*choices, ""]}, expected, read, default)
 
 
 _ISO = re.compile(r"(\d{4})-(\d\d)-(\d\d)(?:[T ](\d\d):(\d\d)(?::(\d\d)(?:\.(\d{1,9}))?)?"
-                r"(?:(Z)|([+\- ])(\d\d):?(\d\d))?)?", re.I)
+                  r"(?:(Z)|([+\- ])(\d\d):?([0-5]\d))?)?", re.I)
 
 
 def _time(text: str) -> float:
@@ -4990,24 +4968,23 @@ def _time(text: str) -> float:
     if re.fullmatch(r"[0-9]{10,15}", text):          # ten or eleven digits: seconds
         return int(text) / (1 if len(text) < 12 else 1000)
     match = _ISO.fullmatch(text.strip())
-    if match is None:
+    if match is None or int(match.group(10) or 0) > 23:
         raise ValueError
-    year, month, day = map(int, match.group(1, 2, 3))
-    hour, minute, second = (int(part or 0) for part in match.group(4, 5, 6))
+    year, month, day, hour, minute, second = (int(part or 0) for part in match.groups()[:6])
     micro = int((match.group(7) or "0")[:6].ljust(6, "0"))
     hours, minutes = (int(part or 0) for part in match.group(10, 11))
-    if hours > 23 or minutes > 59:
-        raise ValueError
     offset = datetime.timedelta(hours=hours, minutes=minutes)
-    when = datetime.datetime(year, month, day, hour, minute, second, micro)
-    since = when - datetime.datetime(1970, 1, 1)
+    since = datetime.datetime(year, month, day, hour, minute, second, micro) - datetime.datetime(
+        1970, 1, 1)
     return (since + offset if match.group(9) == "-" else since - offset).total_seconds()
 
 
 # Every character at which Python's splitlines() or SMTP would end a line.
 LINE_ENDS = r"\n-\r\x1c-\x1e\x85\u2028\u2029"
-_MAILBOX = r"""((\w[\w '-]*|"\w[\w .,'-]*" ?)?<SPEC>|SPEC)""".replace(
-    "SPEC", r"[0-9A-Za-z]+([._+-][0-9A-Za-z]+)*@[0-9A-Za-z]+([.-][0-9A-Za-z]+)*")
+
+_TEXT = _text(nullable=True)
+_LINE = _text(2_000, f"[^{LINE_ENDS}]*", "a header field of one line and at most 2000 characters",
+              nullable=True)
 
 
 def _mailboxes(text: str) -> List[str]:
@@ -5016,11 +4993,10 @@ def _mailboxes(text: str) -> List[str]:
 
 
 def _mailbox_list(value: Any) -> str:
-    if len(_a_text(value)) > 2_000 or re.search(f"[{LINE_ENDS}]", value):
+    text = _LINE.read(value)
+    if not all("@" in address for address in _mailboxes(text) or [text.strip() and "none"]):
         raise ValueError
-    if not all("@" in address for address in _mailboxes(value) or [value.strip() and "none"]):
-        raise ValueError
-    return value
+    return text
 
 
 def _bool(value: Any) -> bool:
@@ -5031,153 +5007,132 @@ def _bool(value: Any) -> bool:
 
 def _base64(value: Any) -> bytes:
     """Ruby's client sends it with line breaks; nothing else may be there."""
-    return base64.b64decode("".join(_a_text(value).split()), validate=True)
+    return base64.b64decode("".join(_TEXT.read(value).split()), validate=True)
 
 
-def _secret_key(secret: str) -> bytes:
+def _secret_key(secret: Any) -> bytes:
     """The key that a base32 secret stands for."""
-    text = re.sub(r"[\s=-]", "", secret)
-    return base64.b32decode(text + "=" * (-len(text) % 8), casefold=True)
-
-
-def _secret(value: Any) -> str:
-    if not _secret_key(_a_text(value)):
+    text = re.sub(r"[\s=-]", "", _TEXT.read(secret))
+    key = base64.b32decode(text + "=" * (-len(text) % 8), casefold=True)
+    if not key or len(secret) > 200:
         raise ValueError
-    return value
+    return key
 
 
-_PHONE = r"[^\x00-\x20\x7f]+( [^\x00-\x20\x7f]+)*"
-
-
-def _phone(value: Any) -> str:
-    if len(_a_text(value)) > 100 or not re.fullmatch(_PHONE, value):
-        raise ValueError
-    return value
-
-
+# Schemas describe what is always taken; some readers take more.
 _TOKENS = r"[A-Za-z0-9!#$&^_.+-]{1,127}/[A-Za-z0-9!#$&^_.+-]{1,127}"     # a media type
-_SECRET = "^(L{8})*(L{2}|L{4}|L{5}|L{7,8})[ =-]*$".replace("L", "([ =-]*[A-Za-z2-7])")
-_SCRIPT = (r"^(mail|rcpt|data):([45][0-9]{2}|drop|delay=[0-9](\.[0-9]+)?)"
-           r"(\*[1-9][0-9]{0,5})?$")
-ANY_TEXT = Kind("a string", _a_text, _NULLABLE)
-ID = Kind("an id", _a_text, _STRING)
-SERVER = Kind("a server id", lambda value: _a_text(value).lower(), _STRING)
-LINE = _matching("a header field of one line and at most 2000 characters",
-                 f"[^{LINE_ENDS}]{{0,2000}}", nullable=True)
-ADDRESSES = Kind("an address such as anna@example.com, at most 2000 characters in one line",
-                 _mailbox_list, {**_NULLABLE, "maxLength": 2000,
-                                 "pattern": f"^({_MAILBOX}(, ?{_MAILBOX})*)?$"})
-NAME = Kind("a string", lambda value: _a_text(value).strip()[:200],
-            {"type": "string", "pattern": r"[^\s\x1c-\x1f]"})
-MOMENT = Kind("a time such as 2026-01-31T12:00:00Z", lambda value: _time(_a_text(value)), {
-    "anyOf": [{"type": "string", "format": "date-time"}, {"type": "string", "enum": [""]}]}, None)
-PHONE = Kind("a telephone number or sender id of at most 100 characters (a + is sent as %2B)",
-             _phone, {"type": "string", "pattern": f"^({_PHONE})?$", "maxLength": 100}, "")
-SECRET = Kind("base32, such as ONSWG4TFOQYTEMY=", _secret,
-              {"type": "string", "pattern": _SECRET})
 _PART_TYPE = "(?!(?i:multipart|message)/)" + _TOKENS
-MEDIA_TYPE = _matching("a media type such as image/png, not multipart or message",
-                       _PART_TYPE, nullable=True,
-                       pattern="^((application|audio|font|image|model|text|video)"
-                               "/[0-9A-Za-z!#$&^_.+-]{1,127})?$")
-OCTETS = Kind("base64", _base64, {**_NULLABLE, "format": "byte"}, b"")
-PART_MEMBERS = {
-    "content_type": Parameter("contentType", MEDIA_TYPE, "its media type"),
-    "file_name": Parameter("fileName", ANY_TEXT, "its name"),
-    "content_id": Parameter("contentId", ANY_TEXT, "what cid: URLs in the HTML name"),
-    "content": Parameter("content", OCTETS, "its octets in base64"),
-}
+_MEDIA = "^((application|audio|font|image|model|text|video)/[0-9A-Za-z!#$&^_.+-]{1,127})?$"
+_MAILBOX = r"""((\w[\w '-]*|"\w[\w .,'-]*" ?)?<SPEC>|SPEC)""".replace(
+    "SPEC", r"[0-9A-Za-z]+([._+-][0-9A-Za-z]+)*@[0-9A-Za-z]+([.-][0-9A-Za-z]+)*")
+_SECRET = "^(L{8})*(L{2}|L{4}|L{5}|L{7,8})[ =-]*$".replace("L", "([ =-]*[A-Za-z2-7])")
+_SCRIPT = r"^(mail|rcpt|data):([45][0-9]{2}|drop|delay=[0-9](\.[0-9]+)?)(\*[1-9][0-9]{0,5})?$"
+
+_ADDRESSES = Kind({**_LINE.schema, "pattern": f"^({_MAILBOX}(, ?{_MAILBOX})*)?$"},
+                  "an address such as anna@example.com, in one line of at most 2000 characters",
+                  _mailbox_list)
+_NAME = Kind({"type": "string", "maxLength": 200, "pattern": r"[^\s\x1c-\x1f]"},
+             "a string of at most 200 characters",
+             lambda value: _text(200).read(value).strip())
+_SERVER = Kind(_STRING, "a server id", str.lower, DEFAULT_SERVER)
+_NEW_SERVER = _text(255, r"[^\x00-\x20\x7f/@\\<>\"]+", "a server id: a label or a whole domain")
+_MOMENT = Kind({"anyOf": [{"type": "string", "format": "date-time"},
+                          {"type": "string", "enum": [""]}]},
+               "a time such as 2026-01-31T12:00:00Z", _time, None)
+_PHONE = _text(100, r"[^\x00-\x20\x7f]+( [^\x00-\x20\x7f]+)*", "a telephone number or sender id "
+               "of at most 100 characters (a + is sent as %2B)")
+_PART = {"content_type": Parameter("contentType", _text(
+             255, _PART_TYPE, "a media type such as image/png, not multipart or message",
+             nullable=True, pattern=_MEDIA), "its media type"),
+         "file_name": Parameter("fileName", _TEXT, "its name"),
+         "content_id": Parameter("contentId", _TEXT, "what cid: URLs in the HTML name"),
+         "content": Parameter("content", Kind({**_TEXT.schema, "format": "byte"}, "base64",
+                                              _base64, b""), "its octets in base64")}
 
 
 def _parts(value: Any) -> List[Dict[str, Any]]:
     """The attachments of a mail that is to be made, their members read."""
     if not isinstance(value, list) or not all(isinstance(each, dict) for each in value):
         raise ValueError
-    return [_from_object(" ".join(PART_MEMBERS), each, PART_MEMBERS) for each in value]
+    return [_from_json(" ".join(_PART), each, _PART) for each in value]
 
 
-PARTS = Kind("a list of objects", _parts, {**_list({"type": "object", "properties": {
-    member.name: member.kind.schema for member in PART_MEMBERS.values()}}), "nullable": True}, ())
-
-
+_PARTS = Kind({**_list({"type": "object", "properties": {
+    member.name: member.kind.schema for member in _PART.values()}}), "nullable": True},
+    "a list of objects", _parts, ())
 _SMS = "A '{}' is required: expected form fields From, To and Body"
 
-# The name of a handler's argument: what a request calls it, how it is read, what it does.
-PARAMETERS = {
-    # of the Mailtest service
-    "inbox": Parameter("inbox", Kind("an address", _a_text, _list(_STRING), (), many=True),
-                       "an address whose mail alone is meant; may be repeated"),
-    "count": Parameter("count", _number(1, 10_000, 1), "how many are waited for"),
-    "subject": Parameter("subject", ANY_TEXT, "a part of the subject"),
-    "sender": Parameter("from", ANY_TEXT, "the whole address of the sender"),
-    "to": Parameter("to", ANY_TEXT, "the whole address of a recipient"),
-    "body": Parameter("body", ANY_TEXT, "a part of the text or of the HTML's source"),
-    "after": Parameter("after", ID, "the id of a message: only what came after it"),
-    "silence": Parameter("expect", _choice("0, which proves that no mail comes", {"0": True},
-                                           False), "0: that nothing comes"),
-    "remote": Parameter("remote", _choice("0 or 1", {"0": False, "1": True}, False),
-                        "1: with remote content"),
-    "event": Parameter("after", _matching("the number of an event", "([0-9]{1,15})?"),
-                       "the number of an event: only later ones"),
-    # of lists and searches
-    "server": Parameter("server", SERVER._replace(default=DEFAULT_SERVER),
-                        "whose messages; mailtest: all"),
-    "emptied": Parameter("server", SERVER, "whose messages; mailtest: all",
-                         "Expected server=ID: whose messages; mailtest means all"),
-    "page": Parameter("page", _number(0, 10_000_000, 0), "which page; the first is 0"),
-    "size": Parameter("itemsPerPage", _number(1, 1000, 50), "messages of a page"),
-    "since": Parameter("receivedAfter", MOMENT, "only what was received after that time"),
-    "direction": Parameter("dir", _choice("Received or Sent", {
-        "Received": "Received", "Sent": "Sent"}, "Received"), "Received or Sent"),
-    "query": Parameter("q", Kind("", lambda value: words(value[:1000]), _STRING, Criteria()),
-                       "the words of the page's search box"),
-    "sent_from": Parameter("sentFrom", ANY_TEXT, "the whole address of the sender",
-                           "Expected at least one of sentFrom, sentTo, subject and body"),
-    "sent_to": Parameter("sentTo", ANY_TEXT, "the whole address of a recipient"),
-    "any_of": Parameter("match", _choice("ALL or ANY", {
-        "ALL": False, "ANY": True, 0: False, 1: True}, False),      # 0 and 1: .NET's client
-        "ALL or ANY of the criteria"),
-    # of mail that is to be made
-    "owner": Parameter("server", _matching("a server id: a label or a whole domain",
-                                           r"[^\x00-\x20\x7f/@\\<>\"]{1,255}"),
-                       "where the message is made",
-                       "Expected server=ID: where to create the message"),
-    "recipients": Parameter("to", ADDRESSES, "recipients", "Expected to: an address to send to"),
-    "copies": Parameter("cc", ADDRESSES, "recipients of a copy"),
-    "author": Parameter("from", ADDRESSES, "the sender"),
-    "send": Parameter("send", Kind("true or false", _bool, {**_FACT, "nullable": True}, False),
-                      "true: it is sent; else the server has received it"),
-    "title": Parameter("subject", LINE, "the subject"),
-    "text": Parameter("text", ANY_TEXT, "the text"),
-    "source": Parameter("html", ANY_TEXT, "the HTML"),
-    "parts": Parameter("attachments", PARTS, "attachments"),
-    # of the rest
-    "clients": Parameter("emailClients", Kind("a list", lambda value: value, _list(_STRING)),
-                         "mail clients"),
-    "server_name": Parameter("name", NAME, "a name", "Servers need a name"),
-    "device_name": Parameter("name", NAME, "a name", "Devices need a name"),
-    "secret": Parameter("sharedSecret", SECRET, "a secret in base32",
-                        "Expected sharedSecret to be base32, such as ONSWG4TFOQYTEMY=, got ''"),
-    "sms_to": Parameter("To", PHONE, "the recipient", _SMS.format("To"), 21604),
-    "sms_from": Parameter("From", PHONE, "the sender", _SMS.format("From"), 21603),
-    "sms_service": Parameter("MessagingServiceSid", PHONE, "in place of From"),
-    "sms_text": Parameter("Body", ANY_TEXT, "the text", _SMS.format("Body"), 21602),
-}
+# The name of a handler's argument: the name on the wire, how it is read, what it does ...
+PARAMETERS = {key: Parameter(*row) for key, row in {
+    "inbox": ("inbox", _text()._replace(default=None), "an address whose mail alone is meant; may "
+              "be repeated", "", 0, True),
+    "count": ("count", _number(1, 10_000, 1), "how many are waited for"),
+    "subject": ("subject", _TEXT, "a part of the subject"),
+    "sender": ("from", _TEXT, "the whole address of the sender"),
+    "to": ("to", _TEXT, "the whole address of a recipient"),
+    "body": ("body", _TEXT, "a part of the text or of the HTML's source"),
+    "header": ("header", _TEXT, "a part of a header field, such as X-Tag: 7"),
+    "after": ("after", _text(), "the id of a message: only what came after it"),
+    "silence": ("expect", _choice("0, which proves that no mail comes", {"0": True}, False),
+                "0: that nothing comes"),
+    "remote": ("remote", _choice("0 or 1", {"0": False, "1": True}, False),
+               "1: with remote content"),
+    "event": ("after", _text(15, "[0-9]+", "the number of an event"), "the number of an event"),
+    "server": ("server", _SERVER, "whose messages; mailtest: all"),
+    "emptied": ("server", _SERVER._replace(default=""), "whose messages; mailtest: all",
+                "Expected server=ID: whose messages; mailtest means all"),
+    "page": ("page", _number(0, 10_000_000, 0), "which page; the first is 0"),
+    "size": ("itemsPerPage", _number(1, 1000, 50), "messages of a page"),
+    "since": ("receivedAfter", _MOMENT, "only what was received after that time"),
+    "direction": ("dir", _choice("Received or Sent", {"Received": "Received", "Sent": "Sent"},
+                                 "Received"), "Received or Sent"),
+    "query": ("q", Kind(_STRING, "", lambda text: words(text[:1000]), Criteria()),
+              "the words of the page's search box"),
+    "sent_from": ("sentFrom", _TEXT, "the whole address of the sender",
+                  "Expected at least one of sentFrom, sentTo, subject and body"),
+    "sent_to": ("sentTo", _TEXT, "the whole address of a recipient"),
+    "any_of": ("match", _choice("ALL or ANY", {     # 0 and 1: .NET's client
+        "ALL": False, "ANY": True, 0: False, 1: True}, False), "ALL or ANY of the criteria"),
+    "owner": ("server", _NEW_SERVER, "where the message is made",
+              "Expected server=ID: where to create the message"),
+    "recipients": ("to", _ADDRESSES, "recipients", "Expected to: an address to send to"),
+    "copies": ("cc", _ADDRESSES, "recipients of a copy"),
+    "author": ("from", _ADDRESSES, "the sender"),
+    "send": ("send", Kind({"type": "boolean", "nullable": True}, "true or false", _bool, False),
+             "true: it is sent; else the server has received it"),
+    "title": ("subject", _LINE, "the subject"),
+    "text": ("text", _TEXT, "the text"),
+    "source": ("html", _TEXT, "the HTML"),
+    "parts": ("attachments", _PARTS, "attachments"),
+    "clients": ("emailClients", Kind(_list(_STRING), "a list", lambda value: value),
+                "mail clients"),
+    "server_name": ("name", _NAME, "a name", "Servers need a name"),
+    "device_name": ("name", _NAME, "a name", "Devices need a name"),
+    "secret": ("sharedSecret", Kind(
+        {"type": "string", "maxLength": 200, "pattern": _SECRET}, "base32, such as "
+        "ONSWG4TFOQYTEMY=", lambda value: _secret_key(value) and value), "a secret in base32",
+        "Expected sharedSecret to be base32, such as ONSWG4TFOQYTEMY=, got ''"),
+    "sms_to": ("To", _PHONE, "the recipient", _SMS.format("To"), 21604),
+    "sms_from": ("From", _PHONE, "the sender", _SMS.format("From"), 21603),
+    "sms_service": ("MessagingServiceSid", _PHONE, "in place of From"),
+    "sms_text": ("Body", _TEXT, "the text", _SMS.format("Body"), 21602),
+}.items()}
 
 
 def declare(limits: Limits) -> Dict[str, Parameter]:
     """All parameters; the bounds of some are those of the catcher."""
-    script = Kind("", lambda value: parse_failure(value, limits),
-                  _list({"type": "string", "pattern": _SCRIPT}), (), many=True)
+    seconds = _number(0, limits.poll, 0.0, whole=False)
+    script = Kind({"type": "string", "pattern": _SCRIPT}, "",
+                  lambda value: parse_failure(value, limits))
     return {
-        "fail": Parameter("fail", script, "STAGE:ACTION[*TIMES]; may be repeated"),
-        "timeout": Parameter("timeout", _number(0, limits.poll, 0.0, whole=False),
-                             "seconds to wait"),
+        **PARAMETERS,
+        "fail": Parameter("fail", script, "STAGE:ACTION[*TIMES]; may be repeated", many=True),
+        "timeout": Parameter("timeout", seconds, "seconds to wait"),
         "milliseconds": Parameter("timeout", _number(0, limits.poll * 1000, 0),
                                   "milliseconds to wait for a match"),
         "within": Parameter("within", _number(1, limits.ttl, 0, whole=False),
-                            "seconds in which the next call is due"),
-        **PARAMETERS}
+                            "seconds until the next call is due",
+                            "Expected within=SECONDS: when the next call is due")}
 
 
 class Api:
@@ -5210,26 +5165,6 @@ class Api:
 
 # -- messages as JSON
 
-class Field(NamedTuple):
-    """A member of a message's JSON: its schema, and its value by the message, what it says, and
-    the URL that the ids of attachments follow."""
-
-    name: str
-    schema: Dict[str, Any]
-    value: Callable[[Message, Mail, str], Any]
-
-
-_PEOPLE = _list(_object(name=_NULLABLE, email=_NULLABLE, phone=_NULLABLE))
-_BODY = _object(body=_NULLABLE, links=_list(_object(href=_STRING, text=_NULLABLE)),
-                codes=_list(_object(value=_STRING)),
-                images=_list(_object(src=_STRING, alt=_NULLABLE)))
-_FILES = _list(_object(id=_STRING, contentType=_STRING, fileName=_STRING, contentId=_NULLABLE,
-                       length=_COUNT, url=_STRING))
-_METADATA = _object(headers=_list(_object(field=_STRING, value=_STRING)), ehlo=_NULLABLE,
-                    mailFrom=_NULLABLE, rcptTo=_PEOPLE, client=_NULLABLE, user=_NULLABLE,
-                    tls=_FACT)
-
-
 def _people(message: Message, addresses: Iterable[Address]) -> List[Dict[str, Any]]:
     if message.kind == "SMS":
         return [{"name": address.name or None, "email": None, "phone": address.email}
@@ -5245,22 +5180,6 @@ def _body(body: Body) -> Dict[str, Any]:
             "images": [{"src": image.src, "alt": image.alt} for image in body.images]}
 
 
-def _attachments(message: Message, mail: Mail, url: str) -> List[Dict[str, Any]]:
-    return [{"id": f"{message.id}-{number}", "contentType": part.content_type,
-             "fileName": part.file_name, "contentId": part.content_id, "length": len(part.octets),
-             "url": f"{url}{message.id}-{number}"} for number, part in enumerate(mail.attachments)]
-
-
-def _metadata(message: Message, mail: Mail, url: str) -> Dict[str, Any]:
-    envelope = message.envelope
-    kind = "phone" if message.kind == "SMS" else "email"
-    return {"headers": [{"field": name, "value": text} for name, text in mail.headers],
-            "ehlo": envelope.helo, "mailFrom": envelope.reverse_path,
-            "rcptTo": [{"name": None, "email": None, "phone": None, kind: path}
-                       for path in envelope.forward_paths],
-            "client": envelope.client or None, "user": envelope.user or None, "tls": envelope.tls}
-
-
 def _lines(octets: bytes) -> List[str]:
     return octets.decode("utf-8", "replace").replace("\0", "\ufffd").splitlines()
 
@@ -5269,55 +5188,37 @@ def _server(message: Message) -> str:
     return message.servers[0] if message.servers else DEFAULT_SERVER
 
 
-def _code(mail: Mail) -> Optional[str]:
-    return next(iter(mail.text_body.codes + mail.html_body.codes), None)
-
-
-_HEAD = (
-    Field("id", _STRING, lambda message, mail, url: message.id),
-    Field("type", {"enum": ["Email", "SMS"]}, lambda message, mail, url: message.kind),
-    Field("received", _STRING, lambda message, mail, url: iso_time(message.received)),
-    Field("subject", _STRING, lambda message, mail, url: mail.subject),
-    Field("from", _PEOPLE, lambda message, mail, url: _people(message, mail.from_)),
-    Field("to", _PEOPLE, lambda message, mail, url: _people(message, mail.to)),
-    Field("cc", _PEOPLE, lambda message, mail, url: _people(message, mail.cc)),
-    Field("bcc", _PEOPLE, lambda message, mail, url: _people(message, mail.bcc)),
-    Field("size", _COUNT, lambda message, mail, url: len(message.octets)),
-)
-
-# Mailosaur's message object (see the README for what is beside it).  Lists are never null; html,
-# text and metadata are never absent: several of the clients die of that.
-MESSAGE = _HEAD + (
-    Field("html", _BODY, lambda message, mail, url: _body(mail.html_body)),
-    Field("text", _BODY, lambda message, mail, url: _body(mail.text_body)),
-    Field("attachments", _FILES, _attachments),
-    Field("metadata", _METADATA, _metadata),
-    Field("direction", {"enum": ["Received", "Sent"]},
-          lambda message, mail, url: message.direction),
-    Field("warnings", _list(_STRING), lambda message, mail, url: list(mail.warnings)),
-    Field("session", _list(_STRING), lambda message, mail, url: _lines(message.transcript())),
-    Field("server", _STRING, lambda message, mail, url: _server(message)),
-)
-
-# A message in a list: what its octets say, which is kept.
-ITEM = _HEAD + (
-    Field("summary", _STRING,
-          lambda message, mail, url: mail.preview or mail.subject or "(empty)"),
-    Field("attachments", _COUNT, lambda message, mail, url: len(mail.attachments)),
-    Field("code", _NULLABLE, lambda message, mail, url: _code(mail)),
-    Field("links", _COUNT,
-          lambda message, mail, url: len(mail.html_body.links or mail.text_body.links)),
-    Field("warnings", _COUNT, lambda message, mail, url: len(mail.warnings)),
-)
-# And what changes, or depends on the list.
-ITEM_STATE = _object(direction=_STRING, inboxes=_list(_STRING), server=_STRING)
+def _head(message: Message, mail: Mail) -> Dict[str, Any]:
+    """What a message and its item in a list have in common."""
+    return {"id": message.id, "type": message.kind, "received": iso_time(message.received),
+            "subject": mail.subject, "from": _people(message, mail.from_),
+            "to": _people(message, mail.to), "cc": _people(message, mail.cc),
+            "bcc": _people(message, mail.bcc), "size": len(message.octets)}
 
 
 def message_value(api: Api, message: Message, base: str) -> Dict[str, Any]:
-    """The members of a whole message."""
-    mail = api.read(message)
-    url = f"{base}/{'v1' if api.policy.hosted else 'api/files'}/attachments/"
-    return {field.name: field.value(message, mail, url) for field in MESSAGE}
+    """Mailosaur's message object (see the README for what is beside it).  Lists are never null,
+    html, text and metadata never absent: several of the clients die of that."""
+    mail, envelope = api.read(message), message.envelope
+    url = f"{base}/{'v1' if api.policy.hosted else 'api/files'}/attachments/{message.id}"
+    kind = "phone" if message.kind == "SMS" else "email"
+    return {
+        **_head(message, mail),
+        "html": _body(mail.html_body), "text": _body(mail.text_body),
+        "attachments": [
+            {"id": f"{message.id}-{number}", "contentType": part.content_type,
+             "fileName": part.file_name, "contentId": part.content_id,
+             "length": len(part.octets), "url": f"{url}-{number}"}
+            for number, part in enumerate(mail.attachments)],
+        "metadata": {
+            "headers": [{"field": name, "value": text} for name, text in mail.headers],
+            "ehlo": envelope.helo, "mailFrom": envelope.reverse_path,
+            "rcptTo": [{"name": None, "email": None, "phone": None, kind: path}
+                       for path in envelope.forward_paths],
+            "client": envelope.client or None, "user": envelope.user or None,
+            "tls": envelope.tls},
+        "direction": message.direction, "warnings": list(mail.warnings),
+        "session": _lines(message.transcript()), "server": _server(message)}
 
 
 def message_json(api: Api, message: Message, base: str) -> bytes:
@@ -5327,11 +5228,16 @@ def message_json(api: Api, message: Message, base: str) -> bytes:
 
 def item(api: Api, message: Message, server: str = "") -> bytes:
     """The JSON of a message in a list; in the list of a server that is not its first, it names
-    that server."""
+    that server.  What the octets say is kept."""
     octets = message.summary
     if octets is None:
         mail = api.read(message)
-        octets = _json({field.name: field.value(message, mail, "") for field in ITEM})
+        octets = _json({
+            **_head(message, mail), "summary": mail.preview or mail.subject or "(empty)",
+            "attachments": len(mail.attachments),
+            "code": next(iter(mail.text_body.codes + mail.html_body.codes), None),
+            "links": len(mail.html_body.links or mail.text_body.links),
+            "warnings": len(mail.warnings)})
         api.store.keep(message, octets)
     state = _json({"direction": message.direction, "inboxes": list(message.inboxes),
                    "seen": message.seen,
@@ -5339,217 +5245,21 @@ def item(api: Api, message: Message, server: str = "") -> bytes:
     return octets[:-1] + b"," + state[1:]
 
 
-# -- the Mailtest service
+# -- what endpoints need
 
 def _host_name(request: Request) -> str:
     """The name or address by which the client reached us, without the port."""
     return re.sub(r":[0-9]*$", "", request.headers.get("host", "")).lower()
 
 
-def acquire(api: Api, request: Request, fail: List[Failure]) -> Any:
-    """Acquire a temporary inbox; `fail` scripts how it answers SMTP"""
-    try:
-        view = api.store.acquire(tuple(fail))
-    except ValueError as error:
-        raise ApiError(400, "bad_request", str(error), "fail") from None
-    if "application/json" not in request.headers.get("accept", ""):
-        return Response(body=view.address.encode("utf-8") + b"\n",
-                        type="text/plain; charset=utf-8")
-    host, _, port = api.policy.smtp.rpartition(":")
-    if host in ("0.0.0.0", "[::]"):      # all addresses: the one that the client knows
-        host = _host_name(request) or host
-    return {"address": view.address, "expires": iso_time(view.expires),
-            "server": DEFAULT_SERVER, "smtp": f"{host}:{port}"}
-
-
 def _inbox(view: InboxView) -> Dict[str, Any]:
     return {"address": view.address, "expires": iso_time(view.expires),
             "acquired": view.acquired, "message_count": view.count, "unseen": view.unseen,
-            "attempts": view.attempts,
+            "attempts": view.attempts, "watch": view.watch and {
+                "within": view.watch.within, "due": iso_time(view.watch.due),
+                "told": view.watch.told},
             "failures": [{"fail": text, "answered": answered, "left": left}
                          for text, answered, left in view.failures]}
-
-
-def _not_enough(api: Api, address: str, count: int, found: int, waited: float,
-                kind: str) -> ApiError:
-    """404: how many mails came and which ones; what else is known, unless that is for the holders
-    of a key."""
-    store, since = api.store, api.store.wall() - waited - 60
-    with contextlib.suppress(Unknown):
-        view = store.inbox(address)
-        since = view.expires - store.limits.ttl if view.acquired else since
-    there = store.messages(address)
-    closed = api.policy.hosted or api.policy.api_key
-    return ApiError(404, "timeout" if waited else "empty",
-                    f"Expected {count} message{'s' * (count > 1)} for {address}{kind}, got "
-                    f"{found} in {waited:g} s; the inbox holds {len(there)} in all", waited=waited,
-                    hints=[] if closed else silence(store, address, since),
-                    received=(item(api, message) for message in there[:50]))
-
-
-def _mail_of(api: Api, request: Request, address: str, least: int, timeout: float, count: int,
-             silence: bool, after: str, **filters: str) -> Any:
-    """Mail of an inbox that matches, when there is as much as is wanted."""
-    store, base = api.store, api.base(request)
-    wanted = criteria(**filters)
-    count = 1 if silence else count
-    number = store.message(after).number if after else 0
-    if not timeout or store.strict:      # nobody waits, or nothing can come
-        store.inbox(address)
-    began = time.monotonic()
-    found = collect(store, wanted.match, count, timeout, number, request.gone, address=address)
-    waited = round(time.monotonic() - began, 3)
-    if silence and found:
-        raise ApiError(409, "unexpected", f"Expected no such mail for {address}, got {len(found)}",
-                       waited=waited,
-                       messages=(message_value(api, each, base) for each in found[:50]))
-    if not silence and len(found) < (count if timeout else least * count):
-        raise _not_enough(api, address, count, len(found), waited if timeout else 0.0,
-                          " of that kind" * bool(wanted.terms))
-    try:
-        head = _inbox(store.inbox(address))
-    except Unknown:                      # silence was expected, and there is not even an inbox
-        head = {"address": address, "expires": None}
-    return {**head, "message_count": len(found),
-            "messages": (message_value(api, message, base) for message in found)}
-
-
-def get_inbox(api: Api, request: Request, address: str, **wanted: Any) -> Any:
-    """The mail of an inbox, waited for if asked; 404 while there is none"""
-    return _mail_of(api, request, address, 1, **wanted)
-
-
-def load_inbox(api: Api, request: Request, address: str, **wanted: Any) -> Any:
-    """The mail of an inbox, waited for if asked; also while there is none"""
-    return _mail_of(api, request, address, 0, **wanted)
-
-
-def delete_inbox(api: Api, request: Request, address: str) -> None:
-    """End an inbox and its mail"""
-    api.store.drop_inbox(address)
-
-
-def empty_inbox(api: Api, request: Request, address: str) -> None:
-    """Delete the mail of an inbox, which stays open"""
-    api.store.empty_inbox(address)
-
-
-def mark_seen(api: Api, request: Request, id: str) -> None:
-    """Mark a message as seen"""
-    api.store.see(id, True)
-
-
-def mark_unseen(api: Api, request: Request, id: str) -> None:
-    """Mark a message as not seen"""
-    api.store.see(id, False)
-
-
-def list_inboxes(api: Api, request: Request, inbox: List[str]) -> Any:
-    """All open inboxes, or those of the addresses `inbox`"""
-    views = api.store.inboxes()
-    if inbox:
-        known = set(map(inbox_key, inbox))
-        views = [view for view in views if inbox_key(view.address) in known]
-    return {"items": [_inbox(view) for view in views]}
-
-
-def list_sessions(api: Api, request: Request) -> Any:
-    """The last SMTP sessions with their transcripts, refused and broken ones too"""
-    return {"items": [
-        {"number": record.number, "client": record.client, "helo": record.helo or None,
-         "user": record.user or None, "tls": record.tls, "started": iso_time(record.started),
-         "ended": iso_time(record.ended), "messages": record.accepted,
-         "refused": record.refused or None, "ending": record.ending,
-         "transcript": _lines(record.transcript)} for record in api.store.sessions()]}
-
-
-def _event_data(api: Api, event: Event) -> Optional[bytes]:
-    """What an event says; of a message its item, None if it has ended since."""
-    if event.kind != "message":
-        return _json(event.data)
-    try:
-        return item(api, api.store.message(event.data["id"]))
-    except Unknown:
-        return None
-
-
-def _events(api: Api, request: Request, after: int, inboxes: List[str]) -> Iterator[bytes]:
-    """The events as they happen; the first piece is empty, once this follower is counted."""
-    with api.store.follower():
-        yield b""
-        if after > api.store.number:     # numbers of a catcher that ran before
-            yield b"event: reset\ndata: {}\n\n"
-            after = api.store.number
-        yield b"retry: 1000\n: %d\n\n" % after
-        while not api.store.closed:
-            events, after, lost = api.store.events(after, 15.0, inboxes)
-            if lost:
-                yield b"event: reset\ndata: {}\n\n"
-            for event in events:
-                data = _event_data(api, event)
-                if data is not None:
-                    yield b"id: %d\nevent: %b\ndata: %b\n\n" % (
-                        event.number, event.kind.encode(), data)
-            if not events:
-                yield b":\n\n"
-            if request.gone():
-                return
-
-
-def follow_events(api: Api, request: Request, event: str, inbox: List[str]) -> Response:
-    """Server-Sent Events: what arrives, ends, is refused; resumes by Last-Event-ID"""
-    last = _argument(api.parameters["event"]._replace(name="Last-Event-ID"),
-                     request.headers.get("last-event-id")) or event
-    stream = _events(api, request, int(last) if last else api.store.number, inbox)
-    next(stream)                         # raises Full if there are too many
-    return Response(type="text/event-stream; charset=utf-8", stream=stream)
-
-
-def health(api: Api, request: Request) -> Any:
-    """Whether the catcher works, its counters and how it was started"""
-    store, policy, limits = api.store, api.policy, api.store.limits
-    return {"status": "stopping" if store.closed else "ok", "version": __version__,
-            "uptime": round(store.wall() - store.started, 3), **store.counters(),
-            "smtp": policy.smtp, "domain": store.domain, "ttl": limits.ttl,
-            "max_size": limits.max_size, "rate": limits.rate, "hosted": policy.hosted,
-            "strict": store.strict, "api_key": bool(policy.api_key),
-            **({} if policy.hosted else policy.state())}
-
-
-def get_file(api: Api, request: Request) -> Response:
-    """The web page"""
-    kind, octets = api.policy.files[request.path.rstrip("/") or "/"]
-    policy = ("default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; "
-              "img-src 'self' data:; frame-src 'self'; base-uri 'none'; form-action 'none'; "
-              "frame-ancestors 'none'")
-    return Response(body=octets, type=kind, headers=(("Content-Security-Policy", policy),))
-
-
-def get_certificate(api: Api, request: Request) -> Response:
-    """The certificate that clients may trust, in PEM"""
-    found = re.findall(r"-----BEGIN CERTIFICATE-----[^-]+-----END CERTIFICATE-----",
-                       api.policy.certificate)       # a key may stand beside it
-    if not found:
-        raise Unknown("no certificate: start with --tls, or --tls-cert")
-    return Response(body="\n".join(found + [""]).encode("ascii", "replace"),
-                    type="application/x-pem-file")
-
-
-# -- one message
-
-def get_message(api: Api, request: Request, id: str) -> Any:
-    """The whole message"""
-    return message_value(api, api.store.message(id), api.base(request))
-
-
-def delete_message(api: Api, request: Request, id: str) -> None:
-    """Delete a message"""
-    api.store.delete(id)
-
-
-def source(api: Api, request: Request, id: str) -> Response:
-    """A message's octets as text, to be looked at"""
-    return Response(body=api.store.message(id).octets, type="text/plain; charset=utf-8")
 
 
 _ENDINGS = {"text/plain": "txt", "text/calendar": "ics", "message/rfc822": "eml",
@@ -5570,36 +5280,6 @@ def _as_download(name: str, kind: str) -> Tuple[Tuple[str, str], ...]:
     return (("Content-Disposition", f"attachment; filename=\"{plain}\"; filename*=UTF-8''{full}"),
             ("Content-Security-Policy", "sandbox; default-src 'none'"))
 
-
-def get_attachment(api: Api, request: Request, id: str) -> Response:
-    """An attachment's octets"""
-    message_id, dash, number = id.rpartition("-")
-    if not dash or not re.fullmatch("[0-9]{1,9}", number):
-        raise Unknown(f"no attachment has the id {id[:80]!r}")
-    message = api.store.message(message_id)
-    attachments = api.read(message).attachments
-    if int(number) >= len(attachments):
-        raise Unknown(f"no attachment has the id {id[:80]!r}")
-    part = attachments[int(number)]
-    kind = part.content_type if re.fullmatch(_TOKENS, part.content_type) else ""
-    return Response(body=part.octets,
-                    type=kind or "application/octet-stream",
-                    headers=_as_download(part.file_name, kind))
-
-
-def download(api: Api, request: Request, id: str) -> Response:
-    """An attachment's octets, for whoever knows its id"""
-    return get_attachment(api, request, id)
-
-
-def get_email(api: Api, request: Request, id: str) -> Response:
-    """A message's octets, exactly as they came"""
-    message = api.store.message(id)
-    return Response(body=message.octets, type="message/rfc822",
-                    headers=_as_download(f"{message.id}.eml", "message/rfc822"))
-
-
-# -- preview
 
 # Elements that open a connection by themselves, whatever the policy says: browsers prepare a
 # navigation before they refuse it.  A name that browsers do not know is an element that does
@@ -5651,109 +5331,6 @@ def _with_links(source: str) -> str:
     return "".join(pieces) + source[end:]
 
 
-def _with_images(api: Api, message: Message, mail: Mail) -> str:
-    """The HTML with its cid: images as data: URLs, as long as that is not too large."""
-    images = {part.content_id: part for part in mail.attachments
-              if part.content_id and re.fullmatch(_TOKENS, part.content_type)}
-    data: Dict[str, str] = {}
-    room = api.store.limits.max_size * 3 // 2
-
-    def inline(match: Any) -> str:
-        nonlocal room
-        name = urllib.parse.unquote(html.unescape(match.group(1)))
-        if name in images and name not in data:
-            encoded = base64.b64encode(images[name].octets).decode()
-            data[name] = f"data:{images[name].content_type};base64,{encoded}"
-        url = data.get(name, "")
-        room -= len(url)
-        return url if url and room > 0 else match.group()
-    return re.sub(r"cid:([^\s\"'<>)\\]{1,998})", inline, mail.html_body.body or "")
-
-
-def preview(api: Api, request: Request, id: str, remote: bool) -> Response:
-    """A mail's HTML for a sandboxed frame; remote content only with remote=1"""
-    message = api.store.message(id)
-    body = _with_links(_with_images(api, message, api.read(message)))
-    body = re.sub(_LOADERS.format("" if remote else "|link"), "<x-", body, flags=re.I)
-    sources = " http: https:" if remote else ""
-    policy = (f"default-src 'none'; img-src data:{sources}; style-src 'unsafe-inline'{sources}; "
-              f"font-src data:{sources}; media-src data:{sources}; frame-ancestors 'self'; "
-              "form-action 'none'; base-uri 'none'; "
-              "sandbox allow-popups allow-popups-to-escape-sandbox")
-    return Response(body=b'<!doctype html><meta charset="utf-8"><base target="_blank">'
-                    + body.encode("utf-8", "replace"), type="text/html; charset=utf-8",
-                    headers=(("Content-Security-Policy", policy),
-                             ("X-DNS-Prefetch-Control", "off")))
-
-
-# -- Mailosaur: lists and searches
-
-def _messages_of(api: Api, inboxes: List[str], server: str, direction: str,
-                 since: Optional[float]) -> Iterable[Message]:
-    """Messages newest first: those of some inboxes, or of a server."""
-    if inboxes:
-        some: Dict[int, Message] = {}
-        for address in inboxes:
-            with contextlib.suppress(Ended):
-                some.update((each.number, each) for each in api.store.messages(address))
-        found = [some[number] for number in sorted(some, reverse=True)]
-    else:
-        found = api.store.messages(server=server)
-    return (message for message in itertools.takewhile(
-        lambda message: since is None or message.received > since, found)
-        if message.direction == direction)
-
-
-def list_messages(api: Api, request: Request, server: str, page: int, size: int,
-                  since: Optional[float], direction: str, query: Criteria,
-                  inbox: List[str]) -> Any:
-    """Summaries, newest first; `q` searches as the page does, X-Total-Count says how many match"""
-    found = list(filter(query.match, _messages_of(api, inbox, server, direction, since)))
-    total = len(found) if inbox or query.terms else None
-    found = found[page * size:(page + 1) * size]
-    response = _response({"items": (item(api, message, server) for message in found)})
-    return response if total is None else response._replace(
-        headers=(("X-Total-Count", str(total)),))
-
-
-def search_messages(api: Api, request: Request, server: str, page: int, size: int,
-                    since: Optional[float], direction: str, milliseconds: int, sent_from: str,
-                    sent_to: str, subject: str, body: str, any_of: bool) -> Any:
-    """Summaries that match criteria; a client that polls is held until one arrives"""
-    store, timeout = api.store, milliseconds / 1000
-    wanted = criteria(subject, sent_from, sent_to, body, any_of=any_of)
-    poll = request.headers.get("authorization"), request.query, wanted
-    delay = "1"                          # 0: PHP's client takes it for 1000, others do not pause
-    number = store.number
-
-    def find() -> List[Message]:
-        found = filter(wanted.match, _messages_of(api, [], server, direction, since))
-        return list(itertools.islice(found, page * size, (page + 1) * size))
-    found = find()
-    if not found and not timeout and store.polled_again(poll):
-        timeout = store.limits.hold
-    if not found and timeout:
-        try:
-            collect(store, lambda message: (
-                message.direction == direction and wanted.match(message)
-                and (since is None or message.received > since)), 1, timeout, number,
-                request.gone, server=server)
-            found = find()
-        except Full:                     # too many wait: this client polls without being held
-            delay = "1000"
-    if not found:
-        store.poll_answered(poll)
-        return Response(body=b'{"items":[]}', headers=(("x-ms-delay", delay),))
-    return {"items": (item(api, message, server) for message in found)}
-
-
-def delete_messages(api: Api, request: Request, emptied: str) -> None:
-    """Delete all messages of a server"""
-    api.store.empty(emptied)
-
-
-# -- Mailosaur: creating mail
-
 def compose(fields: Dict[str, str], text: str, source: str,
             parts: Iterable[Tuple[str, str, str, bytes]] = ()) -> bytes:
     """A new mail: header fields (an empty one is left out), text and HTML, attachments as (name,
@@ -5788,35 +5365,9 @@ def compose(fields: Dict[str, str], text: str, source: str,
     return mail.as_bytes()
 
 
-def _mail(api: Api, fields: Dict[str, str], text: str, source: str,
-          parts: Iterable[Tuple[str, str, str, bytes]]) -> bytes:
-    """The same, for a client: what cannot be made is refused."""
-    try:
-        octets = compose(fields, text, source, parts)
-    except ValueError as error:
-        name = str(error)
-        raise _bad(name.lower(), LINE.expected, fields.get(name, "")) from error
-    most = api.store.limits.max_size
-    if len(octets) > most:
-        raise ApiError(413, "too_large", f"Expected a mail of at most {most} octets, "
-                                         f"got {len(octets)}")
-    return octets
-
-
 def _given_parts(parts: Iterable[Dict[str, Any]]) -> List[Tuple[str, str, str, bytes]]:
     return [(part["file_name"], part["content_type"] or "application/octet-stream",
              part["content_id"], part["content"]) for part in parts]
-
-
-def _store_sent(api: Api, octets: bytes, sender: str, recipients: List[str],
-                server: str) -> Message:
-    """Keeps a mail that the API was told to send; recipients of ours get it."""
-    sent = Message(new_id(), octets, Envelope(None, tuple(recipients)), direction="Sent")
-    api.store.deliver(sent, server)
-    ours = tuple(path for path in recipients if api.store.is_ours(path, server))
-    if ours:
-        api.store.deliver(Message(new_id(), octets, Envelope(sender, ours, "localhost")))
-    return sent
 
 
 _SAMPLE = {
@@ -5825,131 +5376,6 @@ _SAMPLE = {
     "source": "<h1>Hello</h1><p>This is a sample email. Your code is <b>482913</b>.</p>"
               '<p><a href="https://example.com/confirm">Confirm your address</a></p>',
 }
-
-
-def create_message(api: Api, request: Request, owner: str, recipients: str, copies: str,
-                   author: str, send: bool, parts: List[Dict[str, Any]], **content: str) -> Any:
-    """Create a mail: sent with send=true, else received by the server"""
-    if not any(content.values()):
-        content = _SAMPLE
-    server = owner.lower()
-    sender = author or f"{_random_name(8)}@{api.store.domain}"
-    label = re.sub(r"[^!-~]|[][]", "-", server[:63])     # a mailbox needs it plain
-    receiver = recipients or f"sample@{label}.mailosaur.net"
-    octets = _mail(api, {"From": sender, "To": receiver, "Cc": copies,
-                         "Subject": content["title"]}, content["text"], content["source"],
-                   _given_parts(parts))
-    to = _mailboxes(recipients) + _mailboxes(copies)
-    if send:
-        message = _store_sent(api, octets, sender, to, server)
-    else:
-        message = Message(new_id(), octets, Envelope(None, tuple(to) or (receiver,)))
-        api.store.deliver(message, server)
-    return message_value(api, message, api.base(request))
-
-
-def _original(api: Api, id: str) -> Tuple[Message, Mail]:
-    """A mail that is to be answered."""
-    message = api.store.message(id)
-    if message.kind != "Email":
-        raise ApiError(400, "bad_request", f"Expected a mail, got an {message.kind}", "id")
-    return message, api.read(message)
-
-
-def _answered(api: Api, request: Request, original: Message, mail: Mail, prefix: str, to: str,
-              copies: str, text: str, source: str,
-              parts: Iterable[Tuple[str, str, str, bytes]]) -> Any:
-    """Composes and keeps a reply or a forward, with the original below."""
-    writer = mail.from_[0].email if mail.from_ else "someone"
-    if text or not source:
-        text += f"\n\n{writer} wrote:\n" + "".join(
-            f"> {line}\n" for line in (mail.text_body.body or mail.preview).splitlines())
-    if source:
-        below = mail.html_body.body or html.escape(mail.text_body.body or "")
-        source += f"<p>{html.escape(writer)} wrote:</p><blockquote>{below}</blockquote>"
-    subject = re.sub(f"[{LINE_ENDS}]+", " ", mail.subject)
-    sender = next(iter(original.envelope.forward_paths), f"sample@{api.store.domain}")
-    octets = _mail(api, {
-        "From": sender, "To": to, "Cc": copies,
-        "Subject": subject if subject.lower().startswith(prefix.lower()) else prefix + subject,
-        "In-Reply-To": re.sub(r"[^!-~]", "", mail.message_id)}, text, source, parts)
-    sent = _store_sent(api, octets, sender, _mailboxes(to) + _mailboxes(copies),
-                       _server(original))
-    return message_value(api, sent, api.base(request))
-
-
-def forward_message(api: Api, request: Request, id: str, recipients: str, copies: str, text: str,
-                    source: str, parts: List[Dict[str, Any]]) -> Any:
-    """Forward a message; stored as sent"""
-    original, mail = _original(api, id)
-    kept = [(part.file_name, part.content_type, part.content_id or "",
-             part.octets) for part in mail.attachments
-            if re.fullmatch(_PART_TYPE, part.content_type)]
-    return _answered(api, request, original, mail, "Fwd: ", recipients, copies, text, source,
-                     kept + _given_parts(parts))
-
-
-def reply_to_message(api: Api, request: Request, id: str, copies: str, text: str, source: str,
-                     parts: List[Dict[str, Any]]) -> Any:
-    """Reply to a message; stored as sent"""
-    original, mail = _original(api, id)
-    to = [address.email for address in mail.reply_to or mail.from_ if address.email]
-    if not to:
-        raise ApiError(400, "bad_request", "Expected a message with From or Reply-To", "id")
-    return _answered(api, request, original, mail, "Re: ", ", ".join(to), copies, text, source,
-                     _given_parts(parts))
-
-
-# -- Mailosaur: servers, devices, usage
-
-def _server_json(api: Api, server: str, name: str) -> Dict[str, Any]:
-    return {"id": server, "name": name, "users": [], "messages": api.store.count(server)}
-
-
-def _known_server(api: Api, server: str) -> str:
-    name = api.store.servers().get(server.lower())
-    if name is None:
-        raise Unknown(f"no server has the id {server[:80]!r}; it appears with its first mail, "
-                      "or with POST /api/servers")
-    return name
-
-
-def list_servers(api: Api, request: Request) -> Any:
-    """The servers: the default one, the named ones, those that hold mail"""
-    return {"items": [_server_json(api, server, name)
-                      for server, name in api.store.servers().items()]}
-
-
-def create_server(api: Api, request: Request, server_name: str) -> Any:
-    """Create a server with a new id"""
-    server = _random_name(8).lower()     # 8 characters: what the clients demand
-    api.store.name_server(server, server_name)
-    return _server_json(api, server, server_name)
-
-
-def get_server(api: Api, request: Request, id: str) -> Any:
-    """One server"""
-    return _server_json(api, id.lower(), _known_server(api, id))
-
-
-def update_server(api: Api, request: Request, id: str, server_name: str) -> Any:
-    """Give a server another name"""
-    _known_server(api, id)
-    api.store.name_server(id.lower(), server_name)
-    return _server_json(api, id.lower(), server_name)
-
-
-def delete_server(api: Api, request: Request, id: str) -> None:
-    """Delete a server and its messages"""
-    _known_server(api, id)
-    api.store.empty(id.lower())
-    api.store.drop_server(id.lower())
-
-
-def get_password(api: Api, request: Request, id: str) -> Any:
-    """The SMTP password of a server: any will do unless --auth names one"""
-    _known_server(api, id)
-    return {"value": api.policy.password or "anything"}
 
 
 def totp(secret: str, now: float) -> Tuple[str, float]:
@@ -5961,55 +5387,6 @@ def totp(secret: str, now: float) -> Tuple[str, float]:
     number = struct.unpack(">I", digest[offset:offset + 4])[0] & 0x7FFFFFFF
     return f"{number % 1_000_000:06d}", (step + 1) * 30.0
 
-
-def make_otp(api: Api, request: Request, secret: str) -> Any:
-    """The one-time password of a shared secret"""
-    code, until = totp(secret, api.store.wall())
-    return {"code": code, "expires": iso_time(until)}
-
-
-def list_devices(api: Api, request: Request) -> Any:
-    """Authenticator devices"""
-    return {"items": [{"id": device["id"], "name": device["name"]}
-                      for device in api.store.devices()]}
-
-
-def create_device(api: Api, request: Request, device_name: str, secret: str) -> Any:
-    """Create a device that makes one-time passwords"""
-    device = api.store.add_device(device_name, secret)
-    return {"id": device["id"], "name": device["name"]}
-
-
-def delete_device(api: Api, request: Request, id: str) -> None:
-    """Delete a device"""
-    api.store.drop_device(id)
-
-
-def get_otp(api: Api, request: Request, id: str) -> Any:
-    """A device's one-time password"""
-    for device in api.store.devices():
-        if device["id"] == id:
-            return make_otp(api, request, device["sharedSecret"])
-    raise Unknown(f"no device has the id {id[:80]!r}")
-
-
-def usage_limits(api: Api, request: Request) -> Any:
-    """How much of each limit is used"""
-    limits, counters = api.store.limits, api.store.counters()
-    most = limits.max_memory // limits.message_cost
-    return {"servers": {"limit": limits.servers, "current": len(api.store.servers())},
-            "users": {"limit": 1, "current": 1},
-            "email": {"limit": most, "current": counters["accepted"]},
-            "sms": {"limit": most, "current": counters["sms"]}}
-
-
-def usage_transactions(api: Api, request: Request) -> Any:
-    """What was accepted in each of the last 24 hours"""
-    return {"items": [{"timestamp": iso_time(began), "email": mails, "sms": texts}
-                      for began, mails, texts in api.store.transactions()]}
-
-
-# -- Mailosaur: analysis
 
 _SHORTENERS = re.compile(r"https?://(?:bit\.ly|t\.co|goo\.gl|tinyurl\.com|ow\.ly|is\.gd|buff\.ly|"
                        r"rebrand\.ly|cutt\.ly|shorturl\.at)/", re.I)
@@ -6030,68 +5407,571 @@ def _findings(message: Message, mail: Mail) -> Dict[str, Any]:
             "missingListUnsubscribe": "list-unsubscribe" not in names}
 
 
-def spam(api: Api, request: Request, id: str) -> Any:
-    """What the content says; no score, since no spam filter is asked"""
-    message = api.store.message(id)
-    mail = api.read(message)
-    found = _findings(message, mail)
-    rules = [("NOT_SCORED", "No spam filter was asked: the score 0 is no verdict")]
-    rules += [(f"CONTENT_{name.upper()}", f"The HTML has a {name} element")
-              for name in _ELEMENTS if found[name]]
-    rules += [("WARNING", warning) for warning in mail.warnings]
-    return {"spamFilterResults": {"spamAssassin": [
-        {"score": 0.0, "rule": rule, "description": text} for rule, text in rules]}, "score": 0.0}
+# -- endpoints
 
+class Call:
+    """One request that is being answered.  Methods are endpoints, see ROUTES: they take the
+    values of parameters, and return what is to be JSON, nothing, or a Response.  What is wrong
+    they raise: ApiError, Unknown, Full."""
 
-def deliverability(api: Api, request: Request, id: str) -> Any:
-    """Content checks; DNS and blocklist checks say that they were not made"""
-    message = api.store.message(id)
-    unknown = {"result": "Timeout", "description": _OFFLINE, "rawValue": "", "tags": {}}
-    return {"spf": unknown, "dkim": [unknown], "dmarc": unknown,
-            "blockLists": [{"id": "none", "name": _OFFLINE, "result": "Timeout"}],
-            "content": _findings(message, api.read(message)),
-            "dnsRecords": {"a": [], "mx": [], "ptr": []},
-            # Go's client wants a whole number for this one score
-            "spamAssassin": {"score": 0, "result": "Timeout", "rules": [
-                {"score": 0.0, "rule": "NOT_SCORED", "description": _OFFLINE}]}}
+    def __init__(self, api: Api, request: Request):
+        self.api = api
+        self.store = api.store
+        self.policy = api.policy
+        self.request = request
+        self.base = api.base(request)
 
+    # -- the Mailtest service
 
-def email_clients(api: Api, request: Request) -> Any:
-    """The mail clients that previews can be made with: none"""
-    return {"items": []}
+    def acquire(self, fail: List[Failure]):
+        """Acquire a temporary inbox; `fail` scripts how it answers SMTP"""
+        try:
+            view = self.store.acquire(tuple(fail))
+        except ValueError as error:
+            raise ApiError(400, "bad_request", str(error), "fail") from None
+        if "application/json" not in self.request.headers.get("accept", ""):
+            return Response(body=view.address.encode("utf-8") + b"\n",
+                            type="text/plain; charset=utf-8")
+        host, _, port = self.policy.smtp.rpartition(":")
+        if host in ("0.0.0.0", "[::]"):      # all addresses: the one that the client knows
+            host = _host_name(self.request) or host
+        return {"address": view.address, "expires": iso_time(view.expires),
+                "server": DEFAULT_SERVER, "smtp": f"{host}:{port}"}
 
+    def _not_enough(self, address: str, count: int, found: int, waited: float,
+                    kind: str) -> ApiError:
+        """404: how many mails came and which ones; what else is known, unless that is for the
+        holders of a key."""
+        store, since = self.store, self.store.wall() - waited - 60
+        with contextlib.suppress(Unknown):
+            view = store.inbox(address)
+            since = view.expires - store.limits.ttl if view.acquired else since
+        there = store.messages(address)
+        closed = self.policy.hosted or self.policy.api_key
+        return ApiError(404, "timeout" if waited else "empty",
+                        f"Expected {count} message{'s' * (count > 1)} for {address}{kind}, got "
+                        f"{found} in {waited:g} s; the inbox holds {len(there)} in all",
+                        waited=waited, hints=[] if closed else silence(store, address, since),
+                        received=(item(self.api, message) for message in there[:50]))
 
-def make_previews(api: Api, request: Request, id: str, clients: Any) -> None:
-    """Not possible offline; says so"""
-    api.store.message(id)
-    raise ApiError(501, "not_implemented", "Screenshots in mail clients need those clients, and "
-                   f"none is here; {api.base(request)}/v1/messages/{id}/preview shows the HTML")
+    def _mail_of(self, address: str, least: int, timeout: float, count: int,
+                 silence: bool, after: str, **filters: str):
+        """Mail of an inbox that matches, when there is as much as is wanted."""
+        store, base = self.store, self.base
+        wanted = criteria(**filters)
+        count = 1 if silence else count
+        number = store.message(after).number if after else 0
+        if not timeout or store.strict:      # nobody waits, or nothing can come
+            store.inbox(address)
+        began = time.monotonic()
+        found = collect(store, wanted.match, count, timeout, number, self.request.gone,
+                        address=address)
+        waited = round(time.monotonic() - began, 3)
+        if silence and found:
+            raise ApiError(409, "unexpected", f"Expected no such mail for {address}, "
+                           f"got {len(found)}", waited=waited,
+                           messages=(message_value(self.api, each, base) for each in found[:50]))
+        if not silence and len(found) < (count if timeout else least * count):
+            raise self._not_enough(address, count, len(found), waited if timeout else 0.0,
+                                   " of that kind" * bool(wanted.terms))
+        try:
+            head = _inbox(store.inbox(address))
+        except Unknown:                      # silence was expected, and there is not even an inbox
+            head = {"address": address, "expires": None}
+        return {**head, "message_count": len(found),
+                "messages": (message_value(self.api, message, base) for message in found)}
 
+    def get_inbox(self, address: str, **wanted: Any):
+        """The mail of an inbox, waited for if asked; 404 while there is none"""
+        return self._mail_of(address, 1, **wanted)
 
-def get_screenshot(api: Api, request: Request, id: str) -> None:
-    """There is none: see make_previews"""
-    raise Unknown(f"no screenshot has the id {id[:80]!r}: this catcher makes none")
+    def load_inbox(self, address: str, **wanted: Any):
+        """The mail of an inbox, waited for if asked; also while there is none"""
+        return self._mail_of(address, 0, **wanted)
 
+    def delete_inbox(self, address: str):
+        """End an inbox and its mail"""
+        self.store.drop_inbox(address)
 
-# -- SMS
+    def empty_inbox(self, address: str):
+        """End the mail of an inbox; the inbox stays, and others keep what they hold too"""
+        self.store.empty_inbox(address)
 
-def receive_sms(api: Api, request: Request, sid: str, sms_to: str, sms_from: str,
-                sms_service: str, sms_text: str) -> Response:
-    """Send an SMS here instead of to Twilio: form fields From, To, Body"""
-    sender = sms_from or sms_service
-    message = Message(new_id(), sms_text.encode("utf-8", "replace"),
-                      Envelope(sender, (sms_to,), None, request.client), kind="SMS")
-    api.store.deliver(message)
-    now = email.utils.formatdate(message.received)
-    number = "SM" + message.id.replace("-", "")
-    return _response({
-        "sid": number, "account_sid": sid, "from": sender, "to": sms_to,
-        "body": sms_text, "status": "queued", "direction": "outbound-api", "num_segments": "1",
-        "num_media": "0", "api_version": "2010-04-01", "date_created": now, "date_updated": now,
-        "date_sent": None, "error_code": None, "error_message": None, "price": None,
-        "price_unit": "USD", "messaging_service_sid": None,
-        "uri": request.path.replace(".json", f"/{number}.json"), "subresource_uris": {}},
-        )._replace(status=201)
+    def watch(self, address: str, within: float):
+        """Await the next call within so many seconds; a mail tells the inbox if none comes"""
+        try:
+            return _inbox(self.store.watch(address, within))
+        except ValueError as error:
+            raise ApiError(400, "bad_request", str(error), "within") from None
+
+    def unwatch(self, address: str):
+        """Await no further call"""
+        self.store.unwatch(address)
+
+    def list_inboxes(self, inbox: Optional[List[str]]):
+        """All open inboxes, or those of the addresses `inbox`"""
+        views = self.store.inboxes()
+        if inbox is not None:
+            known = set(map(inbox_key, inbox))
+            views = [view for view in views if inbox_key(view.address) in known]
+        return {"items": [_inbox(view) for view in views]}
+
+    def list_sessions(self):
+        """The last SMTP sessions with their transcripts, refused and broken ones too"""
+        return {"items": [
+            {"number": record.number, "client": record.client, "helo": record.helo or None,
+             "user": record.user or None, "tls": record.tls, "started": iso_time(record.started),
+             "ended": iso_time(record.ended), "messages": record.accepted,
+             "refused": record.refused or None, "ending": record.ending,
+             "transcript": _lines(record.transcript)} for record in self.store.sessions()]}
+
+    def _event(self, event: Event) -> bytes:
+        """An event as text; of a message its item, nothing if it has ended since."""
+        try:
+            data = _json(event.data) if event.kind != "message" else item(
+                self.api, self.store.message(event.data["id"]))
+        except Unknown:
+            return b""
+        return b"id: %d\nevent: %b\ndata: %b\n\n" % (event.number, event.kind.encode(), data)
+
+    def _events(self, after: int, inboxes: List[str]) -> Iterator[bytes]:
+        """Events as they happen.  The first piece is empty, once this follower is counted."""
+        with self.store.follower():
+            yield b""
+            if after > self.store.number:            # numbers of a catcher that ran before
+                yield b"event: reset\ndata: {}\n\n"
+                after = self.store.number
+            yield b"retry: 1000\n: %d\n\n" % after
+            while not self.store.closed:
+                events, after, lost = self.store.events(after, 15.0, inboxes)
+                if lost:
+                    yield b"event: reset\ndata: {}\n\n"
+                for event in events:
+                    yield self._event(event)
+                if not events:
+                    yield b":\n\n"
+                if self.request.gone():
+                    return
+
+    def follow_events(self, event: str, inbox: Optional[List[str]]):
+        """Server-Sent Events: what arrives, ends, is refused; resumes by Last-Event-ID"""
+        last = _argument(self.api.parameters["event"]._replace(name="Last-Event-ID"),
+                         [self.request.headers.get("last-event-id")]) or event
+        inboxes = [] if inbox is None else inbox or [""]
+        stream = self._events(int(last) if last else self.store.number, inboxes)
+        next(stream)                     # raises Full if there are too many
+        return Response(type="text/event-stream; charset=utf-8", stream=stream)
+
+    def health(self):
+        """Whether the catcher works, its counters and how it was started"""
+        store, policy, limits = self.store, self.policy, self.store.limits
+        return {"status": "stopping" if store.closed else "ok", "version": __version__,
+                "uptime": round(store.wall() - store.started, 3), **store.counters(),
+                "smtp": policy.smtp, "domain": store.domain, "ttl": limits.ttl,
+                "max_size": limits.max_size, "rate": limits.rate, "hosted": policy.hosted,
+                "strict": store.strict, "api_key": bool(policy.api_key),
+                **({} if policy.hosted else policy.state())}
+
+    def describe_api(self):
+        """This API as OpenAPI 3"""
+        return openapi(self.api, self.base)
+
+    def get_file(self):
+        """The web page"""
+        kind, octets = self.policy.files[self.request.path.rstrip("/") or "/"]
+        policy = ("default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; "
+                  "img-src 'self' data:; frame-src 'self'; base-uri 'none'; form-action 'none'; "
+                  "frame-ancestors 'none'")
+        return Response(body=octets, type=kind, headers=(("Content-Security-Policy", policy),))
+
+    def get_certificate(self):
+        """The certificate that clients may trust, in PEM"""
+        found = re.findall(r"-----BEGIN CERTIFICATE-----[^-]+-----END CERTIFICATE-----",
+                           self.policy.certificate)       # a key may stand beside it
+        if not found:
+            raise Unknown("no certificate: start with --tls, or --tls-cert")
+        return Response(body="\n".join(found + [""]).encode("ascii", "replace"),
+                        type="application/x-pem-file")
+
+    # -- one message
+
+    def get_message(self, id: str):
+        """The whole message"""
+        return message_value(self.api, self.store.message(id), self.base)
+
+    def delete_message(self, id: str):
+        """Delete a message"""
+        self.store.delete(id)
+
+    def see(self, id: str):
+        """Mark a message as read"""
+        self.store.see(id)
+
+    def unsee(self, id: str):
+        """Mark a message as not read"""
+        self.store.see(id, False)
+
+    def source(self, id: str):
+        """A message's octets as text, to be looked at"""
+        return Response(body=self.store.message(id).octets, type="text/plain; charset=utf-8")
+
+    def get_attachment(self, id: str):
+        """An attachment's octets"""
+        message_id, dash, number = id.rpartition("-")
+        if not dash or not re.fullmatch("[0-9]{1,9}", number):
+            raise Unknown(f"no attachment has the id {id[:80]!r}")
+        message = self.store.message(message_id)
+        attachments = self.api.read(message).attachments
+        if int(number) >= len(attachments):
+            raise Unknown(f"no attachment has the id {id[:80]!r}")
+        part = attachments[int(number)]
+        kind = part.content_type if re.fullmatch(_TOKENS, part.content_type) else ""
+        return Response(body=part.octets,
+                        type=kind or "application/octet-stream",
+                        headers=_as_download(part.file_name, kind))
+
+    def download(self, id: str):
+        """An attachment's octets, for whoever knows its id"""
+        return self.get_attachment(id)
+
+    def get_email(self, id: str):
+        """A message's octets, exactly as they came"""
+        message = self.store.message(id)
+        return Response(body=message.octets, type="message/rfc822",
+                        headers=_as_download(f"{message.id}.eml", "message/rfc822"))
+
+    # -- preview
+
+    def _with_images(self, message: Message, mail: Mail) -> str:
+        """The HTML with its cid: images as data: URLs, as long as that is not too large."""
+        images = {part.content_id: part for part in mail.attachments
+                  if part.content_id and re.fullmatch(_TOKENS, part.content_type)}
+        data: Dict[str, str] = {}
+        room = self.store.limits.max_size * 3 // 2
+
+        def inline(match: Any) -> str:
+            nonlocal room
+            name = urllib.parse.unquote(html.unescape(match.group(1)))
+            if name in images and name not in data:
+                encoded = base64.b64encode(images[name].octets).decode()
+                data[name] = f"data:{images[name].content_type};base64,{encoded}"
+            url = data.get(name, "")
+            room -= len(url)
+            return url if url and room > 0 else match.group()
+        return re.sub(r"cid:([^\s\"'<>)\\]{1,998})", inline, mail.html_body.body or "")
+
+    def preview(self, id: str, remote: bool):
+        """A mail's HTML for a sandboxed frame; remote content only with remote=1"""
+        message = self.store.message(id)
+        body = _with_links(self._with_images(message, self.api.read(message)))
+        body = re.sub(_LOADERS.format("" if remote else "|link"), "<x-", body, flags=re.I)
+        sources = " http: https:" if remote else ""
+        policy = (f"default-src 'none'; img-src data:{sources}; "
+                  f"style-src 'unsafe-inline'{sources}; font-src data:{sources}; "
+                  f"media-src data:{sources}; frame-ancestors 'self'; form-action 'none'; "
+                  "base-uri 'none'; sandbox allow-popups allow-popups-to-escape-sandbox")
+        return Response(body=b'<!doctype html><meta charset="utf-8"><base target="_blank">'
+                        + body.encode("utf-8", "replace"), type="text/html; charset=utf-8",
+                        headers=(("Content-Security-Policy", policy),
+                                 ("X-DNS-Prefetch-Control", "off")))
+
+    # -- Mailosaur: lists and searches
+
+    def _messages_of(self, server: str, direction: str, since: Optional[float],
+                     inboxes: Optional[List[str]] = None) -> Iterator[Message]:
+        """Messages newest first: those of some inboxes, or of a server."""
+        found = self.store.messages(server=server) if inboxes is None else []
+        for address in inboxes or ():
+            with contextlib.suppress(Unknown):
+                found += self.store.messages(address)
+        if len(inboxes or ()) > 1:
+            numbered = {message.number: message for message in found}
+            found = [numbered[number] for number in sorted(numbered, reverse=True)]
+        for message in found:
+            if since is not None and message.received <= since:
+                return
+            if message.direction == direction:
+                yield message
+
+    def list_messages(self, server: str, page: int, size: int, since: Optional[float],
+                      direction: str, query: Criteria, inbox: Optional[List[str]]):
+        """Summaries, newest first; `q` searches as the page does, X-Total-Count counts"""
+        found = list(filter(query.match, self._messages_of(server, direction, since, inbox)))
+        response = _response({"items": (item(self.api, message, server) for message in
+                                        found[page * size:(page + 1) * size])})
+        return response._replace(headers=(("X-Total-Count", str(len(found))),))
+
+    def search_messages(self, server: str, page: int, size: int,
+                        since: Optional[float], direction: str, milliseconds: int, sent_from: str,
+                        sent_to: str, subject: str, body: str, any_of: bool):
+        """Summaries that match criteria; a client that polls is held until one arrives"""
+        store, timeout = self.store, milliseconds / 1000
+        wanted = criteria(subject, sent_from, sent_to, body, any_of=any_of)
+        poll = self.request.headers.get("authorization"), self.request.query, wanted
+        delay = "1"          # 0: PHP's client takes it for 1000, others do not pause
+        number = store.number
+
+        def find() -> List[Message]:
+            found = filter(wanted.match, self._messages_of(server, direction, since))
+            return list(itertools.islice(found, page * size, (page + 1) * size))
+        found = find()
+        if not found and not timeout and store.polled_again(poll):
+            timeout = store.limits.hold
+        if not found and timeout:
+            try:
+                collect(store, lambda message: (
+                    message.direction == direction and wanted.match(message)
+                    and (since is None or message.received > since)), 1, timeout, number,
+                    self.request.gone, server=server)
+                found = find()
+            except Full:                     # too many wait: this client polls without being held
+                delay = "1000"
+        if not found:
+            store.poll_answered(poll)
+            return Response(body=b'{"items":[]}', headers=(("x-ms-delay", delay),))
+        return {"items": (item(self.api, message, server) for message in found)}
+
+    def delete_messages(self, emptied: str):
+        """Delete all messages of a server"""
+        self.store.empty(emptied)
+
+    # -- Mailosaur: creating mail
+
+    def _mail(self, fields: Dict[str, str], text: str, source: str,
+              parts: Iterable[Tuple[str, str, str, bytes]]) -> bytes:
+        """The same, for a client: what cannot be made is refused."""
+        try:
+            octets = compose(fields, text, source, parts)
+        except ValueError as error:
+            name = str(error)
+            raise _bad(name.lower(), _LINE.expected, fields.get(name, "")) from error
+        most = self.store.limits.max_size
+        if len(octets) > most:
+            raise ApiError(413, "too_large", f"Expected a mail of at most {most} octets, "
+                                             f"got {len(octets)}")
+        return octets
+
+    def _store_sent(self, octets: bytes, sender: str, recipients: List[str],
+                    server: str) -> Message:
+        """Keeps a mail that the API was told to send; recipients of ours get it."""
+        sent = Message(new_id(), octets, Envelope(None, tuple(recipients)), direction="Sent")
+        self.store.deliver(sent, server)
+        ours = tuple(path for path in recipients if self.store.is_ours(path, server))
+        if ours:
+            self.store.deliver(Message(new_id(), octets, Envelope(sender, ours, "localhost")))
+        return sent
+
+    def create_message(self, owner: str, recipients: str, copies: str,
+                       author: str, send: bool, parts: List[Dict[str, Any]], **content: str):
+        """Create a mail: sent with send=true, else received by the server"""
+        if not any(content.values()):
+            content = _SAMPLE
+        server = owner.lower()
+        sender = author or f"{_random_name(8)}@{self.store.domain}"
+        label = re.sub(r"[^!-~]|[][]", "-", server[:63])     # a mailbox needs it plain
+        receiver = recipients or f"sample@{label}.mailosaur.net"
+        octets = self._mail({"From": sender, "To": receiver, "Cc": copies,
+                             "Subject": content["title"]}, content["text"], content["source"],
+                       _given_parts(parts))
+        to = _mailboxes(recipients) + _mailboxes(copies)
+        if send:
+            message = self._store_sent(octets, sender, to, server)
+        else:
+            message = Message(new_id(), octets, Envelope(None, tuple(to) or (receiver,)))
+            self.store.deliver(message, server)
+        return message_value(self.api, message, self.base)
+
+    def _original(self, id: str) -> Tuple[Message, Mail]:
+        """A mail that is to be answered."""
+        message = self.store.message(id)
+        if message.kind != "Email":
+            raise ApiError(400, "bad_request", f"Expected a mail, got an {message.kind}", "id")
+        return message, self.api.read(message)
+
+    def _answered(self, original: Message, mail: Mail, prefix: str, to: str,
+                  copies: str, text: str, source: str,
+                  parts: Iterable[Tuple[str, str, str, bytes]]):
+        """Composes and keeps a reply or a forward, with the original below."""
+        writer = mail.from_[0].email if mail.from_ else "someone"
+        if text or not source:
+            text += f"\n\n{writer} wrote:\n" + "".join(
+                f"> {line}\n" for line in (mail.text_body.body or mail.preview).splitlines())
+        if source:
+            below = mail.html_body.body or html.escape(mail.text_body.body or "")
+            source += f"<p>{html.escape(writer)} wrote:</p><blockquote>{below}</blockquote>"
+        subject = re.sub(f"[{LINE_ENDS}]+", " ", mail.subject)
+        sender = next(iter(original.envelope.forward_paths), f"sample@{self.store.domain}")
+        octets = self._mail({
+            "From": sender, "To": to, "Cc": copies,
+            "Subject": subject if subject.lower().startswith(prefix.lower()) else prefix + subject,
+            "In-Reply-To": re.sub(r"[^!-~]", "", mail.message_id)}, text, source, parts)
+        sent = self._store_sent(octets, sender, _mailboxes(to) + _mailboxes(copies),
+                           _server(original))
+        return message_value(self.api, sent, self.base)
+
+    def forward_message(self, id: str, recipients: str, copies: str, text: str,
+                        source: str, parts: List[Dict[str, Any]]):
+        """Forward a message; stored as sent"""
+        original, mail = self._original(id)
+        kept = [(part.file_name, part.content_type, part.content_id or "",
+                 part.octets) for part in mail.attachments
+                if re.fullmatch(_PART_TYPE, part.content_type)]
+        return self._answered(original, mail, "Fwd: ", recipients, copies, text, source,
+                         kept + _given_parts(parts))
+
+    def reply_to_message(self, id: str, copies: str, text: str, source: str,
+                         parts: List[Dict[str, Any]]):
+        """Reply to a message; stored as sent"""
+        original, mail = self._original(id)
+        to = [address.email for address in mail.reply_to or mail.from_ if address.email]
+        if not to:
+            raise ApiError(400, "bad_request", "Expected a message with From or Reply-To", "id")
+        return self._answered(original, mail, "Re: ", ", ".join(to), copies, text, source,
+                         _given_parts(parts))
+
+    # -- Mailosaur: servers, devices, usage
+
+    def _server_json(self, server: str, name: str) -> Dict[str, Any]:
+        return {"id": server, "name": name, "users": [], "messages": self.store.count(server)}
+
+    def _known_server(self, server: str) -> str:
+        name = self.store.servers().get(server.lower())
+        if name is None:
+            raise Unknown(f"no server has the id {server[:80]!r}; it appears with its first mail, "
+                          "or with POST /api/servers")
+        return name
+
+    def list_servers(self):
+        """The servers: the default one, the named ones, those that hold mail"""
+        return {"items": [self._server_json(server, name)
+                          for server, name in self.store.servers().items()]}
+
+    def create_server(self, server_name: str):
+        """Create a server with a new id"""
+        server = _random_name(8).lower()     # 8 characters: what the clients demand
+        self.store.name_server(server, server_name)
+        return self._server_json(server, server_name)
+
+    def get_server(self, id: str):
+        """One server"""
+        return self._server_json(id.lower(), self._known_server(id))
+
+    def update_server(self, id: str, server_name: str):
+        """Give a server another name"""
+        self._known_server(id)
+        self.store.name_server(id.lower(), server_name)
+        return self._server_json(id.lower(), server_name)
+
+    def delete_server(self, id: str):
+        """Delete a server and its messages"""
+        self._known_server(id)
+        self.store.empty(id.lower())
+        self.store.drop_server(id.lower())
+
+    def get_password(self, id: str):
+        """The SMTP password of a server: any will do unless --auth names one"""
+        self._known_server(id)
+        return {"value": self.policy.password or "anything"}
+
+    def make_otp(self, secret: str):
+        """The one-time password of a shared secret"""
+        code, until = totp(secret, self.store.wall())
+        return {"code": code, "expires": iso_time(until)}
+
+    def list_devices(self):
+        """Authenticator devices"""
+        return {"items": [{"id": device["id"], "name": device["name"]}
+                          for device in self.store.devices()]}
+
+    def create_device(self, device_name: str, secret: str):
+        """Create a device that makes one-time passwords"""
+        device = self.store.add_device(device_name, secret)
+        return {"id": device["id"], "name": device["name"]}
+
+    def delete_device(self, id: str):
+        """Delete a device"""
+        self.store.drop_device(id)
+
+    def get_otp(self, id: str):
+        """A device's one-time password"""
+        for device in self.store.devices():
+            if device["id"] == id:
+                return self.make_otp(device["sharedSecret"])
+        raise Unknown(f"no device has the id {id[:80]!r}")
+
+    def usage_limits(self):
+        """How much of each limit is used"""
+        limits, counters = self.store.limits, self.store.counters()
+        most = limits.max_memory // limits.message_cost
+        return {"servers": {"limit": limits.servers, "current": len(self.store.servers())},
+                "users": {"limit": 1, "current": 1},
+                "email": {"limit": most, "current": counters["accepted"]},
+                "sms": {"limit": most, "current": counters["sms"]}}
+
+    def usage_transactions(self):
+        """What was accepted in each of the last 24 hours"""
+        return {"items": [{"timestamp": iso_time(began), "email": mails, "sms": texts}
+                          for began, mails, texts in self.store.transactions()]}
+
+    # -- Mailosaur: analysis
+
+    def spam(self, id: str):
+        """What the content says; no score, since no spam filter is asked"""
+        message = self.store.message(id)
+        mail = self.api.read(message)
+        found = _findings(message, mail)
+        rules = [("NOT_SCORED", "No spam filter was asked: the score 0 is no verdict")]
+        rules += [(f"CONTENT_{name.upper()}", f"The HTML has a {name} element")
+                  for name in _ELEMENTS if found[name]]
+        rules += [("WARNING", warning) for warning in mail.warnings]
+        results = [{"score": 0.0, "rule": rule, "description": text} for rule, text in rules]
+        return {"spamFilterResults": {"spamAssassin": results}, "score": 0.0}
+
+    def deliverability(self, id: str):
+        """Content checks; DNS and blocklist checks say that they were not made"""
+        message = self.store.message(id)
+        unknown = {"result": "Timeout", "description": _OFFLINE, "rawValue": "", "tags": {}}
+        return {"spf": unknown, "dkim": [unknown], "dmarc": unknown,
+                "blockLists": [{"id": "none", "name": _OFFLINE, "result": "Timeout"}],
+                "content": _findings(message, self.api.read(message)),
+                "dnsRecords": {"a": [], "mx": [], "ptr": []},
+                # Go's client wants a whole number for this one score
+                "spamAssassin": {"score": 0, "result": "Timeout", "rules": [
+                    {"score": 0.0, "rule": "NOT_SCORED", "description": _OFFLINE}]}}
+
+    def email_clients(self):
+        """The mail clients that previews can be made with: none"""
+        return {"items": []}
+
+    def make_previews(self, id: str, clients: Any):
+        """Not possible offline; says so"""
+        self.store.message(id)
+        raise ApiError(501, "not_implemented", "Screenshots in mail clients need those clients, "
+                       f"and none is here; {self.base}/v1/messages/{id}/preview shows the HTML")
+
+    def get_screenshot(self, id: str):
+        """There is none: see make_previews"""
+        raise Unknown(f"no screenshot has the id {id[:80]!r}: this catcher makes none")
+
+    # -- SMS
+
+    def receive_sms(self, sid: str, sms_to: str, sms_from: str,
+                    sms_service: str, sms_text: str):
+        """Send an SMS here instead of to Twilio: form fields From, To, Body"""
+        sender = sms_from or sms_service
+        message = Message(new_id(), sms_text.encode("utf-8", "replace"),
+                          Envelope(sender, (sms_to,), None, self.request.client), kind="SMS")
+        self.store.deliver(message)
+        now = email.utils.formatdate(message.received)
+        number = "SM" + message.id.replace("-", "")
+        return _response({
+            "sid": number, "account_sid": sid, "from": sender, "to": sms_to,
+            "body": sms_text, "status": "queued", "direction": "outbound-api",
+            "num_segments": "1", "num_media": "0", "api_version": "2010-04-01",
+            "date_created": now, "date_updated": now, "date_sent": None, "error_code": None,
+            "error_message": None, "price": None, "price_unit": "USD",
+            "messaging_service_sid": None, "subresource_uris": {},
+            "uri": self.request.path.replace(".json", f"/{number}.json")})._replace(status=201)
 
 
 # -- routes
@@ -6114,91 +5994,107 @@ class Route(NamedTuple):
     gives: str = ""                      # a media type, or a schema of OpenAPI's components
 
 
-_WAIT = "timeout count subject sender to body after silence"
+_WAIT = "timeout count subject sender to body header after silence"
 _LIST = "server page size since direction"
+_LISTED, _SEARCH = _LIST + " query inbox", _LIST + " milliseconds"
 _CRITERIA = "sent_from|sent_to|subject|body any_of"
-_CONTENT = "title text source parts"
-_CREATE = "send>recipients copies author " + _CONTENT
 _ANSWER = "copies text source parts"
-_SMS_FORM = "sms_to! sms_from|sms_service sms_text!"
+_CREATE, _FORWARD = "send>recipients author title " + _ANSWER, "recipients! " + _ANSWER
+_DEVICE, _SMS_FORM = "device_name! secret!", "sms_to! sms_from|sms_service sms_text!"
 _HTML, _CSS, _JS, _SVG = "text/html", "text/css", "text/javascript", "image/svg+xml"
 _EML, _ANY, _TXT, _EVENTS = "message/rfc822", "*/*", "text/plain", "text/event-stream"
 _PEM = "application/x-pem-file"
 
 
-def describe_api(api: Api, request: Request) -> Any:
-    """This API as OpenAPI 3"""
-    return openapi(api, api.base(request))
-
-
-ROUTES = tuple(Route(*row) for row in (
-    ("GET",    "/",                            get_file,           "open", "", "", _HTML),
-    ("GET",    "/page.css",                    get_file,           "open", "", "", _CSS),
-    ("GET",    "/page.js",                     get_file,           "open", "", "", _JS),
-    ("GET",    "/favicon.ico",                 get_file,           "open", "", "", _SVG),
-    ("GET",    "/healthz",                     health,             "open"),
-    ("GET",    "/cert.pem",                    get_certificate,    "open", "", "", _PEM),
-    ("GET",    "/openapi.json",                describe_api),
-    ("GET",    "/v1/acquire",                  acquire,            "inbox", "fail", "", _TXT),
-    ("GET",    "/v1/register",                 acquire,            "inbox", "fail", "", _TXT),
-    ("GET",    "/acquire",                     acquire,            "inbox", "fail", "", _TXT),
-    ("GET",    "/aquire",                      acquire,            "inbox", "fail", "", _TXT),
-    ("GET",    "/v1/get/{address}",            get_inbox,          "inbox", _WAIT, "", "Inbox"),
-    ("GET",    "/v1/load/{address}",           load_inbox,         "inbox", _WAIT, "", "Inbox"),
-    ("DELETE", "/v1/get/{address}",            delete_inbox,       "inbox"),
-    ("DELETE", "/v1/inboxes/{address}/messages", empty_inbox,      "inbox"),
-    ("PUT",    "/v1/messages/{id}/seen",       mark_seen,          "open"),
-    ("DELETE", "/v1/messages/{id}/seen",       mark_unseen,        "open"),
-    ("GET",    "/v1/messages/{id}/preview",    preview,            "open", "remote", "", _HTML),
-    ("GET",    "/v1/messages/{id}/source",     source,             "open", "", "", _TXT),
-    ("GET",    "/v1/attachments/{id}",         download,           "open", "", "", _ANY),
-    ("GET",    "/v1/inboxes",                  list_inboxes,       "known", "inbox"),
-    ("GET",    "/v1/sessions",                 list_sessions),
-    ("GET",    "/v1/events",                   follow_events,      "known", "event inbox", "",
-                                                                   _EVENTS),
-    ("GET",    "/api/messages",                list_messages,      "known", _LIST + " query inbox",
-                                                                   "", "List"),
-    ("POST",   "/api/messages",                create_message,     "api", "owner!", _CREATE,
-                                                                   "Message"),
-    ("DELETE", "/api/messages",                delete_messages,    "api", "emptied!"),
-    ("POST",   "/api/messages/search",         search_messages,    "api", _LIST + " milliseconds",
-                                                                   _CRITERIA, "List"),
-    ("GET",    "/api/messages/{id}",           get_message,        "known", "", "", "Message"),
-    ("DELETE", "/api/messages/{id}",           delete_message),
-    ("POST",   "/api/messages/{id}/forward",   forward_message,    "api", "",
-                                                                   "recipients! " + _ANSWER,
-                                                                   "Message"),
-    ("POST",   "/api/messages/{id}/reply",     reply_to_message,   "api", "", _ANSWER, "Message"),
-    ("POST",   "/api/messages/{id}/screenshots", make_previews,    "api", "", "clients"),
-    ("GET",    "/api/files/attachments/{id}",  get_attachment,     "api", "", "", _ANY),
-    ("GET",    "/api/files/email/{id}",        get_email,          "api", "", "", _EML),
-    ("GET",    "/api/files/screenshots/{id}",  get_screenshot),
-    ("GET",    "/api/screenshots/clients",     email_clients),
-    ("GET",    "/api/analysis/spam/{id}",      spam),
-    ("GET",    "/api/analysis/deliverability/{id}", deliverability),
-    ("GET",    "/api/servers",                 list_servers),
-    ("POST",   "/api/servers",                 create_server,      "api", "", "server_name!"),
-    ("GET",    "/api/servers/{id}",            get_server),
-    ("PUT",    "/api/servers/{id}",            update_server,      "api", "", "server_name!"),
-    ("DELETE", "/api/servers/{id}",            delete_server),
-    ("GET",    "/api/servers/{id}/password",   get_password),
-    ("GET",    "/api/devices",                 list_devices),
-    ("POST",   "/api/devices",                 create_device,      "api", "",
-                                                                   "device_name! secret!"),
-    ("DELETE", "/api/devices/{id}",            delete_device),
-    ("GET",    "/api/devices/{id}/otp",        get_otp),
-    ("POST",   "/api/devices/otp",             make_otp,           "api", "", "secret!"),
-    ("GET",    "/api/usage/limits",            usage_limits),
-    ("GET",    "/api/usage/transactions",      usage_transactions),
-    ("POST",   "/2010-04-01/Accounts/{sid}/Messages.json", receive_sms, "api", "", _SMS_FORM),
-    ("GET",    "/{address}",                   load_inbox,         "inbox", _WAIT, "", "Inbox"),
+ROUTES = tuple(Route(*columns) for columns in (
+    ("GET", "/", Call.get_file, "open", "", "", _HTML),
+    ("GET", "/page.css", Call.get_file, "open", "", "", _CSS),
+    ("GET", "/page.js", Call.get_file, "open", "", "", _JS),
+    ("GET", "/favicon.ico", Call.get_file, "open", "", "", _SVG),
+    ("GET", "/healthz", Call.health, "open"),
+    ("GET", "/cert.pem", Call.get_certificate, "open", "", "", _PEM),
+    ("GET", "/openapi.json", Call.describe_api),
+    ("GET", "/v1/acquire", Call.acquire, "inbox", "fail", "", _TXT),
+    ("GET", "/v1/register", Call.acquire, "inbox", "fail", "", _TXT),
+    ("GET", "/acquire", Call.acquire, "inbox", "fail", "", _TXT),
+    ("GET", "/aquire", Call.acquire, "inbox", "fail", "", _TXT),
+    ("GET", "/v1/get/{address}", Call.get_inbox, "inbox", _WAIT, "", "Inbox"),
+    ("GET", "/v1/load/{address}", Call.load_inbox, "inbox", _WAIT, "", "Inbox"),
+    ("DELETE", "/v1/get/{address}", Call.delete_inbox, "inbox"),
+    ("DELETE", "/v1/inboxes/{address}/messages", Call.empty_inbox, "inbox"),
+    ("GET", "/v1/watch/{address}", Call.watch, "inbox", "within!"),
+    ("DELETE", "/v1/watch/{address}", Call.unwatch, "inbox"),
+    ("PUT", "/v1/messages/{id}/seen", Call.see, "open"),
+    ("DELETE", "/v1/messages/{id}/seen", Call.unsee, "open"),
+    ("GET", "/v1/messages/{id}/preview", Call.preview, "open", "remote", "", _HTML),
+    ("GET", "/v1/messages/{id}/source", Call.source, "open", "", "", _TXT),
+    ("GET", "/v1/attachments/{id}", Call.download, "open", "", "", _ANY),
+    ("GET", "/v1/inboxes", Call.list_inboxes, "known", "inbox"),
+    ("GET", "/v1/sessions", Call.list_sessions),
+    ("GET", "/v1/events", Call.follow_events, "known", "event inbox", "", _EVENTS),
+    ("GET", "/api/messages", Call.list_messages, "known", _LISTED, "", "List"),
+    ("POST", "/api/messages", Call.create_message, "api", "owner!", _CREATE, "Message"),
+    ("DELETE", "/api/messages", Call.delete_messages, "api", "emptied!"),
+    ("POST", "/api/messages/search", Call.search_messages, "api", _SEARCH, _CRITERIA, "List"),
+    ("GET", "/api/messages/{id}", Call.get_message, "known", "", "", "Message"),
+    ("DELETE", "/api/messages/{id}", Call.delete_message),
+    ("POST", "/api/messages/{id}/forward", Call.forward_message, "api", "", _FORWARD, "Message"),
+    ("POST", "/api/messages/{id}/reply", Call.reply_to_message, "api", "", _ANSWER, "Message"),
+    ("POST", "/api/messages/{id}/screenshots", Call.make_previews, "api", "", "clients"),
+    ("GET", "/api/files/attachments/{id}", Call.get_attachment, "api", "", "", _ANY),
+    ("GET", "/api/files/email/{id}", Call.get_email, "api", "", "", _EML),
+    ("GET", "/api/files/screenshots/{id}", Call.get_screenshot),
+    ("GET", "/api/screenshots/clients", Call.email_clients),
+    ("GET", "/api/analysis/spam/{id}", Call.spam),
+    ("GET", "/api/analysis/deliverability/{id}", Call.deliverability),
+    ("GET", "/api/servers", Call.list_servers),
+    ("POST", "/api/servers", Call.create_server, "api", "", "server_name!"),
+    ("GET", "/api/servers/{id}", Call.get_server),
+    ("PUT", "/api/servers/{id}", Call.update_server, "api", "", "server_name!"),
+    ("DELETE", "/api/servers/{id}", Call.delete_server),
+    ("GET", "/api/servers/{id}/password", Call.get_password),
+    ("GET", "/api/devices", Call.list_devices),
+    ("POST", "/api/devices", Call.create_device, "api", "", _DEVICE),
+    ("DELETE", "/api/devices/{id}", Call.delete_device),
+    ("GET", "/api/devices/{id}/otp", Call.get_otp),
+    ("POST", "/api/devices/otp", Call.make_otp, "api", "", "secret!"),
+    ("GET", "/api/usage/limits", Call.usage_limits),
+    ("GET", "/api/usage/transactions", Call.usage_transactions),
+    ("POST", "/2010-04-01/Accounts/{sid}/Messages.json", Call.receive_sms, "api", "", _SMS_FORM),
+    ("GET", "/{address}", Call.load_inbox, "inbox", _WAIT, "", "Inbox"),
 ))
 
 
 # -- OpenAPI
 
-def _members_of(fields: Iterable[Field], **more: Any) -> Dict[str, Any]:
-    return _object(**{field.name: field.schema for field in fields}, **more)
+_MAY_BE_NULL = {"name", "email", "phone", "body", "text", "alt", "contentId", "ehlo", "mailFrom",
+                "client", "user", "code", "expires"}
+
+
+def _schema_of(value: Any, name: str = "") -> Dict[str, Any]:
+    """The schema of values like this one, which has something in each list."""
+    if isinstance(value, dict):
+        members = {name: _schema_of(member, name) for name, member in value.items()}
+        return {"type": "object", "properties": members, "required": list(members)}
+    if isinstance(value, (list, tuple)):
+        return _list(_schema_of(value[0]) if value else _STRING)
+    kind = {bool: "boolean", int: "integer", float: "number"}.get(type(value), "string")
+    return {"type": kind, **({"nullable": True} if name in _MAY_BE_NULL else {})}
+
+
+def _schemas(api: Api) -> Dict[str, Any]:
+    """The schemas of what routes give, read from a message that has something in every member."""
+    message = Message(new_id(), compose(
+        {"From": "a@b.example", "To": "c@d.example", "Cc": "e@f.example"}, _SAMPLE["text"],
+        _SAMPLE["source"] + "<img src=cid:a>", [("a", "image/png", "a", b"x")]),
+        Envelope("a@b.example", ("g@h.example",)))
+    listed = {"$ref": "#/components/schemas/Item"}, {"$ref": "#/components/schemas/Message"}
+    inbox = InboxView("", True, 0.0, 0, 0, (("", 0, 0),))
+    return {"Message": _schema_of(message_value(api, message, "")),
+            "Item": _schema_of(json.loads(item(api, message))),
+            "List": {"type": "object", "properties": {"items": _list(listed[0])}},
+            "Inbox": {"type": "object", "properties": {
+                **_schema_of(_inbox(inbox))["properties"], "messages": _list(listed[1])}}}
 
 
 def _needed(schema: Dict[str, Any]) -> Dict[str, Any]:
@@ -6209,51 +6105,46 @@ def _needed(schema: Dict[str, Any]) -> Dict[str, Any]:
 
 def _body_schema(words: str, parameters: Dict[str, Parameter]) -> Dict[str, Any]:
     """The schema of a body with these members."""
-    properties: Dict[str, Any] = {}
-    schema: Dict[str, Any] = {"type": "object", "properties": properties}
-
-    def given(word: str) -> Dict[str, Any]:
-        name, kind, *_ = parameters[word]
-        return {"required": [name], "properties": {name: _needed(kind.schema)}}
+    schema: Dict[str, Any] = {"type": "object", "properties": {}}
     for word in words.split():
-        names = re.findall(r"\w+", word)
-        properties.update((parameters[name].name, parameters[name].kind.schema) for name in names)
+        given = [(parameters[key].name, parameters[key].kind.schema)
+                 for key in re.findall(r"\w+", word)]
+        schema["properties"].update(given)
+        there = [{"required": [name], "properties": {name: _needed(kind)}} for name, kind in given]
         if "!" in word:
-            name = parameters[names[0]].name
-            properties[name] = _needed(properties[name])
-            schema.setdefault("required", []).append(name)
+            schema["properties"].update(there[0]["properties"])
+            schema.setdefault("required", []).extend(there[0]["required"])
         elif "|" in word:
-            schema["anyOf"] = [given(name) for name in names]
+            schema["anyOf"] = there
         elif ">" in word:
-            schema["anyOf"] = [{"properties": {parameters[names[0]].name: {
-                "enum": [False, None]}}}, given(names[1])]
+            schema["anyOf"] = [{"properties": {given[0][0]: {"enum": [False, None]}}}, there[1]]
     return schema
 
 
 def _operation(route: Route, parameters: Dict[str, Parameter]) -> Dict[str, Any]:
     """The OpenAPI description of a route."""
-    success = "201" if route.run is receive_sms else "204" if route.method == "DELETE" else "200"
     given = [{"name": name, "in": "path", "required": True, "schema": _STRING}
              for name in re.findall(r"\{(\w+)\}", route.path)]
     for word in route.query.split():
-        name, kind, text, *_ = parameters[word.rstrip("!")]
-        given.append({"name": name, "in": "query", "description": text, "required": "!" in word,
-                      "schema": _needed(kind.schema) if "!" in word else kind.schema})
-    found: Dict[str, Any] = {
-        "summary": (route.run.__doc__ or "").strip(), "parameters": given,
-        "operationId": route.run.__name__ + re.sub(r"\W", "_", route.path),
-        "responses": {success: {"description": "Success"}, "default": {
-            "description": "An error", "content": {"application/json": {"schema": {
-                "type": "object"}}}}}}
-    if success != "204":
-        kind = route.gives if "/" in route.gives else "application/json"
-        schema = {"schema": {"$ref": f"#/components/schemas/{route.gives}"}} if (
-            route.gives and "/" not in route.gives) else {}
-        found["responses"][success]["content"] = {kind: schema}
+        parameter = parameters[word.rstrip("!")]
+        schema = _needed(parameter.kind.schema) if "!" in word else parameter.kind.schema
+        given.append({"name": parameter.name, "in": "query", "description": parameter.text,
+                      "required": "!" in word,
+                      "schema": _list(schema) if parameter.many else schema})
+    success = {Call.receive_sms: "201", Call.see: "204"}.get(route.run) or (
+        "204" if route.method == "DELETE" else "200")
+    content: Dict[str, Any] = {route.gives: {}} if "/" in route.gives else {"application/json": (
+        {"schema": {"$ref": f"#/components/schemas/{route.gives}"}} if route.gives else {})}
+    error = {"description": "An error", "content": {
+        "application/json": {"schema": {"type": "object"}}}}
+    found: Dict[str, Any] = {"summary": route.run.__doc__, "parameters": given,
+             "operationId": route.run.__name__ + re.sub(r"\W", "_", route.path),
+             "responses": {success: {"description": "Success", **(
+                 {} if success == "204" else {"content": content})}, "default": error}}
     if route.path.startswith("/api/files/"):
         found["responses"]["404"] = {"description": "None such, without a body"}
     if route.body:
-        form = "x-www-form-urlencoded" if route.run is receive_sms else "json"
+        form = "x-www-form-urlencoded" if route.run is Call.receive_sms else "json"
         found["requestBody"] = {
             "required": bool(re.search("[!|]", route.body)),
             "content": {f"application/{form}": {"schema": _body_schema(route.body, parameters)}}}
@@ -6264,18 +6155,12 @@ def openapi(api: Api, base: str) -> Dict[str, Any]:
     """The OpenAPI 3.0 description of ROUTES."""
     paths: Dict[str, Any] = {}
     for route in ROUTES:
-        if route.run is not get_file:
+        if route.run is not Call.get_file:
             paths.setdefault(route.path, {})[route.method.lower()] = _operation(
                 route, api.parameters)
-    message = {"$ref": "#/components/schemas/Message"}
-    schemas = {
-        "Message": _members_of(MESSAGE),
-        "Item": _members_of(ITEM, **ITEM_STATE["properties"]),
-        "List": _object(items=_list({"$ref": "#/components/schemas/Item"})),
-        "Inbox": _object(address=_STRING, expires=_NULLABLE, message_count=_COUNT,
-                         messages=_list(message))}
     return {"openapi": "3.0.3", "info": {"title": "mailtest", "version": __version__},
-            "servers": [{"url": base}], "paths": paths, "components": {"schemas": schemas}}
+            "servers": [{"url": base}], "paths": paths,
+            "components": {"schemas": _schemas(api)}}
 
 
 # -- dispatch
@@ -6286,11 +6171,10 @@ def _segments(path: str) -> List[str]:
 
 
 _PATTERNS = [(_segments(route.path), route) for route in ROUTES]
+_MAKERS = (Call.acquire, Call.watch)     # a GET that changes something
 
 
 def _segment_text(segment: str) -> str:
-    if "%" not in segment:
-        return segment
     try:
         if re.search(r"%(?![0-9A-Fa-f]{2})", segment):
             raise ValueError
@@ -6300,16 +6184,13 @@ def _segment_text(segment: str) -> str:
                                            f"{segment[:80]!r}", "path") from None
 
 
-_MAKERS = (acquire,)               # a GET that changes something
-
-
 def _methods(route: Route) -> Tuple[str, ...]:
     """Those that a route takes: HEAD asks for what GET would, unless that changes something."""
     return ("GET", "HEAD") if route.method == "GET" and route.run not in _MAKERS else (
         route.method,)
 
 
-def find_route(method: str, path: str) -> Tuple[Route, Dict[str, str]]:
+def find_route(method: str, path: str) -> Tuple[Route, Dict[str, Any]]:
     """The route of a request and the values of its path; ApiError 404 or 405."""
     segments = _segments(path)
     found = [(pattern, route) for pattern, route in _PATTERNS if len(pattern) == len(segments)
@@ -6322,24 +6203,48 @@ def find_route(method: str, path: str) -> Tuple[Route, Dict[str, str]]:
         if method in _methods(route):
             return route, {known[1:-1]: _segment_text(given)
                            for known, given in zip(pattern, segments) if known[:1] == "{"}
-    exact = [each for each in found if each[0] == segments]
+    exact = [each for each in found if each[0] == segments]      # search is itself, and no {id}
     allowed = [each for _, route in exact or found for each in _methods(route)]
     allowed = sorted(dict.fromkeys(allowed), key="HEAD".__eq__)
     raise ApiError(405, "method_not_allowed", f"Expected {' or '.join(allowed)}, got {method!r}",
                    headers=(("Allow", ", ".join(allowed + ["OPTIONS"])),))
 
 
-def _error(request: Request, error: ApiError) -> Response:
-    """A refusal as a response; Mailosaur's endpoints have a form of their own."""
-    if request.path.startswith("/api/files/") and error.status == 404:
-        return Response(404, headers=error.headers)  # Node's client hands a body on as the file
-    value: Dict[str, Any] = {"error": error.error, "detail": error.detail}
-    if request.path.startswith("/api/"):
-        kind = {400: "ValidationError", 401: "AuthenticationError", 404: "NotFound"}
-        value = {"type": kind.get(error.status, "Error"), "message": error.detail, "errors": [
-            {"field": error.field, "detail": [{"description": error.detail}]}]}
-    value.update(error.more)
-    return _response(value)._replace(status=error.status, headers=error.headers)
+# Addresses, and names that no public DNS can hold.
+_LOCAL = re.compile(r"[0-9]{1,3}(?:\.[0-9]{1,3}){3}|\[[0-9a-f:.]+\]|[a-z0-9_-]+|[a-z0-9_.-]+"
+                    r"\.(?:localhost|local|internal|test|invalid|home\.arpa)", re.I)
+
+
+def is_allowed(policy: ApiPolicy, host: str) -> bool:
+    """Whether --allow-host names a host, or a domain (.example.com) that it belongs to."""
+    return any(host.lower() == name.lstrip(".")
+               or name.startswith(".") and host.lower().endswith(name)
+               for name in policy.allow_hosts)
+
+
+def _check_host(api: Api, request: Request) -> None:
+    """Refuses names that a foreign page may have pointed at this address (DNS rebinding)."""
+    given = request.headers.get("host", "")
+    host = re.sub(r":[0-9]{1,5}$", "", given)
+    if given and not request.tunnel and not _LOCAL.fullmatch(host) and (
+            not is_allowed(api.policy, host)):       # no host at all: a health check, no browser
+        raise ApiError(421, "misdirected", "Expected a Host field with an IP address, a local "
+                       f"name, or one that --allow-host names, got {given[:80]!r}")
+
+
+def _check_origin(api: Api, request: Request, route: Route) -> None:
+    """Refuses what a foreign page would change.  What it reads, its browser keeps from it, unless
+    --allow-origin names it."""
+    host = request.headers.get("host", "")
+    origin, site = (request.headers.get(name) for name in ("origin", "sec-fetch-site"))
+    reads = route.method == "GET" and (route.run not in _MAKERS
+                                       or origin in api.policy.allow_origins)
+    ours = site == "same-origin" or site in (None, "none") and (
+        origin is None or origin.partition("://")[2] == host)
+    if not reads and not ours:
+        raise ApiError(403, "foreign_origin", "Expected a request from a page of this catcher or "
+                       f"from no page, got Origin {(origin or '')[:80]!r} for the host "
+                       f"{host[:80]!r}" + (f" and Sec-Fetch-Site {site[:80]!r}" if site else ""))
 
 
 def _has_key(key: str, authorization: str) -> bool:
@@ -6368,84 +6273,35 @@ def _network(client: str) -> str:
         return client
 
 
-# Addresses, and names that no public DNS can hold.
-_LOCAL = re.compile(r"[0-9]{1,3}(?:\.[0-9]{1,3}){3}|\[[0-9a-f:.]+\]|[a-z0-9_-]+|[a-z0-9_.-]+"
-                    r"\.(?:localhost|local|internal|test|invalid|home\.arpa)", re.I)
-
-
-def is_allowed(policy: ApiPolicy, host: str) -> bool:
-    """Whether --allow-host names a host, or a domain (.example.com) that it belongs to."""
-    host = host.lower()
-    return any(host == name or name.startswith(".") and (host + "").endswith(name)
-               or host == name[1:] and name.startswith(".") for name in policy.allow_hosts)
-
-
-def _check_host(api: Api, request: Request) -> None:
-    """Refuses names that a foreign page may have pointed at this address (DNS rebinding)."""
-    given = request.headers.get("host", "")
-    if not given or request.tunnel:
-        return                           # no host at all: a health check, no browser
-    host = re.sub(r":[0-9]{1,5}$", "", given)
-    if not _LOCAL.fullmatch(host) and not is_allowed(api.policy, host):
-        raise ApiError(421, "misdirected", "Expected a Host field with an IP address, a local "
-                       f"name, or one that --allow-host names, got {given[:80]!r}")
-
-
-def _check_origin(api: Api, request: Request, route: Route) -> None:
-    """Refuses what a foreign page would change.  What it reads, its browser keeps from it, unless
-    --allow-origin names it."""
-    origin, site = (request.headers.get(name) for name in ("origin", "sec-fetch-site"))
-    if route.method == "GET" and (route.run not in _MAKERS or origin in api.policy.allow_origins):
-        return
-    host = request.headers.get("host", "")
-    ours = site == "same-origin" or site in (None, "none") and (
-        origin is None or origin.partition("://")[2] == host)
-    if not ours:
-        raise ApiError(403, "foreign_origin", "Expected a request from a page of this catcher or "
-                       f"from no page, got Origin {(origin or '')[:80]!r} for the host "
-                       f"{host[:80]!r}" + (f" and Sec-Fetch-Site {site[:80]!r}" if site else ""))
-
-
-def _are_acquired(api: Api, addresses: Iterable[str]) -> bool:
-    """Whether all of these inboxes were acquired, and so cannot be guessed."""
-    for address in addresses:
-        try:
-            if not api.store.inbox(address).acquired:
-                return False
-        except Ended:                    # the answer says when
-            continue
-        except Unknown:
-            return False
-    return True
-
-
-def _needs_key(api: Api, route: Route, values: Dict[str, Any]) -> bool:
-    """Whether what a request is about is open to the holders of the API key alone."""
-    if route.access == "inbox":
-        return "address" in values and not _are_acquired(api, [values["address"]])
-    if route.access == "known" and values.get("inbox"):
-        return not _are_acquired(api, values["inbox"])
-    if route.access == "known" and "id" in values:
-        try:
-            return not any(_are_acquired(api, [address])
-                           for address in tuple(api.store.message(values["id"]).inboxes))
-        except Unknown:
-            return True
-    return route.access != "open"
+def _is_acquired(api: Api, address: str) -> bool:
+    """Whether the inbox was acquired, and so cannot be guessed."""
+    try:
+        return api.store.inbox(address).acquired
+    except Ended:                        # the answer says when
+        return True
+    except Unknown:
+        return False
 
 
 def _check_access(api: Api, request: Request, route: Route, values: Dict[str, Any]) -> None:
+    """Refuses what needs the API key.  Without it, `inbox` keeps only what was acquired."""
     policy = api.policy
-    if route.access == "inbox":
-        wait = api.store.rate(_network(request.client))
-        if wait:
-            raise ApiError(429, "rate_limited", f"Expected at most {api.store.limits.rate} "
-                           f"requests a minute; try again in {wait:.0f} s",
-                           headers=(("Retry-After", str(int(wait) + 1)),))
-    if not (policy.api_key or policy.hosted) or (policy.api_key and _has_key(
-            policy.api_key, request.headers.get("authorization", ""))):
+    wait = api.store.rate(_network(request.client)) if route.access == "inbox" else 0
+    if wait:
+        raise ApiError(429, "rate_limited", f"Expected at most {api.store.limits.rate} "
+                       f"requests a minute; try again in {wait:.0f} s",
+                       headers=(("Retry-After", str(int(wait) + 1)),))
+    if not policy.hosted and not policy.api_key or route.access == "open" or policy.api_key and (
+            _has_key(policy.api_key, request.headers.get("authorization", ""))):
         return
-    if _needs_key(api, route, values):
+    named = [values["address"]] if "address" in values else []
+    if route.access == "known" and "id" in values:
+        with contextlib.suppress(Unknown):
+            named = list(api.store.message(values["id"]).inboxes)
+    if "inbox" in values:
+        values["inbox"] = [each for each in values["inbox"] if _is_acquired(api, each)]
+    elif route.access == "api" or not any(_is_acquired(api, address) for address in named) and (
+            route.run is not Call.acquire):
         if not policy.api_key:
             raise ApiError(403, "forbidden", "This hosted service was started without --api-key: "
                            "who knows an acquired address may read it, and nobody may do more")
@@ -6454,33 +6310,43 @@ def _check_access(api: Api, request: Request, route: Route, values: Dict[str, An
                        headers=(("WWW-Authenticate", 'Basic realm="mailtest"'),))
 
 
-def _check_names(route: Route, query: str, parameters: Dict[str, Parameter]) -> None:
-    """Refuses what the Mailtest service does not know: a mistyped filter would match any mail.
-    (Mailosaur ignores it, so its endpoints do.)"""
-    known = [parameters[word.rstrip("!")].name for word in route.query.split()]
-    for name in _pairs(query) if route.access == "inbox" else ():
-        if name not in known:
-            raise ApiError(400, "bad_request", f"Unknown parameter {_seen(name)}: expected "
-                           f"{', '.join(known) or 'none'}")
-
-
 def _respond(api: Api, request: Request) -> Response:
     """Checks what the head of a request says, and only then reads its body; the handler's answer
     as a response."""
     _check_host(api, request)
     route, values = find_route(request.method, request.path)
     _check_origin(api, request, route)
-    _check_access(api, request, route, {**values, **_pairs(request.query)})
-    _check_names(route, request.query, api.parameters)
-    values.update(_from_query(route.query, request.query, api.parameters))
-    limits = api.store.limits
+    given, limits = _pairs(request.query), api.store.limits
+    if route.access == "known" and "inbox" in given:
+        values["inbox"] = given["inbox"]
+    _check_access(api, request, route, values)
+    known = [api.parameters[word.rstrip("!")].name for word in route.query.split()]
+    for name in given:                   # Mailosaur ignores what it does not know; but a mistyped
+        if route.access == "inbox" and name not in known:        # filter would match any mail
+            raise ApiError(400, "bad_request", f"Unknown parameter {_seen(name)}: expected "
+                           f"{', '.join(known) or 'none'}")
+    values = {**_arguments(route.query, given, api.parameters), **values}
     mail = "source" in route.body        # HTML and attachments, in base64
     octets = request.read(limits.max_size * 3 // 2 * mail + limits.http_body)
-    if route.run is receive_sms:
-        values.update(_from_query(route.body, octets.decode("utf-8", "replace"), api.parameters))
+    if route.run is Call.receive_sms:
+        form = _pairs(octets.decode("utf-8", "replace"))
+        values.update(_arguments(route.body, form, api.parameters))
     elif route.body:
-        values.update(_from_object(route.body, _members(octets), api.parameters))
-    return _response(route.run(api, request, **values))
+        values.update(_from_json(route.body, _members(octets), api.parameters))
+    return _response(route.run(Call(api, request), **values))
+
+
+def _error(request: Request, error: ApiError) -> Response:
+    """A refusal as a response; Mailosaur's endpoints have a form of their own."""
+    if request.path.startswith("/api/files/") and error.status == 404:
+        return Response(404, headers=error.headers)  # Node's client hands a body on as the file
+    value: Dict[str, Any] = {"error": error.error, "detail": error.detail}
+    if request.path.startswith("/api/"):
+        kind = {400: "ValidationError", 401: "AuthenticationError", 404: "NotFound"}
+        value = {"type": kind.get(error.status, "Error"), "message": error.detail, "errors": [
+            {"field": error.field, "detail": [{"description": error.detail}]}]}
+    value.update(error.more)
+    return _response(value)._replace(status=error.status, headers=error.headers)
 
 
 def _refusal(request: Request, error: Exception) -> ApiError:

@@ -4326,7 +4326,8 @@ def test_summary_has_every_member():
         "bcc": [person("hidden@bcc.example")],
         "summary": "Your code is 482913, see https://x.example/t", "attachments": 1,
         "direction": "Received", "size": len(EVERYTHING), "code": "482913", "links": 2,
-        "warnings": 0, "inboxes": ["bob@abcd1234.example", "hidden@bcc.example"], "seen": False,
+        "warnings": 0, "seen": False,
+        "inboxes": ["bob@abcd1234.example", "hidden@bcc.example"],
         "server": "abcd1234"}]}
 
 
@@ -5458,7 +5459,7 @@ def test_sms_is_stored_as_the_seed_shows_it_and_never_null():
         "subject": "", "from": [number("+15005550006")], "to": [number("+491512")], "cc": [],
         "bcc": [], "summary": text, "attachments": 0, "size": len(text.encode()),
         "code": "482913", "links": 0, "warnings": 0, "direction": "Received",
-        "inboxes": ["+491512"], "seen": False, "server": "mailtest"}
+        "seen": False, "inboxes": ["+491512"], "server": "mailtest"}
 
 
 @pytest.mark.parametrize("body, found", rows({
@@ -5507,10 +5508,10 @@ def test_sms_to_what_is_no_number_is_refused(to):
 
 @pytest.mark.parametrize("target, detail", [
     ("/v1/get/a@x.example?timeout=1&subjekt=x", "Unknown parameter 'subjekt': expected timeout, "
-     "count, subject, from, to, body, after, expect"),
+     "count, subject, from, to, body, header, after, expect"),
     ("/v1/acquire?fale=rcpt:451", "Unknown parameter 'fale': expected fail"),
     ("/a@x.example?Count=2", "Unknown parameter 'Count': expected timeout, count, subject, from, "
-     "to, body, after, expect"),
+     "to, body, header, after, expect"),
 ], ids=["a filter", "a script", "another case"])
 def test_mistyped_parameter_is_refused(target, detail):
     _, api = api_on_clock()
@@ -5549,7 +5550,7 @@ def test_inbox_says_what_it_holds_newest_first():
     messages = value.pop("messages")
     assert value == {
         "address": address, "expires": "2026-11-21T01:43:37.000000+00:00", "acquired": True,
-        "message_count": 2, "unseen": 2, "attempts": 0, "failures": []}
+        "message_count": 2, "unseen": 2, "attempts": 0, "watch": None, "failures": []}
     assert [message["subject"] for message in messages] == ["2", "1"]
     assert messages == [got(api, f"/api/messages/{each['id']}") for each in messages]
     for path in (f"/v1/load/{address}", f"/{address}", f"/v1/get/{address.replace('@', '%40')}",
@@ -5669,9 +5670,9 @@ def test_inboxes_are_listed():
     expires = "2026-11-21T01:43:37.000000+00:00"
     assert got(api, "/v1/inboxes") == {"items": [
         {"address": address, "expires": expires, "acquired": True, "message_count": 0,
-         "unseen": 0, "attempts": 0, "failures": []},
+         "unseen": 0, "attempts": 0, "watch": None, "failures": []},
         {"address": "a@x.example", "expires": expires, "acquired": False, "message_count": 1,
-         "unseen": 1, "attempts": 0, "failures": []}]}
+         "unseen": 1, "attempts": 0, "watch": None, "failures": []}]}
 
 
 def test_seen_marks_and_emptying_are_told_in_lists():
@@ -5888,7 +5889,8 @@ OPEN = {("GET", "/"), ("GET", "/page.css"), ("GET", "/page.js"), ("GET", "/favic
 SERVICE = {("GET", "/v1/acquire"), ("GET", "/v1/register"), ("GET", "/acquire"),
            ("GET", "/aquire"), ("GET", "/v1/get/{address}"), ("GET", "/v1/load/{address}"),
            ("DELETE", "/v1/get/{address}"), ("GET", "/{address}"),
-           ("DELETE", "/v1/inboxes/{address}/messages")}
+           ("DELETE", "/v1/inboxes/{address}/messages"), ("GET", "/v1/watch/{address}"),
+           ("DELETE", "/v1/watch/{address}")}
 
 
 def key(text):
