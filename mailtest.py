@@ -142,6 +142,7 @@ class Limits(NamedTuple):
     http_idle: float = 30.0           # seconds of silence on a connection
     http_head_time: float = 30.0      # seconds for a whole request head
     http_body_time: float = 120.0     # seconds for a whole request body
+    http_rate: int = 20_000           # octets a second that a client has to read, after http_idle
     poll: float = 60.0                # seconds that a request may wait for mail
     hold: float = 0.5                 # seconds that a polling search is held (below 10: Cypress)
     repoll: float = 0.25              # seconds after which the same search is a new one
@@ -6393,6 +6394,8 @@ def answer(api: Api, request: Request) -> Response:
 _TOKEN = re.compile(rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
 _VALUE = re.compile(rb"[\t\x20-\x7e\x80-\xff]*")
 _TARGET = re.compile(rb"[\x21-\x7e]+")
+_CHUNK = re.compile(rb"([0-9A-Fa-f]{1,15})[ \t]*(?:;[\t\x20-\x7e\x80-\xff]*)?")
+_FORWARDED = re.compile(r"\[([0-9A-Fa-f:.]+)\](?::[0-9]+)?|([0-9.]+)(?::[0-9]+)?")
 _TUNNELS = re.compile(r"(?:[a-z0-9-]+\.)?mailosaur\.(?:com|net|io)|localhost|127\.0\.0\.1|\[::1\]",
                     re.I)
 _FIXED = (b"Server: mailtest\r\nCache-Control: no-store\r\nX-Content-Type-Options: nosniff\r\n"
@@ -6408,6 +6411,8 @@ class HttpHandler(http.server.BaseHTTPRequestHandler):
     def setup(self) -> None:
         """Begins without the files that the base class makes: an own buffer is faster."""
         self._buffer = b""
+        self._silent = True              # nothing was said yet
+        self._reserved = 0               # octets of the body, counted in the store
         self._tunnel = False
         self._secure = self.server.https
         self.close_connection = False
@@ -6444,14 +6449,18 @@ class HttpHandler(http.server.BaseHTTPRequestHandler):
         path, _, query = self._target.partition("?")
         request = Request(self.command, path, query, self.headers, self._read_body,
                           self._client(), self._secure, self._tunnel, self._is_gone)
-        self._unread = True
-        response = answer(self.server.api, request)
-        if self._unread and {"content-length", "transfer-encoding"} & set(self.headers):
-            self.close_connection = True             # refused by its head alone, or broken
-            self._send(response)
+        self._unread = not {"content-length", "transfer-encoding"}.isdisjoint(self.headers)
+        try:
+            response = answer(self.server.api, request)
+        finally:
+            if self._reserved:
+                self.server.api.store.release(self._reserved)
+                self._reserved = 0
+        if self._unread:                 # refused by its head alone, or broken
+            self.close_connection = True
+        self._send(response)
+        if self._unread:
             self.request.linger()
-        else:
-            self._send(response)
 
     def _is_gone(self) -> bool:
         """Whether the client has hung up; HTTP/1.1 allows us to ask (RFC 9110 15.2)."""
@@ -6462,26 +6471,40 @@ class HttpHandler(http.server.BaseHTTPRequestHandler):
 
     def _read_head(self) -> Optional[bytes]:
         """The request line and header fields; None when the client has nothing more to say."""
-        until = 0.0
+        limits, until = self.server.limits, 0.0
         self._buffer = self._buffer.lstrip(b"\r\n")     # RFC 9112 2.2: ignore empty lines
-        while b"\r\n\r\n" not in self._buffer:
+        while b"\r\n\r\n" not in self._buffer and b"\n\n" not in self._buffer:
             if self._buffer[:2] == b"\x16\x03":
                 raise ApiError(400, "bad_request", "Expected HTTP, got TLS")
-            if len(self._buffer) > self.server.limits.http_head:
-                raise ApiError(431, "too_large", "Expected a request head of at most "
-                               f"{self.server.limits.http_head} octets")
-            if b"\n\n" in self._buffer:
+            if self._buffer[:5].upper() in (b"EHLO ", b"HELO ", b"LHLO "):
+                self._refuse_smtp()
+                return None
+            if len(self._buffer) > limits.http_head:
                 break                                # refused below
-            octets = self.request.receive()
+            try:
+                octets = self.request.receive()
+            except Silence:
+                if self._silent and not self._secure:
+                    self._refuse_smtp()  # perhaps it waits for a greeting
+                raise
             if not octets or self.server.stopping.is_set():
                 return None
+            self._silent = False
             self._buffer = (self._buffer + octets).lstrip(b"\r\n")
-            until = until or time.monotonic() + self.server.limits.http_head_time
+            until = until or time.monotonic() + limits.http_head_time
             if time.monotonic() > until:
                 raise ApiError(408, "timeout", "Expected a whole request head within "
-                               f"{self.server.limits.http_head_time:g} seconds")
+                               f"{limits.http_head_time:g} seconds")
         head, _, self._buffer = self._buffer.partition(b"\r\n\r\n")
+        if len(head) > limits.http_head:
+            raise ApiError(431, "too_large", "Expected a request head of at most "
+                           f"{limits.http_head} octets")
         return head
+
+    def _refuse_smtp(self) -> None:
+        """One line for a client that speaks SMTP: such clients show it to their users."""
+        self.request.send(b"554 5.3.2 This is the HTTP port of mailtest; SMTP is at %b\r\n"
+                          % self.server.api.policy.smtp.encode("ascii", "replace"))
 
     def parse_request(self, head: bytes) -> None:
         """Takes the head apart; ApiError if it is not RFC 9112's."""
@@ -6592,9 +6615,12 @@ class HttpHandler(http.server.BaseHTTPRequestHandler):
         return octets[:count]
 
     def _more(self, until: float) -> bytes:
+        """What arrives of the body next, counted as mail that is arriving is; raises Full."""
         octets = self.request.receive()
         if not octets or time.monotonic() > until:
             raise Hangup("hung up within a request body")
+        self.server.api.store.reserve(len(octets))
+        self._reserved += len(octets)
         return octets
 
     def _take_line(self, until: float) -> bytes:
@@ -6606,33 +6632,33 @@ class HttpHandler(http.server.BaseHTTPRequestHandler):
         return line
 
     def _read_chunks(self, most: int) -> bytes:
-        """A chunked body (RFC 9112 7.1), without extensions and trailers."""
+        """A chunked body (RFC 9112 7.1); extensions and trailers are not looked at."""
         until = time.monotonic() + self.server.limits.http_body_time
         parts: List[bytes] = []
-        total = 0
-        while True:
-            size = self._take_line(until).partition(b";")[0].strip(b" \t")
-            if not re.fullmatch(rb"[0-9A-Fa-f]{1,15}", size):
+        total, size = 0, 1
+        while size:
+            line = _CHUNK.fullmatch(self._take_line(until))
+            if not line:
                 raise ApiError(400, "bad_request", "Expected a chunk size in hexadecimal")
-            total += int(size, 16)
+            size = int(line[1], 16)
+            total += size
             if total > most:
                 raise ApiError(413, "too_large", f"Expected a body of at most {most} octets")
-            if not int(size, 16):
-                break
-            parts.append(self._take(int(size, 16), until))
-            if self._take(2, until) != b"\r\n":
-                raise ApiError(400, "bad_request", "Expected CRLF after a chunk")
-        for _ in range(self.server.limits.http_fields):
-            if not self._take_line(until):
-                return b"".join(parts)
-        raise ApiError(431, "too_large", "Expected fewer trailer fields")
+            if size:
+                parts.append(self._take(size, until))
+                if self._take(2, until) != b"\r\n":
+                    raise ApiError(400, "bad_request", "Expected CRLF after a chunk")
+        self._parse_fields(list(itertools.islice(
+            iter(lambda: self._take_line(until), b""), self.server.limits.http_fields + 1)))
+        return b"".join(parts)
 
     def _client(self) -> str:
         """The client's network address; behind a trusted proxy the one that it names last."""
-        if self.server.api.policy.trust_proxy:
-            named = self.headers.get("x-forwarded-for", "").rpartition(",")[2].strip()
-            return named[:60] or self.client_address
-        return self.client_address
+        if not self.server.api.policy.trust_proxy:
+            return self.client_address
+        named = self.headers.get("x-forwarded-for", "").rpartition(",")[2].strip()
+        match = _FORWARDED.fullmatch(named)          # with a port, perhaps
+        return (match[1] or match[2] if match else named[:60]) or self.client_address
 
     def _connect(self) -> None:
         """Ends a client's tunnel to Mailosaur here: HTTPS_PROXY alone brings it to us."""
@@ -6672,6 +6698,7 @@ class HttpHandler(http.server.BaseHTTPRequestHandler):
             b"Connection: keep-alive\r\n" if self.version == b"HTTP/1.0" else b"")
         if status != 204:
             head += b"Content-Type: " + kind.encode("latin-1", "replace") + b"\r\n"
+        self._blocked, self._sent = 0.0, 0
         if stream is not None:
             self._send_stream(head, stream)
             return
@@ -6680,40 +6707,53 @@ class HttpHandler(http.server.BaseHTTPRequestHandler):
         if self.command == "HEAD":
             body = b""
         if len(body) < 65_536:
-            self.request.send(head + b"\r\n" + body)
+            self._write(head + b"\r\n" + body)
         else:
             self._send_large(head + b"\r\n", body)
+
+    def _write(self, octets: bytes) -> None:
+        """Sends octets, if they are read fast enough: a client that is slow holds memory."""
+        for start in range(0, len(octets), 262_144):
+            began = time.monotonic()
+            self.request.send(memoryview(octets)[start:start + 262_144])
+            self._blocked += time.monotonic() - began
+            self._sent += min(262_144, len(octets) - start)
+            if self._blocked > self.server.limits.http_idle + self._sent / (
+                    self.server.limits.http_rate):
+                raise Silence("read its answer too slowly")
 
     def _send_large(self, head: bytes, body: bytes) -> None:
         """Two writes, since a copy would cost more.  Those who ask for much at once and do not
         read it may hold only so many octets."""
-        if not self.server.may_send(len(body)):
+        client = self._client()
+        if not self.server.may_send(client, len(body)):
             self.close_connection = True
             self._send(_error(Request(self.command, "/"), ApiError(
                 503, "busy", "Too many large answers are being sent; try again",
                 headers=(("Retry-After", "1"),))))
             return
         try:
-            self.request.send(head, body)
+            self._write(head)
+            self._write(body)
         finally:
-            self.server.may_send(-len(body))
+            self.server.may_send(client, -len(body))
 
-    def _send_stream(self, head: bytes, stream: Iterator[bytes]) -> None:
+    def _send_stream(self, head: bytes, stream: Any) -> None:
         """Chunks as they come; an HTTP/1.0 client reads to the end of the connection."""
-        self.close_connection = True
         chunked = self.version != b"HTTP/1.0"
-        if b"\r\nConnection:" not in head:
-            head += b"Connection: close\r\n"
-        closing: Any = stream
-        with contextlib.closing(closing):
-            self.request.send(head + (b"Transfer-Encoding: chunked\r\n\r\n" if chunked
-                                      else b"\r\n"))
+        if not chunked and not self.close_connection:
+            self.close_connection = True
+            head = head.replace(b"Connection: keep-alive\r\n", b"Connection: close\r\n")
+        try:
+            self._write(head + (b"Transfer-Encoding: chunked\r\n\r\n" if chunked else b"\r\n"))
             if self.command == "HEAD":
                 return
-            for octets in stream:
-                self.request.send(b"%x\r\n%b\r\n" % (len(octets), octets) if chunked else octets)
+            for octets in filter(None, stream):
+                self._write(b"%x\r\n%b\r\n" % (len(octets), octets) if chunked else octets)
             if chunked:
-                self.request.send(b"0\r\n\r\n")
+                self._write(b"0\r\n\r\n")
+        finally:
+            getattr(stream, "close", bool)()         # a generator counts its client until then
 
 
 _BUSY = _json({"error": "busy", "detail": "Too many connections: try again later"})
@@ -6734,19 +6774,24 @@ class HttpServer(Listener):
         self.tls = tls
         self.https = https
         self._date = (0, b"")
-        self._sending = 0                # octets of large answers
+        self._sending: "collections.Counter[str]" = collections.Counter()    # see may_send()
 
     def serve(self, connection: Connection) -> None:
         """Answers the connection's requests."""
         HttpHandler(connection, connection.client, self)
 
-    def may_send(self, octets: int) -> bool:
-        """Counts octets of a large answer, a negative number once they are sent; False if too
-        many are being sent already."""
+    def may_send(self, client: str, octets: int) -> bool:
+        """Counts octets of a client's large answer, a negative number once they are sent; False
+        if too many are being sent already: half of all may be to one client."""
         with self._guard:
-            if octets > 0 and self._sending and self._sending + octets > self.limits.sending:
-                return False
-            self._sending += octets
+            most = self.limits.sending
+            for held, bound in ((self._sending[client], most // 2),
+                                (sum(self._sending.values()), most)):
+                if octets > 0 and held and held + octets > bound:
+                    return False
+            self._sending[client] += octets
+            if not self._sending[client]:
+                del self._sending[client]
             return True
 
     def date(self) -> bytes:

@@ -6494,38 +6494,6 @@ def server():
         yield server
 
 
-class Wire:
-    """A Connection in memory: what the client sends, piece by piece, and what it gets."""
-
-    def __init__(self, pieces):
-        self.pieces = iter(pieces)
-        self.sent = b""
-        self.lingered = False
-
-    def receive(self, most=65_536):
-        return next(self.pieces, b"")
-
-    def send(self, *parts):
-        self.sent += b"".join(parts)
-
-    def linger(self):
-        self.lingered = True
-
-    def is_gone(self):
-        return False
-
-    def set_timeout(self, seconds):
-        pass
-
-
-def in_memory(server, pieces):
-    """What a client gets that sends these pieces and then says that it is done."""
-    wire = Wire(pieces)
-    with contextlib.suppress(mailtest.Hangup):
-        mailtest.HttpHandler(wire, "127.0.0.1", server)
-    return wire.sent
-
-
 def receive_all(sock):
     """Everything until the end."""
     return b"".join(iter(lambda: sock.recv(65_536), b""))
@@ -6545,10 +6513,27 @@ def over_socket(server, octets):
         return receive_all(sock)
 
 
-def octet_by_octet(octets):
-    """The pieces; of what is long, larger ones."""
-    step = 1 if len(octets) < 3_000 else 997
-    return [octets[start:start + step] for start in range(0, len(octets), step)]
+def piece_by_piece(server, octets, step=1):
+    """The same from a server that receives so many octets at a time."""
+    class Piecewise(mailtest.Connection):
+        def receive(self, most=65_536):
+            return super().receive(step)
+
+    def serve():
+        connection = Piecewise(theirs, ("127.0.0.1", 1))
+        with contextlib.suppress(mailtest.Hangup):
+            mailtest.HttpHandler(connection, "127.0.0.1", server)
+        connection.linger()              # else the client loses what it has not read yet
+        connection.close()
+    ours, theirs = socket.socketpair()
+    thread = in_thread(serve)
+    with ours:
+        with contextlib.suppress(OSError):               # it closes while we still send
+            ours.sendall(octets)
+            ours.shutdown(socket.SHUT_WR)
+        sent = receive_all(ours)
+    thread.join_value()
+    return sent
 
 
 EVERY_ANSWER = {
@@ -6649,6 +6634,12 @@ RAW = {
                          [200], True),
     "trailers": (chunked(WHOLE_CHUNK[:-2] + b"X-A: 1\r\nHost: evil.example\r\n\r\n"),
                  [200], True),
+    "a control character in a chunk extension": (
+        chunked(b"%x;a=\x0b\r\n%b\r\n0\r\n\r\n" % (len(OTP), OTP)), [400], False),
+    "a bare LF in a chunk extension": (
+        chunked(b"%x;a\n\r\n%b\r\n0\r\n\r\n" % (len(OTP), OTP)), [400], False),
+    "a trailer that is no field": (
+        chunked(WHOLE_CHUNK[:-2] + b"GET /x HTTP/1.1\r\n\r\n"), [400], False),
     "an empty chunked body": (chunked(b"0\r\n\r\n"), [400], True),
     "a chunk that is larger than its size": (chunked(b"2\r\n{}xx0\r\n\r\n"), [400], False),
     "a chunk size of 0x5": (chunked(b"0x5\r\n12345\r\n0\r\n\r\n"), [400], False),
@@ -6713,7 +6704,6 @@ RAW = {
     "a method in small letters": (request("get / HTTP/1.1"), [405], True),
     "a target without slash": (request("GET v1/inboxes HTTP/1.1"), [400], False),
     "a query alone": (request("GET ?x HTTP/1.1"), [400], False),
-    "SMTP": (b"EHLO x\r\n\r\n", [400], False),
     "TLS": (b"\x16\x03\x01\x02\x00\x01" + b"x" * 200, [400], False),
     "noise": (bytes(range(255, 0, -1)) + b"\r\n\r\n", [400], False),
     "a target of 16384 octets": (request("GET /" + "x" * 16_383 + " HTTP/1.1"), [404], True),
@@ -6753,6 +6743,7 @@ RAW = {
     "an empty value": (request("GET /v1/inboxes HTTP/1.1", "X:"), [200], True),
     "200 fields": (request("GET /v1/inboxes HTTP/1.1", *["X: 1"] * 199), [200], True),
     "201 fields": (request("GET /v1/inboxes HTTP/1.1", *["X: 1"] * 200), [431], False),
+    "a head of 70 kB": (request("GET / HTTP/1.1", "X: " + "x" * 70_000), [431], False),
     "a head of 100 kB": (request("GET / HTTP/1.1", "X: " + "x" * 150_000), [431], False),
     # connection
     "close": (request("GET /v1/inboxes HTTP/1.1", "Connection: close"), [200], False),
@@ -6810,7 +6801,8 @@ def test_raw_request(octets, expected, usable, server):
     assert statuses(sent) == expected + [404] * usable
     if usable:
         assert b"No endpoint '/last'" in sent
-    assert statuses(in_memory(server, octet_by_octet(octets + LAST))) == statuses(sent)
+    step = 1 if len(octets) < 3_000 else 997
+    assert statuses(piece_by_piece(server, octets + LAST, step)) == statuses(sent)
 
 
 def test_empty_line_between_two_requests_is_ignored(server):
@@ -6855,8 +6847,8 @@ def test_client_that_waits_for_leave_to_send_gets_it(server):
 
 def test_client_of_http_1_0_gets_no_100(server):
     line = "POST /api/devices/otp HTTP/1.0"
-    pieces = [posted("Expect: 100-continue", LENGTH, line=line), OTP]
-    assert [status for status, _, _ in responses(in_memory(server, pieces))] == [200]
+    sent = piece_by_piece(server, posted("Expect: 100-continue", LENGTH, line=line, body=OTP))
+    assert [status for status, _, _ in responses(sent)] == [200]
 
 
 @pytest.mark.parametrize("target", ["/", "/page.js", "/v1/inboxes", "/nope",
@@ -6879,14 +6871,58 @@ def test_large_answer_comes_whole(server):
     server.api.store.empty("mailtest")
 
 
-def test_forwarded_address_counts_only_behind_a_trusted_proxy():
-    for trusted, client in ((False, "127.0.0.1"), (True, "203.0.113.9")):
+def test_long_list_comes_in_pieces_and_the_connection_stays():
+    with serving() as server, connect(server) as sock:
+        for _ in range(200):
+            delivered(server.api.store, "a@x.example")
+        sock.sendall(request("GET /api/messages?itemsPerPage=200 HTTP/1.1") + LAST)
+        head = b""
+        while not head.endswith(b"\r\n\r\n"):
+            head += sock.recv(1)
+        assert b"\r\nTransfer-Encoding: chunked\r\n" in head
+        octets = receive_all(sock)
+        body, last = octets.split(b"\r\n0\r\n\r\n")
+        assert body.count(b'"type":"Email"') == 200 and statuses(last) == [404]
+
+
+# the last address that X-Forwarded-For names, the client of a trusted proxy
+FORWARDED = {
+    "an address": ("203.0.113.9", "203.0.113.9"),
+    "an address with a port": ("203.0.113.9:1234", "203.0.113.9"),
+    "IPv6": ("2001:db8::9", "20010db800000000"),
+    "IPv6 in brackets": ("[2001:db8::9]", "20010db800000000"),
+    "IPv6 in brackets with a port": ("[2001:db8::9]:1", "20010db800000000"),
+}
+
+
+@pytest.mark.parametrize("named, client", rows(FORWARDED))
+def test_forwarded_address_counts_only_behind_a_trusted_proxy(named, client):
+    for trusted in (False, True):
         policy = mailtest.ApiPolicy(trust_proxy=trusted)
         with serving(mailtest.Api(mailtest.Store(mailtest.Limits(rate=1)), policy)) as server:
-            octets = request("GET /acquire HTTP/1.1", "X-Forwarded-For: 198.51.100.1, 203.0.113.9")
+            octets = request("GET /acquire HTTP/1.1", f"X-Forwarded-For: 198.51.100.1, {named}")
             assert statuses(over_socket(server, octets * 2)) == [200, 429]
-            assert server.api.store.rate(client) > 0
+            assert server.api.store.rate(client if trusted else "127.0.0.1") > 0
             assert server.api.store.rate("198.51.100.1") == 0
+
+
+def test_client_that_speaks_smtp_is_told_at_once():
+    api = mailtest.Api(mailtest.Store(), mailtest.ApiPolicy(smtp="127.0.0.1:2525"))
+    told = b"554 5.3.2 This is the HTTP port of mailtest; SMTP is at 127.0.0.1:2525\r\n"
+    with serving(api) as server:
+        for said in (b"EHLO x\r\n", b"helo x\n"):
+            with connect(server) as sock:
+                sock.sendall(said)       # and waits for a reply
+                assert receive_all(sock) == told
+
+
+def test_bodies_are_counted_while_they_arrive():
+    api = mailtest.Api(mailtest.Store(mailtest.Limits(max_memory=100_000)))
+    with serving(api) as server:
+        octets = posted("Content-Length: 200000", body=b"x" * 200_000)
+        found = responses(over_socket(server, octets))
+        assert [(status, fields.get("retry-after")) for status, fields, _ in found] == [(503, "1")]
+        assert api.store.counters()["octets"] == 0
 
 
 # -- time
@@ -6897,7 +6933,7 @@ SLOW = mailtest.Limits(http_head_time=-1.0, http_body_time=-1.0)
 def test_head_that_takes_too_long_is_told_so(server):
     slow = types.SimpleNamespace(**{name: getattr(server, name) for name in (
         "api", "tls", "https", "stopping", "port", "date")}, limits=SLOW)
-    (status, fields, body), = responses(in_memory(slow, [b"GET / HTTP/1.1\r\n", b"Host: x"]))
+    (status, fields, body), = responses(piece_by_piece(slow, b"GET / HTTP/1.1\r\nHost: x"))
     assert (status, fields["connection"], json.loads(body)["error"]) == (408, "close", "timeout")
 
 
@@ -6906,7 +6942,7 @@ def test_body_that_takes_too_long_ends_the_connection(server):
         "api", "tls", "https", "stopping", "port", "date")}, limits=SLOW._replace(
             http_head_time=30.0))
     for octets in (posted(LENGTH), chunked(b"10\r\n")):
-        assert in_memory(slow, [octets, OTP[:5], OTP[5:]]) == b""
+        assert piece_by_piece(slow, octets + OTP) == b""
 
 
 @pytest.mark.parametrize("octets", rows({
@@ -6915,8 +6951,34 @@ def test_client_that_is_silent_is_left(octets):
     api = mailtest.Api(mailtest.Store(mailtest.Limits(http_idle=0.01)))
     with serving(api) as server, connect(server) as sock:
         sock.sendall(octets)
-        assert receive_all(sock) == b""
+        told = b"" if octets else b"554 5.3.2 This is the HTTP port"     # perhaps it speaks SMTP
+        assert receive_all(sock)[:len(told) or None] == told
         assert server.ended.get(timeout=10) == "was silent for too long"
+
+
+def test_client_that_reads_too_slowly_is_left():
+    api = mailtest.Api(mailtest.Store(mailtest.Limits(http_idle=0.05)))
+    with serving(api) as server, connect(server) as sock:
+        id = delivered(api.store, "a@x.example", octets=b"x" * 20_000_000).id
+        sock.sendall(request(f"GET /api/files/email/{id} HTTP/1.1"))
+        assert server.ended.get(timeout=10) == "did not read for too long"
+        assert server._sending == {}
+
+
+def test_answer_has_to_be_read_at_a_least_rate(monkeypatch):
+    clock, sent = FakeClock(), []
+    monkeypatch.setattr(mailtest, "time", types.SimpleNamespace(monotonic=clock))
+    handler = object.__new__(mailtest.HttpHandler)
+    handler.server = types.SimpleNamespace(limits=mailtest.Limits())     # 30 s and 20 kB a second
+
+    def send(octets):
+        sent.append(len(octets))
+        clock.now += 25.0
+    handler.request = types.SimpleNamespace(send=send)
+    handler._blocked, handler._sent = 0.0, 0
+    with pytest.raises(mailtest.Silence, match="^read its answer too slowly$"):
+        handler._write(b"x" * 2_000_000)
+    assert sum(sent) == 3 * 262_144      # 75 seconds, and 30 + 39 are allowed
 
 
 @pytest.fixture
@@ -6996,7 +7058,7 @@ def test_events_come_as_they_happen_and_end_with_the_catcher():
             head += sock.recv(1)
         fields = head.decode().lower().split("\r\n")
         assert fields[0] == "http/1.1 200 ok"
-        assert {"transfer-encoding: chunked", "connection: close", "cache-control: no-store",
+        assert {"transfer-encoding: chunked", "cache-control: no-store",
                 "content-type: text/event-stream; charset=utf-8"} <= set(fields)
         assert not any(field.startswith("content-length") for field in fields)
         events = chunks(sock)
@@ -7006,7 +7068,6 @@ def test_events_come_as_they_happen_and_end_with_the_catcher():
             assert next(events).startswith(b"id: %d\nevent: message\ndata: {" % number)
         server.api.store.close()
         assert list(events)[-1] == b""
-        assert sock.recv(1) == b""
 
 
 def test_events_for_http_1_0_are_not_chunked():
@@ -7143,10 +7204,12 @@ def test_large_answers_under_way_are_bounded():
     api = api_on_clock(limits={"sending": 1_000})[1]
     server = mailtest.HttpServer("127.0.0.1", 0, api)
     try:
-        assert server.may_send(5_000)    # a single one always
-        assert not server.may_send(1)
-        server.may_send(-5_000)
-        assert server.may_send(600) and server.may_send(400) and not server.may_send(1)
+        assert server.may_send("a", 5_000)           # a single one always
+        assert not server.may_send("a", 1) and not server.may_send("b", 1)
+        server.may_send("a", -5_000)
+        assert server.may_send("a", 300) and server.may_send("a", 200)
+        assert not server.may_send("a", 1)           # half is for others
+        assert server.may_send("b", 500) and not server.may_send("c", 1)
     finally:
         server.stop()
 
