@@ -169,21 +169,6 @@ class Limits(NamedTuple):
     webhook_time: float = 10.0        # seconds of one POST, with its answer
 
 
-class MessageLimits(NamedTuple):
-    """How far a mail is read. Beyond a bound reading stops with a warning; the octets are kept."""
-
-    html_characters: int = 1_000_000    # of HTML scanned for links; Gmail clips at 102,400
-    text_characters: int = 1_000_000    # of text scanned for links
-    code_characters: int = 100_000      # of text scanned for codes
-    links: int = 5_000                  # of one body, and as many images
-    codes: int = 100                    # of one body
-    url_characters: int = 8_192         # of one link; IIS and nginx stop at 8 kB
-    preview_characters: int = 200
-
-
-MESSAGE_LIMITS = MessageLimits()
-
-
 def _seen(text: str) -> str:
     """What a client sent, short enough to be quoted in an answer."""
     return ascii(text if len(text) <= 60 else text[:57] + "...")
@@ -250,6 +235,7 @@ class Body(NamedTuple):
     links: Tuple[Link, ...] = ()
     codes: Tuple[str, ...] = ()
     images: Tuple[Image, ...] = ()
+    code: str = ""               # the surest of the codes
 
 
 MAX_WARNINGS = 40
@@ -898,38 +884,43 @@ def leaves(octets: bytes, start: int, root: Part) -> Iterator[Part]:
 
 # Text
 
+MAX_TEXT = 1_000_000          # characters scanned for links
+MAX_HTML = 1_000_000          # characters scanned; Gmail clips at 102,400
+MAX_LINKS = 5_000             # of one body, and as many images
+MAX_URL = 8_192               # characters; IIS and nginx stop at 8 kB
+MAX_CODE_TEXT = 100_000       # characters looked through for codes
+MAX_CODES = 100               # of one body
+MAX_PREVIEW = 200             # characters
+
 _TEXT_LINK = _Pattern(
     r"(?<![A-Za-z0-9])(?:https?://|www\.(?=[A-Za-z0-9])|mailto:)"
-    r"[^\s<>\"\u00ab\u00bb\u201c-\u201f\u3000-\u303f\uff00-\uff0f\x00-\x1f]{1,%d}"
-    % MESSAGE_LIMITS.url_characters, re.I)
-_BRACKETS = {")": "(", "]": "[", "}": "{"}
+    r"[^\s<>\"\u00ab\u00bb\u201c-\u201f\u3000-\u303f\uff00-\uff0f\x00-\x1f]{1,%d}" % MAX_URL, re.I)
 
 
 def _trim_url(url: str, before: str) -> str:
     """A URL without the punctuation of the sentence around it; brackets stay where they pair, and
     "*", "_" and "~" belong to it unless it is set between two of them: tokens end so."""
-    surplus = {close: url.count(close) - url.count(open_) for close, open_ in _BRACKETS.items()}
+    surplus = {pair[1]: url.count(pair[1]) - url.count(pair[0]) for pair in ("()", "[]", "{}")}
     end = len(url)
     while end:
         last = url[end - 1]
-        if last in ".,;:!?'|\u2019\u2026\u060c\u0964\u200b" or last in "*_~" and last == before:
-            end -= 1
-        elif surplus.get(last, 0) > 0:
+        if surplus.get(last, 0) > 0:
             surplus[last] -= 1
-            end -= 1
-        else:
+        elif last not in ".,;:!?'|\u2019\u2026\u060c\u0964\u200b" and not (
+                last in "*_~" and last == before):
             break
+        end -= 1
     return url[:end]
 
 
 def find_text_links(text: str) -> Tuple[Link, ...]:
     """The URLs of plain text: http, https, mailto, and bare `www.` names (href with http://)."""
     links: List[Link] = []
-    for match in _TEXT_LINK.finditer(text[:MESSAGE_LIMITS.text_characters]):
+    for match in _TEXT_LINK.finditer(text[:MAX_TEXT]):
         url = _trim_url(match.group(), text[match.start() - 1:match.start()])
         if url[-1:] not in ":/" or url.count("/") > 2:
             links.append(Link("http://" + url if url[:4].lower() == "www." else url, url))
-        if len(links) >= MESSAGE_LIMITS.links:
+        if len(links) >= MAX_LINKS:
             break
     return tuple(links)
 
@@ -969,42 +960,43 @@ bs  kod- kôd- | lozink verifikac | broj | narudžb račun kupac kupca poštansk
     pošiljk
 ca  codi codis | contrasenya verificació | número núm | comanda factura client postal contracte
     telèfon enviament
-cs  kód- | heslo hesla ověřovac | číslo čísla č. | objednáv faktur zákazní psč poštovn smlouv
-    telefon zásilk zboží variabiln
+cs  kód- | heslo hesla ověřovac | číslo čísla | objednáv faktur zákazní psč poštovn smlouv telefon
+    zásilk zboží variabiln
 cy  cod god chod | côd gôd cyfrinair dilysu | rhif | archeb anfoneb cwsmer post ffôn
 da  -kode- | adgangskode | -nummer nr | ordre- bestilling faktura kunde- post- telefon pakke-
     medlem sags
-de  -code. -codes. | -kennwort -passwort einmalpasswort pin pin- tan bestätigungs verifizier |
-    -nummer- nr | auftrag bestell- rechnung kunden- vertrag konto- ticket vorgang mitglied artikel
-    sendung post- plz blz telefon hrb steuer beleg paket- referenz lieferschein
+de  -code. -codes. | -kennwort -passwort einmalpasswort pin pin- tan bestätigungs verifizier
+    schlüssel -schlüssel- gutschein mtan | -nummer- nr | auftrag bestell- rechnung kunden- vertrag
+    konto- ticket vorgang mitglied artikel sendung post- plz blz telefon hrb steuer beleg paket-
+    referenz lieferschein fehler farb- buchung strich- zähler
 el  κωδικ- κωδικό- | συνθηματικ επαλήθευσ | αριθμ αρ | παραγγελί τιμολόγ πελάτ ταχυδρομικ συμβόλαι
     τηλέφων αποστολ προϊόν
 en  code. codes. | pin otp totp tan 2fa mfa passcode passphrase password one-time token verif
-    licence_key license_key product_key activation_key voucher coupon gift_card special_id enter |
-    number numbers no nos num nr id # № n° nº | order invoice receipt customer client member
-    membership contract ticket tracking shipment parcel package reference ref document item
-    article sku product model serial version build release error status exit http response postal
-    post zip postcode zipcode area country dial phone tel telephone fax mobile hotline account
-    bank sort swift bic iban vat tax isbn issn cve rfc iso flight room booking reservation pnr
-    case policy student employee patient supplier vendor meeting webinar conference qr bar barcode
-    hs dress decode encode source colour color hex page total amount price sum balance quote
-    quotation transaction ending ticker job issue bug port gtin ean upc company registration reg
-    delivery purchase rma claim batch lot style bin mcc naics icd unicode
+    voucher coupon gift_card special_id enter key | number numbers no nos num nr id № nº | order
+    invoice receipt customer client member membership contract ticket tracking shipment parcel
+    package reference ref document item article sku product model serial version build release
+    error status exit http response postal post zip postcode zipcode area country dial phone tel
+    telephone fax mobile hotline account bank sort swift bic iban vat tax isbn issn cve rfc iso
+    flight room booking reservation pnr case policy student employee patient supplier vendor
+    meeting webinar conference qr bar barcode hs dress decode encode source colour color hex page
+    total amount price sum balance quote quotation transaction ending ticker job issue bug port
+    gtin ean upc company registration reg delivery purchase rma claim batch lot style bin mcc
+    naics icd unicode review conduct
 eo  kodo kodon | pasvort konfirm | numero | mendo faktur kliento poŝt
-es  código códigos codigo | clave contraseña verificación | número núm nº n.º | pedido factura
+es  código códigos codigo | clave contraseña verificación nip | número núm nº | pedido factura
     cliente postal contrato socio envío seguimiento teléfono tel referencia cuenta reserva
     artículo producto albarán expediente presupuesto
 et  -kood- | -parool- kinnitus | -number- nr | tellimus arve klien posti- leping telefon saadetis
     toote
 eu  kode kodea | pasahitz egiaztapen | zenbaki | eskaera faktura bezero posta kontratu telefono
 fa  کد رمز | گذرواژه تأیید تایید | شماره | سفارش فاکتور مشتری پستی قرارداد تلفن مرسوله پیگیری
-fi  -koodi- | -salasana- vahvist tunnusluku pin-koodi | -numero- nro | tilau- lasku- asiakas-
-    posti- sopimus- puhelin- lähety viite- tuote- jäsen-
+fi  -koodi- | -salasana- vahvist tunnusluku | -numero- nro | tilau- lasku- asiakas- posti-
+    sopimus- puhelin- lähety viite- tuote- jäsen-
 fil code. kowd | password | numero bilang | order invoice kostumer
 fo  -kota- -kotu- | loyniorð | -nummar | bíleggin rokning kunda
-fr  code. codes. | mot_de_passe vérification confirmation_: | numéro numero n° nº n no | commande
+fr  code. codes. | mot_de_passe vérification clé bon_cadeau nip | numéro numero nº no | commande
     facture client postal contrat colis suivi téléphone tél référence dossier adhérent compte
-    siret siren article produit réservation expédition livraison devis
+    siret siren article produit réservation expédition livraison devis erreur
 fy  -koade- | wachtwurd | -nûmer | bestelling klant
 ga  cód chód gcód | pasfhocal fíorú | uimhir | ordú sonrasc custaiméir phoist teileafón
 gl  código | contrasinal verificación | número | pedido factura cliente postal
@@ -1018,14 +1010,14 @@ hr  kod- kôd- | lozink zapork potvrdni | broj | narudžb račun kupac kupca po�
 hu  -kód- | -jelszó- -jelszav megerősít | szám száma -szám -száma- sorszám | rendelés számla
     ügyfél irányítószám szerződés telefon csomag cikk vevő
 hy  կոդ- | ծածկագիր գաղտնաբառ հաստատմ | համար | պատվեր հաշիվ հաճախորդ փոստային հեռախոս
-id  kode sandi | verifikasi konfirmasi | nomor no. no | pesanan faktur pelanggan pos resi kontrak
+id  kode sandi | verifikasi konfirmasi | nomor no | pesanan faktur pelanggan pos resi kontrak
     telepon tagihan
 ig  koodu | okwuntughe nkwenye | nọmba | order ahịa
 is  -kóði- -kóða- -kóðann- | lykilorð staðfesting | -númer- nr | pönt -reikning viðskipta póst
     síma
-it  codice codici | password verifica pin | numero num n. nr n° | ordine fattura cliente postale
-    cap contratto fiscale spedizione telefono tel riferimento conto pratica prenotazione articolo
-    prodotto iva tracciamento
+it  codice codici | password verifica pin | numero num nr | ordine fattura cliente postale cap
+    contratto fiscale spedizione telefono tel riferimento conto pratica prenotazione articolo
+    prodotto iva tracciamento errore destinatario
 ja  コード | 認証 確認 パスワード 暗証 ワンタイム 検証 | 番号 | 注文 請求 顧客 お客様 会員 郵便
     契約 電話 伝票 追跡 商品 製品 予約 受付 問い合わせ 口座 エラー 〒
 jv  kode | sandhi verifikasi | nomer | pesenan faktur pelanggan
@@ -1042,8 +1034,7 @@ lb  -code. -codes. | -passwuert- | -nummer | bestellung rechnung client
 lo  ລະຫັດ | ຢືນຢັນ | ເລກ ໝາຍເລກ | ສັ່ງຊື້ ໃບແຈ້ງໜີ້ ລູກຄ້າ ໄປສະນີ ໂທ
 lt  kod- | slaptažod patvirtin | numer nr | užsaky sąskait klient pašto sutart telefon siunt
 lv  -kod- | parol- apstiprin | numur nr | pasūtījum rēķin klient pasta līgum tālru sūtījum
-mg  kaody | fehezan-kaody teny_miafina fanamarinana | laharana nomerao | baiko faktiora mpanjifa
-    paositra
+mg  kaody | teny_miafina fanamarinana | laharana nomerao | baiko faktiora mpanjifa paositra
 mk  код- | лозинк потврд верификац | број- | нарачк фактур клиент поштенск договор телефон пратк
 ml  കോഡ് കോഡ | പാസ്‌വേഡ് പാസ്വേഡ് ഒടിപി സ്ഥിരീകരണ | നമ്പർ നമ്പര് | ഓർഡർ ഇൻവോയ്സ് ഉപഭോക്ത തപാൽ ഫോൺ
 mn  код- | нууц_үг баталгаажуул | дугаар | захиалг нэхэмжлэх үйлчлүүлэгч шуудан гэрээ утас
@@ -1060,20 +1051,20 @@ nl  -code. -codes. | -wachtwoord- bevestigings pincode verificatie | -nummer- nr
 or  କୋଡ | ସଂକେତ ପାସୱାର୍ଡ | ନମ୍ବର ସଂଖ୍ୟା | ଅର୍ଡର ଗ୍ରାହକ ଡାକ
 pa  ਕੋਡ | ਪਾਸਵਰਡ ਓਟੀਪੀ ਤਸਦੀਕ | ਨੰਬਰ | ਆਰਡਰ ਚਲਾਨ ਗਾਹਕ ਡਾਕ ਫ਼ੋਨ
 pl  kod- | hasło hasła hasłem potwierdz weryfikac pin | numer nr | zamówieni faktur klient poczt
-    umow paczk przesyłk towar telefon nip regon pesel konto produkt zgłoszeni sprawy
+    umow paczk przesyłk towar telefon regon pesel konto produkt zgłoszeni sprawy
 ps  کوډ | پټنوم تایید | شمېره | سپارښت
-pt  código códigos codigo | senha palavra-passe verificação | número num nº n.º | pedido encomenda
+pt  código códigos codigo | senha palavra-passe verificação | número num nº | pedido encomenda
     fatura factura cliente postal cep contrato envio rastrei telefone referência conta reserva
     produto protocolo cpf cnpj nota_fiscal nif
 ro  cod codul codului codurile codurile | parol- verificare | număr nr numărul | comand factur
     client poștal postal contract colet telefon expedie cui produs
-ru  код- | пароль пароля паролем пин пин-код подтвержден | номер № | заказ накладн счёт счет
-    клиент договор почтов индекс телефон посылк трек товар инн заявк артикул бик ошибк
+ru  код- | пароль пароля паролем пин подтвержден | номер № | заказ накладн счёт счет клиент
+    договор почтов индекс телефон посылк трек товар инн заявк артикул бик ошибк
 rw  kode | ijambobanga kwemeza | nimero | komande fagitire umukiriya
 sd  ڪوڊ | پاسورڊ | نمبر | آرڊر
 si  කේත | කේතය මුරපද සත්‍යාපන | අංකය අංක | ඇණවුම ඉන්වොයිස පාරිභෝගික තැපැල් දුරකථන
-sk  kód- | heslo hesla overovac | číslo čísla č. | objednáv faktúr zákazní psč poštov zmluv
-    telefón zásielk tovar
+sk  kód- | heslo hesla overovac | číslo čísla | objednáv faktúr zákazní psč poštov zmluv telefón
+    zásielk tovar
 sl  kod- -kod- | geslo gesla potrditv | številk št | naročil račun kupc poštn pogodb telefon
     pošiljk
 sn  kodhi | pasiwedhi kusimbisa | nhamba | odha mutengi
@@ -1107,11 +1098,11 @@ vi  mã | mật_khẩu xác_minh xác_thực otp | số | đơn_hàng đơn hóa
     hợp_đồng điện_thoại vận_đơn sản_phẩm
 xh  ikhowudi | iphasiwedi | inombolo | iodolo
 yi  קאָד | פּאַראָל | נומער | באַשטעלונג
-yo  kóòdù | ọ̀rọ̀_aṣínà | nọ́mbà | àṣẹ oníbàárà
+yo  kóòdù | | nọ́mbà | àṣẹ oníbàárà
 zh  码 碼 代码 代碼 | 密码 密碼 口令 | 号 號 编号 編號 | 订单 訂單 发票 發票 客户 客戶 会员 會員
     邮政 郵遞 邮编 合同 电话 電話 手机 快递 运单 物流 商品 产品 產品 预订 二维 条形 錯誤 错误 单号
     單號
-zu  ikhodi | iphasiwedi | inombolo | i-oda oda ikhasimende
+zu  ikhodi | iphasiwedi | inombolo | oda ikhasimende
 """
 _ODD = _Pattern("[\xa0\xad\u2007\u2009\u200b-\u2013\u202a-\u202f\u2060\u3000\ufeff\uff01-\uff5e]")
 _OTHER_DIGIT = _Pattern("[^\\D0-9]")
@@ -1139,9 +1130,12 @@ def _in_ascii(text: str) -> str:
 _KINDS = ("code", "secret", "number", "thing")
 
 
+_BEGINNING = _Pattern(r"\b[^\W\u0590-\u1dff\u2e80-\uffff]{2}|[\u0590-\u1dff\u2116\u2e80-\uffff]")
+
+
 @functools.lru_cache(maxsize=None)
 def _words() -> Tuple[Dict[str, List[Tuple[str, str, bool]]], List[Tuple[str, str, bool]]]:
-    """_WORDS: by their first two letters (one from Hebrew on), and those that end longer words.
+    """_WORDS: by what _BEGINNING matches of them, and those that end longer words.
     Each as (word, kind, whether it may have an ending)."""
     index: Dict[str, List[Tuple[str, str, bool]]] = {}
     endings = []
@@ -1151,15 +1145,12 @@ def _words() -> Tuple[Dict[str, List[Tuple[str, str, bool]]], List[Tuple[str, st
                 bare = word.strip("-.").replace("_", " ")
                 entry = bare, kind, (bare >= "\u0590" or word[-1] == "-"
                                      or len(word) > 3 and word[-1] != ".")
-                index.setdefault(bare[:1 if bare >= "\u0590" else 2], []).append(entry)
+                index.setdefault(_BEGINNING.match(bare).group(), []).append(entry)
                 if word[0] == "-":
                     endings.append(entry)
     for entries in index.values():
         entries.sort(key=lambda entry: -len(entry[0]))
     return index, sorted(set(endings))
-
-
-_BEGINNING = _Pattern(r"\b[^\W\d\u0590-\uffff][^\W\u0590-\uffff]|[\u0590-\uffff]")
 
 
 def _labels(text: str) -> List[Tuple[int, int, str]]:
@@ -1245,10 +1236,13 @@ def _laid_out(text: str) -> List[str]:
     return lines
 
 
-_CANDIDATE = _Pattern(      # a number with all its groups, or a word that may be a code
-    r"(?<![!-~])(?:[\[(<*\"'_]*[+(]?[0-9][0-9()+./,:'-]*(?:(?<=[0-9)]) [0-9(+][0-9()+./,:'-]*)*"
-    r"[\])>.,;:!?*\"'_]*(?![!-~])"
-    r"|(?=[!-~]*?(?:[0-9]|[A-Z][A-Z-]|-[a-z]+-|[a-f]+(?![!-~])))[!-~]+)")
+_CANDIDATE = _Pattern(r"(?<![!-~])(?:%s|%s|%s)" % (
+    # groups set off with blanks, a number with all its groups, a word that may be a code
+    r"(?=[0-9 ]*[A-Z])(?=[A-Z]*[0-9])[A-Z0-9]{4}(?: (?=[A-Z]*[0-9])[A-Z0-9]{4}){1,7}"
+    r"[\])>.,;:!?*\"'_]*(?![!-~])",
+    r"[\[(<*\"'_]*[+(]?[0-9][0-9()+./,:'-]*(?:(?<=[0-9)]) [0-9(+][0-9()+./,:'-]*)*"
+    r"[\])>.,;:!?*\"'_]*(?![!-~])",
+    r"(?=[!-~]*?(?:[0-9]|[A-Z][A-Z-]|-[a-z]+-|[a-f]+(?![!-~])))[!-~]+"))
 _MAYBE = _Pattern(r"[0-9]|[A-Z][A-Z-][A-Z-][A-Z]|-[a-z]+-")      # a line with one
 _DIGIT = _Pattern("[0-9]")
 _AROUND = "\"'()[]<>*_.,;:!?|`{}"
@@ -1258,6 +1252,7 @@ _DIGITS = _Pattern(r"[0-9]{4,9}|[0-9]{3}([ -])[0-9]{3}(?:\1[0-9]{3})?"
 _DATE = _Pattern(r"(?:19|20)[0-9]{2}"
                  r"|(?:19|20)[0-9]{2}(?:0[1-9]|1[0-2])(?:0[1-9]|[12][0-9]|3[01])"
                  r"|(?:0[1-9]|[12][0-9]|3[01])(?:0[1-9]|1[0-2])(?:19|20)[0-9]{2}")
+_CURRENCY = _Pattern("[$\u00a3\u00a5\u20a0-\u20cf] ?$")
 _UNIT = _Pattern(r"[ \t]?(?:[$%\u20a0-\u20cf\u00a3\u00a5\u00b0\u00b2]"
                  r"|(?:eur|usd|gbp|chf|jpy|sek|nok|dkk|pln|zł|kr"
                  r"|kč|rs|px|[kmgt]i?b|ms|k[gm]|[cm]m|m)\b)", re.I)
@@ -1276,7 +1271,7 @@ def _shape(word: str) -> Tuple[str, str]:
         return "", ""
     if _DIGITS.fullmatch(word):
         return word.replace(" ", "").replace("-", ""), "digits"
-    groups = word.split("-")
+    groups = word.replace(" ", "-").split("-")
     if len(groups) == 2 and groups[1].isdigit() and len(groups[1]) > 3 and len(groups[0]) < 3 and (
             groups[0].isalpha()):
         return groups[1], "digits"                                            # "G-482913"
@@ -1287,7 +1282,7 @@ def _shape(word: str) -> Tuple[str, str]:
     if not _DIGIT.search(word):
         odd = word.isupper() or word.islower() and (len(groups) > 2 or set(word) <= set("abcdef"))
         return (word, "letters") if odd else ("", "")
-    if word.replace("-", "").isdigit():
+    if "".join(groups).isdigit():
         return "", ""
     return word, "mixed" if word == word.upper() else "small"
 
@@ -1296,7 +1291,7 @@ def _is_joined(text: str, start: int, end: int) -> bool:
     """Whether a token is part of a word or an amount."""
     before, after = text[start - 1:start], text[end:end + 1]
     return bool(before.isalpha() and before < "\u0590" or after.isalpha() and after < "\u0590"
-                or before and before in "€£¥₹" or _UNIT.match(text, end))
+                or _CURRENCY.search(text[max(0, start - 2):start]) or _UNIT.match(text, end))
 
 
 def _candidates(text: str) -> Iterator[_Candidate]:
@@ -1324,7 +1319,7 @@ def _candidates(text: str) -> Iterator[_Candidate]:
 
 
 _CHANGE = _Pattern("(?<=[0-9])(?=[A-Z])|(?<=[A-Z])(?=[0-9])")
-_FILLING = _Pattern(r"(?<!\S)[0-9]{1,2}[.):]?(?!\S)|[^\w]")
+_FILLING = _Pattern(r"(?<!\S)\(?[0-9]{1,2}[.):]?(?!\S)|[^\w]")
 
 
 def _alone(text: str, tokens: List[_Candidate]) -> bool:
@@ -1337,9 +1332,11 @@ def _alone(text: str, tokens: List[_Candidate]) -> bool:
     return bool(at) and not _FILLING.sub("", " ".join(rest) + " " + text[at:])
 
 
-# What stands between a label and what it names, if nothing else does.
-_COPULA = _Pattern(r"(?:.*\W)?(?:is|ist|lautet|est|es|è|é|jest|er|är|on|to|je)\s*[\"'*(]*"
-                   r"|.*[:=]\s*[\"'*(]*|.*[-\u2014]\s|.*[\u0590-\uffff]", re.I | re.S)
+_IS = r"(?:is|ist|lautet|est|es|è|é|este|jest|to|je|on|ir|yra|er|är|adalah|ialah|là|ay|ni)\b"
+# What stands between a label and what it names, if nothing else does, and behind a code.
+_COPULA = _Pattern(r"(?:.*\W)?%s[\s\"'*(]*|.*[:=\u2014][\s\"'*(]*|.*\s-\s|.*[\u0590-\uffff]\s*"
+                   % _IS, re.I | re.S)
+_COPULA_AFTER = _Pattern(r"[\s\"'*)]*(?:%s|[\u0590-\uffff])" % _IS, re.I)
 _OR = _Pattern(r"[\s,;/|()]*(?:(?:or|and|oder|und|ou|et|o|y|e|of|en|lub)\s)?[\s(]*")
 
 
@@ -1361,7 +1358,7 @@ class _CodeFinder:
             cells = line.split("\t")
             if _MAYBE.search(line) or len(line) <= 40 and " " not in line:
                 self.row(number, cells, above)
-                if len(self.found) >= MESSAGE_LIMITS.codes:
+                if len(self.found) >= MAX_CODES:
                     break
             above = cells
         return self.found
@@ -1369,8 +1366,10 @@ class _CodeFinder:
     def row(self, number: int, cells: List[str], above: List[str]):
         """Judges the candidates of a line."""
         row = [(cell, list(_candidates(cell))) for cell in cells]
+        if not any(tokens for _, tokens in row):
+            return
         alone = [_alone(cell, tokens) for cell, tokens in row]
-        if all(is_alone or not cell.strip() for is_alone, cell in zip(alone, cells)):
+        if all(is_alone or not _FILLING.sub("", cell) for is_alone, cell in zip(alone, cells)):
             if all(token.look == "letters" for _, tokens in row for token in tokens) and not (
                     number and self.heading(number - 1) > 0):
                 return
@@ -1463,12 +1462,10 @@ class _CodeFinder:
                 return 0
             gap = sentence[labels[-1][1]:]
             words = len(gap.split())
-            if token.look == "letters" and text.isupper():
-                return 0
             if _COPULA.fullmatch(gap):
-                return 5
+                return 5 * (token.look != "letters" or not left.isupper())
             if token.look == "letters":
-                return 4 * (len(token.code) > 7 and gap == " ")
+                return 4 * (len(token.code) > 7 and gap == " " and not left.isupper())
             if is_date:
                 return 4 * (not words)
             followed = text[token.end:token.end + 2][-1:].isalpha()
@@ -1482,45 +1479,48 @@ class _CodeFinder:
             if _COPULA.fullmatch(between[-40:]):        # "The PIN for your card 4711 is 9182"
                 before = text[max(0, start - 80):start].lower()
                 return 3 * any(kind == "secret" for _, _, kind in _labels(before))
-        if len(sentence.split()) < 4:
+        copula = (_COPULA_AFTER.match(text, token.end)
+                  or not is_date and _COPULA.fullmatch(sentence))
+        if len(sentence.split()) < (4 if copula else 2) and token.look != "letters":
             right = _SENTENCE_END.split(text[token.end:token.end + 60].lower())[0]
             labels = _labels(right)
             if labels:
-                return 3 * (_meaning(right, labels, 0) > 0 and token.look in ("digits", "mixed")
-                            and not (is_date and not _COPULA.fullmatch(right[:labels[0][0]])))
+                return 3 * (_meaning(right, labels, 0) > 0 and bool(
+                    copula or not is_date and token.look != "small"))
             if not sentence.strip() and number and self.lines[number - 1].endswith(":"):
                 return 4 * (self.heading(number - 1) > 0)
         return 0
 
 
-def find_codes(text: str, subject: str) -> Tuple[str, ...]:
-    """The codes of a text, each once, in order of appearance, as they are typed: "482 913" and
-    "123-456" are 482913 and 123456, "K7Q-T2M" stays."""
-    found = _CodeFinder(text[:MESSAGE_LIMITS.code_characters], subject).find()
+def find_codes(text: str, subject: str) -> Tuple[Tuple[str, ...], str]:
+    """The codes of a text and the surest of them, "" if there is none. The codes stand as they are
+    typed, each once, in order of appearance: "482 913" and "123-456" are 482913 and 123456,
+    "K7Q-T2M" stays. The subject's are taken where the text has none."""
+    found = _CodeFinder(text[:MAX_CODE_TEXT], subject).find()
     if not found and _MAYBE.search(subject):
         found = _CodeFinder(subject, "").find()
-    return tuple(found)[:MESSAGE_LIMITS.codes]
+    return tuple(found)[:MAX_CODES], max(found, key=found.__getitem__, default="")
 
 
 def _text_body(texts: List[str], subject: str) -> Body:
     if not texts:
         return Body()
     text = "\n".join(texts)
-    return Body(text, find_text_links(text), find_codes(text, subject))
+    codes, code = find_codes(text, subject)
+    return Body(text, find_text_links(text), codes, code=code)
 
 
-_READABLE = _Pattern("[^\\s\u00ad\u034f\u200b-\u200f\u2060\ufeff]")
-_INVISIBLE = _Pattern("[\u00ad\u034f\u200b-\u200f\u2060\ufeff]+")
+_UNSEEN = _Pattern("[\u00ad\u034f\u200b-\u200f\u2060\ufeff]+")
+_SEEN = _Pattern("[^\\s\u00ad\u034f\u200b-\u200f\u2060\ufeff]")
 
 
 def _preview(*texts: str) -> str:
     """The beginning of the first text that has anything to read, on one line."""
     for text in texts:
-        found = _READABLE.search(text)
+        found = _SEEN.search(text)
         if found:
-            head = text[found.start():found.start() + 5 * MESSAGE_LIMITS.preview_characters]
-            head = " ".join(_INVISIBLE.sub("", head).split())
-            return head[:MESSAGE_LIMITS.preview_characters].rstrip()
+            head = text[found.start():found.start() + 5 * MAX_PREVIEW]
+            return " ".join(_UNSEEN.sub("", head).split())[:MAX_PREVIEW].rstrip()
     return ""
 
 
@@ -1536,28 +1536,22 @@ _BLOCKS = frozenset(
     "address article aside blockquote body br center dd div dl dt fieldset figure footer form"
     " h1 h2 h3 h4 h5 h6 head header hr html li main nav ol option p pre section table tbody tfoot"
     " thead tr ul".split())
-_CELLS = frozenset(("td", "th"))
 _VOID = frozenset("area base br col embed hr img input link meta param source track wbr".split())
+_ATTRIBUTES = frozenset(("href", "src", "alt", "style", "hidden"))
 # Not font-size: templates set it to 0 around everything, and what is inside to what it should be.
 _HIDDEN_STYLE = _Pattern(
     r"display\s*:\s*none|visibility\s*:\s*hidden|(?<![\w-])(?:max-height|opacity)\s*:\s*0"
     r"(?:\.0*)?(?:px|pt|em|%)?\s*(?:;|!|$)", re.I)
 _LONG_ENTITY = _Pattern(r"&#(?:[0-9]{9}[0-9]*|[xX][0-9a-fA-F]{9}[0-9a-fA-F]*);?")
+_REFERENCE = _Pattern("&(?:#[0-9]+;?|#[xX][0-9a-fA-F]+;?|[A-Za-z][A-Za-z0-9]{1,31}"
+                      "(?:;|(?![A-Za-z0-9=])))")
 _BLANKS = _Pattern(r"\s+")
-_SPACES = _Pattern(" {2,}")
+_LINE_ENDS = _Pattern(r"[\t\r\n]+")
 
 
 def _unescape(text: str) -> str:
     """Text with its entities decoded; `int` is kept from numbers of 100,000 digits."""
-    if "&" not in text:
-        return text
-    if "&#" in text:
-        text = _LONG_ENTITY.sub("\ufffd", text)
-    return html.unescape(text)
-
-
-_REFERENCE = _Pattern("&(?:#[0-9]+;?|#[xX][0-9a-fA-F]+;?|[A-Za-z][A-Za-z0-9]{1,31}"
-                      "(?:;|(?![A-Za-z0-9=])))")
+    return html.unescape(_LONG_ENTITY.sub("\ufffd", text)) if "&" in text else text
 
 
 def _unescape_attribute(text: str) -> str:
@@ -1568,61 +1562,55 @@ def _unescape_attribute(text: str) -> str:
         else html.entities.html5.get(found.group()[1:], found.group())), text)
 
 
-_ATTRIBUTES = frozenset(("href", "src", "alt", "style", "hidden"))
-_URL_JUNK = _Pattern(r"[\t\r\n]+")
-
-
 def _url(value: str) -> str:
     """An attribute's URL as a browser takes it: trimmed, without the line ends inside."""
-    return _URL_JUNK.sub("", value.strip(" \t\r\n\x0c\x00"))
+    return _LINE_ENDS.sub("", value.strip(" \t\r\n\x0c\x00"))
 
 
 class _HtmlReader:
-    """Links, images and visible text of HTML, as a browser's tokenizer would find them.
+    """Links, images and visible text of HTML, as a browser's tokenizer would find them. The text
+    is laid out for `find_codes`: blocks are lines, cells are set apart with tabs.
 
     What is not closed (a comment, a quote, a <style>) runs to the end, as the standard says: that
     is also what keeps this linear, which `html.parser` is not.
     """
 
-    def __init__(self):
+    def __init__(self, source: str):
         self.links: List[Link] = []
         self.images: List[Image] = []
         self.visible: List[str] = []
         self.base = ""
-        self.anchor: Optional[Tuple[int, List[str]]] = None     # index into links, its text
-        self.hidden = ""            # the element that hides what is read
+        self.anchor: Optional[List[str]] = None     # what is read of the last link's text
+        self.hidden = ""                            # the element that hides what is read
         self.hidden_depth = 0
-
-    def read(self, text: str):
-        """Reads HTML source, tag by tag."""
-        at, length = 0, len(text)
-        while at < length:
-            tag = text.find("<", at)
+        at = 0
+        while at < len(source):
+            tag = source.find("<", at)
+            self.text(source[at:tag] if tag >= 0 else source[at:])
             if tag < 0:
-                tag = length
-            if tag > at:
-                self.text(text[at:tag])
-            if tag == length:
                 break
-            match = _TAG.match(text, tag)
-            if not match:
-                self.text("<")
-                at = tag + 1
-            elif match.group(2):
-                at = self.tag(text, match)
-            else:
-                end = text.find("-->", tag + 2) if match.group(4) else text.find(">", tag)
-                at = length if end < 0 else end + (3 if match.group(4) else 1)
+            at = self.markup(source, tag)
         self.end_anchor()
 
-    def tag(self, text: str, match) -> int:
+    def markup(self, source: str, start: int) -> int:
+        """Reads what "<" begins; returns where it ends."""
+        match = _TAG.match(source, start)
+        if not match:
+            self.text("<")
+            return start + 1
+        if match.group(2):
+            return self.tag(source, match)
+        closing = "-->" if match.group(4) else ">"
+        end = source.find(closing, start + 2 if match.group(4) else start)
+        return len(source) if end < 0 else end + len(closing)
+
+    def tag(self, source: str, match) -> int:
         """Reads the tag that `match` begins; returns where it ends."""
-        name, closing = match.group(2).lower(), match.group(1)
-        at, attributes = match.end(), {}
+        name, at, attributes = match.group(2).lower(), match.end(), {}
         while not match.group(3):
-            found = _ATTRIBUTE.match(text, at)
+            found = _ATTRIBUTE.match(source, at)
             if not found:
-                return len(text)
+                return len(source)
             at = found.end()
             if found.group(1):
                 break
@@ -1630,38 +1618,37 @@ class _HtmlReader:
             if key in _ATTRIBUTES:
                 value = found.group(3) or found.group(4) or found.group(5) or ""
                 attributes.setdefault(key, _unescape_attribute(value))
-        if closing:
+        if match.group(1):
             self.end(name)
-        else:
-            self.start(name, attributes)
-            if name in _RAW_TEXT:
-                end = _RAW_TEXT[name].search(text, at)
-                return end.start() if end else len(text)
+            return at
+        self.start(name, attributes)
+        if name in _RAW_TEXT:
+            end = _RAW_TEXT[name].search(source, at)
+            return end.start() if end else len(source)
         return at
 
     def start(self, name: str, attributes: Dict[str, str]):
         """Takes a start tag."""
-        self.separate(name)
+        self.separate("\n" if name in _BLOCKS else "\t" if name in ("td", "th") else "")
         if self.hidden:
             self.hidden_depth += name == self.hidden
         elif name not in _VOID and ("hidden" in attributes
                                     or _HIDDEN_STYLE.search(attributes.get("style", ""))):
             self.hidden, self.hidden_depth = name, 1
-        if name == "a":
+        if name in ("a", "area"):
             self.end_anchor()
         if name in ("a", "area") and attributes.get("href", "").strip():
-            if len(self.links) < MESSAGE_LIMITS.links:
+            if len(self.links) < MAX_LINKS:
                 self.links.append(Link(_url(attributes["href"]), None))
-                if name == "a":
-                    self.anchor = (len(self.links) - 1, [])
-        elif name == "img" and "src" in attributes and len(self.images) < MESSAGE_LIMITS.links:
+                self.anchor = [] if name == "a" else self.anchor
+        elif name == "img" and "src" in attributes and len(self.images) < MAX_LINKS:
             self.images.append(Image(_url(attributes["src"]), attributes.get("alt")))
         elif name == "base" and not self.base:
             self.base = _url(attributes.get("href", ""))
 
     def end(self, name: str):
         """Takes an end tag."""
-        self.separate(name)
+        self.separate("\n" if name in _BLOCKS else "")
         if name == "a":
             self.end_anchor()
         if name == self.hidden:
@@ -1669,57 +1656,62 @@ class _HtmlReader:
             if not self.hidden_depth:
                 self.hidden = ""
 
-    def separate(self, name: str):
+    def separate(self, blank: str):
         """Parts the text where a block or a cell begins or ends."""
-        if name in _BLOCKS or name in _CELLS:
-            blank = "\n" if name in _BLOCKS else "\t"
-            if not self.hidden:
-                self.visible.append(blank)
-            if self.anchor:
-                self.anchor[1].append(" ")
+        if blank and not self.hidden:
+            self.visible.append(blank)
+        if blank and self.anchor is not None:
+            self.anchor.append(" ")
 
     def text(self, text: str):
         """Takes text between tags."""
-        if self.hidden:
-            return
-        text = _BLANKS.sub(" ", _unescape(text))
-        self.visible.append(text)
-        if self.anchor:
-            self.anchor[1].append(text)
+        if text and not self.hidden:
+            text = _BLANKS.sub(" ", _unescape(text))
+            self.visible.append(text)
+            if self.anchor is not None:
+                self.anchor.append(text)
 
     def end_anchor(self):
         """Ends a link: what a reader saw since its start is its text."""
-        if self.anchor:
-            index, pieces = self.anchor
-            text = " ".join("".join(pieces).split())
-            self.links[index] = self.links[index]._replace(text=text or None)
+        if self.anchor is not None:
+            text = " ".join("".join(self.anchor).split())
+            self.links[-1] = self.links[-1]._replace(text=text or None)
             self.anchor = None
 
 
-def _resolve(base: str, url: str) -> str:
-    try:
-        return urllib.parse.urljoin(base, url)
-    except ValueError:      # "http://[": not a URL to join with
-        return url
+def _resolve(base: str, urls: List[str], room: int) -> List[str]:
+    """URLs joined with their base, until that has made them longer by `room` characters: a long
+    base and many links must not make more than the mail weighs."""
+    resolved = []
+    for url in urls:
+        try:
+            whole = urllib.parse.urljoin(base, url) if room > 0 else url
+        except ValueError:      # "http://[": not a URL to join with
+            whole = url
+        room -= len(whole) - len(url)
+        resolved.append(whole)
+    return resolved
 
 
 def _html_body(texts: List[str], subject: str, warnings: _Warnings) -> Tuple[Body, str]:
     """(body, visible text) of the HTML parts of a mail."""
     if not texts:
         return Body(), ""
-    text, most = "\n".join(texts), MESSAGE_LIMITS.links
-    if len(text) > MESSAGE_LIMITS.html_characters:
+    text = "\n".join(texts)
+    if len(text) > MAX_HTML:
         warnings.add("HTML over %d characters: links and images after that are not listed"
-                     % MESSAGE_LIMITS.html_characters)
-    reader = _HtmlReader()
-    reader.read(text[:MESSAGE_LIMITS.html_characters])
-    links, images, visible = reader.links, reader.images, _SPACES.sub(" ", "".join(reader.visible))
-    if len(links) >= most or len(images) >= most:
-        warnings.add("more than %d links or images: the rest of them is not listed" % most)
-    if reader.base:
-        links = [link._replace(href=_resolve(reader.base, link.href)) for link in links]
-        images = [image._replace(src=_resolve(reader.base, image.src)) for image in images]
-    return Body(text, tuple(links), find_codes(visible, subject), tuple(images)), visible
+                     % MAX_HTML)
+    reader = _HtmlReader(text[:MAX_HTML])
+    links, images, visible = reader.links, reader.images, "".join(reader.visible)
+    if max(len(links), len(images)) >= MAX_LINKS:
+        warnings.add("more than %d links or images: the rest of them is not listed" % MAX_LINKS)
+    if 0 < len(reader.base) <= MAX_URL:
+        urls = _resolve(reader.base, [link.href for link in links]
+                        + [image.src for image in images], len(text) + 100_000)
+        links = [link._replace(href=url) for link, url in zip(links, urls)]
+        images = [image._replace(src=url) for image, url in zip(images, urls[len(links):])]
+    codes, code = find_codes(visible, subject)
+    return Body(text, tuple(links), codes, tuple(images), code), visible
 
 
 # Whole mails
@@ -5236,7 +5228,7 @@ def item(api: Api, message: Message, server: str = "") -> bytes:
         octets = _json({
             **_head(message, mail), "summary": mail.preview or mail.subject or "(empty)",
             "attachments": len(mail.attachments),
-            "code": next(iter(mail.text_body.codes + mail.html_body.codes), None),
+            "code": mail.text_body.code or mail.html_body.code or None,
             "links": len(mail.html_body.links or mail.text_body.links),
             "warnings": len(mail.warnings)})
         api.store.keep(message, octets)

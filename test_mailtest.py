@@ -735,12 +735,98 @@ CODES = {
     "names that end in digits": ("SHA256, HTTP2, ISO8859", []),
     "words": ("XVLBZGBAIC code VERIFY", []),
     "parts of longer numbers": ("code 12345678901, version 1.2.3456", []),
+    "a list of recovery codes": ("Recovery codes:\n\n1. a3f8-91bc\n2. 77de-0f42",
+                                 ["a3f8-91bc", "77de-0f42"]),
+    "a list in rows": ("Backup codes\n\n55273190 88241067\n30495518 71120946",
+                       ["55273190", "88241067", "30495518", "71120946"]),
+    "digits of other scripts": ("code: ٥٥٢٧٣١, code: ４８２９", ["552731", "4829"]),
+    "six digits alone in a short mail": ("Hello,\n\n482913\n\nAcme", ["482913"]),
+    "but not under what may be a title": ("Singapore\n018956", []),
+    "nor where an order is spoken of": ("Thank you for your order.\n\n482913", []),
+    "codes that are none": ("product code 915732, error code E2207, HS code 610910, "
+                            "SWIFT code HAWKGB2L, postal code 10145, dress code 1920", []),
+    "the nearest word wins": ("Your login code is 552731. Ticket 915732.", ["552731"]),
+    "postal codes": ("London EC4A 1JP\nCork T12 W8KP\nKolkata 700029\n00-838 Warszawa", []),
+    "call signs, flights, bookings": ("worked OH2BH, flight LH1234, booking X7K2P9", []),
+    "IBAN, VAT, ISBN, CVE": ("IBAN DE89 3704 0044 0532 0130 00, VAT GB123456789, "
+                             "ISBN 978-3-16-148410-0, CVE-2024-12345", []),
+    "meetings": ("Meeting ID: 823 4567 8901", []),
 }
 
 
 @message_rows(CODES)
 def test_codes_in_text(given, expected):
     assert list(read(crlf("", *given.split("\n"))).text_body.codes) == expected
+
+
+CODE_SHAPES = (       # each alone under "Your code:" and behind "Your code is"
+    "4711", "20764", "482913", "5527319", "40197362", "204917638", "2031", "7000", "482000",
+    "20261125", "K7Q2XM", "GHTRWZ", "KQTX-BMWP", "DJZ-TLX", "7f3a9c", "fGiy8ZC9", "q7x2m9vk",
+    "tt226-5398x", "bkdh-wyqe-rmfx", "sparo-ndigo-amurt-secan", "8F3A-91BD-77C0-2E4D",
+    "9K2MX-7QPLD-44TRZ-VB8HN", "8F3A 91BD 77C0 2E4D", "EARTH-9KX2")
+
+
+@pytest.mark.parametrize("code", CODE_SHAPES)
+def test_codes_of_every_shape(code):
+    for text in ("Your code:\n\n%s\n\nBye" % code, "Your code is %s." % code):
+        assert list(read(crlf("", *text.split("\n"))).text_body.codes) == [code]
+    source = "<tr><td>Your code</td><td>%s</td></tr>" % code
+    assert list(read(crlf(HTML, "", source)).html_body.codes) == [code]
+
+
+CODE_LANGUAGES = {     # a sentence with a code, and one with another number
+    "ar": ("رمز التحقق الخاص بك هو {}", "رقم الطلب: {}"),
+    "bg": ("Вашият код за потвърждение е {}.", "Номер на поръчка: {}"),
+    "bn": ("আপনার যাচাইকরণ কোড হল {}", "অর্ডার নম্বর: {}"),
+    "cs": ("Váš ověřovací kód je {}.", "Objednávka č. {} byla odeslána."),
+    "da": ("Din engangskode er {}", "Sagsnr. {}"),
+    "de": ("Ihr Einmalpasswort lautet {}.", "Vertragsnummer {}"),
+    "el": ("Ο κωδικός επαλήθευσης είναι {}", "Αριθμός πελάτη {}"),
+    "es": ("Tu código de acceso es {}", "Su pedido {} ha sido enviado"),
+    "et": ("Teie kinnituskood on {}.", "Tellimuse number: {}"),
+    "fa": ("کد تأیید شما: {}", "شماره سفارش: {}"),
+    "fi": ("Kertakäyttöinen salasanasi on {}.", "Viitenumero: {}"),
+    "fr": ("Votre code de vérification est {}", "Code postal : {}"),
+    "he": ("קוד האימות שלך הוא {}", "מספר הזמנה: {}"),
+    "hi": ("आपका सत्यापन कोड {} है", "ऑर्डर संख्या: {}"),
+    "hu": ("Az ellenőrző kódod: {}", "Rendelésszám: {}"),
+    "hy": ("Ձեր հաստատման կոդն է {}", "Պատվերի համարը: {}"),
+    "id": ("Kode verifikasi Anda adalah {}.", "Kode pos {}"),
+    "it": ("Il tuo codice di verifica è {}.", "Codice cliente: {}"),
+    "ja": ("認証番号は{}です。", "商品コード: {}"),
+    "ka": ("თქვენი დადასტურების კოდია {}", "შეკვეთის ნომერი: {}"),
+    "ko": ("인증번호는 {}입니다.", "주문번호: {}"),
+    "lt": ("Jūsų patvirtinimo kodas yra {}.", "Pašto kodas {}"),
+    "nl": ("Je verificatiecode is {}.", "Klantnummer: {}"),
+    "pl": ("Twój kod weryfikacyjny to {}.", "Kod towaru {}"),
+    "pt": ("A sua senha é {}.", "Código de rastreio: {}"),
+    "ro": ("Codul tău de verificare este {}.", "Cod poștal {}"),
+    "ru": ("Ваш код подтверждения: {}", "Код товара: {}"),
+    "sv": ("Din verifieringskod är {}.", "Ärendenummer: {}"),
+    "sw": ("Msimbo wako wa uthibitishaji ni {}.", "Nambari ya oda: {}"),
+    "ta": ("உங்கள் சரிபார்ப்புக் குறியீடு {}", "ஆர்டர் எண்: {}"),
+    "th": ("รหัสยืนยันของคุณคือ {}", "รหัสไปรษณีย์ {}"),
+    "tr": ("Doğrulama kodunuz {}", "Posta kodu {}"),
+    "uk": ("Ваш код підтвердження: {}", "Поштовий індекс {}"),
+    "vi": ("Mã xác minh của bạn là {}.", "Mã đơn hàng: {}"),
+    "zh": ("您的验证码是{}，10分钟内有效。", "订单编号 {}"),
+}
+
+
+@pytest.mark.parametrize("language", CODE_LANGUAGES)
+def test_codes_of_every_language(language):
+    code, other = CODE_LANGUAGES[language]
+    text = other.format(551201) + "\n\n" + code.format(5281)
+    assert list(read(crlf("", *text.split("\n"))).text_body.codes) == ["5281"]
+
+
+def test_every_word_of_the_table_is_found():
+    lines = mailtest._WORDS.replace("\n   ", " ").strip().splitlines()
+    assert [line[:3] for line in lines] == sorted({line[:3] for line in lines})
+    for line in lines:
+        for word in line[4:].replace("|", " ").split():
+            bare = mailtest._in_ascii(word.strip("-.").replace("_", " "))
+            assert mailtest._labels(bare), (line[:3], word)
 
 
 HTML_CODES = {
@@ -756,6 +842,14 @@ HTML_CODES = {
     "in what a template sets to no size":
         ('<td style="font-size:0px"><b style="font-size:13px">123456</b></td>', ["123456"]),
     "not under what says that it is none": ("<p>Order number</p><p>123456</p>", []),
+    "a digit in each block": ("<p>Your code</p><p>4</p><p>7</p><p>1</p><p>1</p>", ["4711"]),
+    "a digit in each span":
+        ("Your code: <b>4</b>&nbsp;<b>7</b>&nbsp;<b>1</b>&nbsp;<b>1</b>", ["4711"]),
+    "under the head of its column":
+        ("<tr><th>User<th>Code</tr><tr><td>ann<td>482913</tr>", ["482913"]),
+    "not beside what says that it is none": ("<tr><td>Customer<td>915732</tr>", []),
+    "not a figure of a table":
+        ("<tr><td>May<td>915732</tr><tr><td>June<td>882410</tr>", []),
     "after what is hidden": ('<div style="display:none">x</div><p>123456</p>', ["123456"]),
 }
 
@@ -763,6 +857,23 @@ HTML_CODES = {
 @message_rows(HTML_CODES)
 def test_codes_in_html(given, expected):
     assert list(read(crlf(HTML, "", given)).html_body.codes) == expected
+
+
+def test_a_code_that_only_the_subject_has():
+    assert list(read(crlf("Subject: 552731 is your code", "", "See above.")).text_body.codes) == [
+        "552731"]
+
+
+def test_the_surest_of_several_codes():
+    body = read(crlf("", "Use the code SAVE20 today.", "", "Your PIN is: 4711")).text_body
+    assert (body.codes, body.code) == (("SAVE20", "4711"), "4711")
+
+
+def test_a_long_base_does_not_multiply():
+    source = '<base href="http://x/%s/">%s' % ("a" * 8_000, "<a href=y>1</a>" * 5_000)
+    body = read(crlf(HTML, "", source)).html_body
+    assert len(body.links) == 5_000
+    assert sum(len(link.href) for link in body.links) < 2 * len(source) + 200_000
 
 
 PREVIEWS = {
