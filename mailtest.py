@@ -4794,6 +4794,18 @@ def _pieces(value: Any) -> Iterator[bytes]:
         yield _json(value)
 
 
+def _chunks(value: Any) -> Iterator[bytes]:
+    """The pieces, gathered to 64 kB and more."""
+    gathered, size = [], 0
+    for piece in _pieces(value):
+        gathered.append(piece)
+        size += len(piece)
+        if size > 65_536:
+            yield b"".join(gathered)
+            gathered, size = [], 0
+    yield b"".join(gathered)
+
+
 def _response(value: Any) -> Response:
     """What a handler returned, as a response: nothing, JSON, or the Response itself.  JSON of
     more than 64 kB is sent in pieces."""
@@ -4801,13 +4813,11 @@ def _response(value: Any) -> Response:
         return value
     if value is None:
         return Response(204)
-    pieces, first, size = _pieces(value), [], 0
-    for piece in pieces:
-        first.append(piece)
-        size += len(piece)
-        if size > 65_536:
-            return Response(stream=itertools.chain((b"".join(first),), pieces))
-    return Response(body=b"".join(first))
+    chunks = _chunks(value)
+    first = next(chunks)
+    second = next(chunks, None)
+    return Response(body=first) if second is None else Response(
+        stream=(chunk for some in ((first, second), chunks) for chunk in some))
 
 
 _STRING = {"type": "string"}
