@@ -452,7 +452,7 @@ def _damage(octets: bytes, encoding: str) -> str:
 _ENCODED_WORD = re.compile(
     r"=\?([^?\s*]{1,60})(?:\*[^?\s]{0,40})?\?"
     r"(?:[bB]\?([^?]*)|[qQ]\?([^?=]*(?:(?:=(?!\?[^=])|\?(?!=))[^?=]*)*))\?=")
-_CONTROL = re.compile(r"[\x00\r\n\x0b\x0c\x1c-\x1e\x85\u2028\u2029]+")
+_CONTROL = re.compile(r"[\x00-\x08\n-\x1f\x7f\x85\u2028\u2029]+")     # six octets of JSON each
 
 
 def decode_words(value: str) -> str:
@@ -496,6 +496,8 @@ _COMMENT = re.compile(r"\([^()]*\)")
 
 
 def _unquoted(text: str) -> str:
+    if "\\" not in text:
+        return text.replace('"', "")
     return _QUOTED.sub(lambda match: _QUOTED_PAIR.sub(r"\1", match[1]), text)
 
 
