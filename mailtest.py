@@ -1824,95 +1824,64 @@ class Mail:
     with numbers for addresses."""
 
     headers: Tuple[Tuple[str, str], ...] = ()    # all fields in order, unfolded and decoded
-    subject = ""
+    subject = message_id = ""
     from_: Tuple[Address, ...] = ()      # addresses have .name and .email
     to: Tuple[Address, ...] = ()
     cc: Tuple[Address, ...] = ()
+    bcc: Tuple[Address, ...] = ()        # the envelope recipients that neither To nor Cc names
     reply_to: Tuple[Address, ...] = ()
-    message_id = ""                      # with its <>
-    text_body = Body()
-    html_body = Body()
-    attachments: List[Attachment] = []   # in the order of the mail
+    text_body = html_body = Body()
     preview = ""                         # one line
+    attachments: List[Attachment] = []   # in the order of the mail
     warnings: Tuple[str, ...] = ()       # what is wrong with the mail
 
     def __init__(self, message: "Message"):
-        self._message = message
         self.id = message.id
         self.number = message.number     # of its arrival
         self.octets = message.octets     # exactly as received
         self.envelope = message.envelope
+        self.received = datetime.datetime.fromtimestamp(message.received, datetime.timezone.utc)
+        self.transcript = message.transcript().decode("utf-8", "replace")
         if message.kind == "SMS":
             self._read_sms()
         else:
             self._read_mail()
+        self.bcc = hidden_recipients(self.envelope.forward_paths, self.to + self.cc)
+        self.text = self.text_body.body or ""
+        self.html = self.html_body.body or ""
+        links = self.html_body.links or self.text_body.links
+        self.links: List[str] = [link.href for link in links]
+        self.codes: List[str] = list(self.text_body.codes or self.html_body.codes)
 
-    def _read_sms(self):
+    def _read_sms(self) -> None:
         text = self.octets.decode("utf-8", "replace")
         self.from_ = (Address("", self.envelope.reverse_path or ""),)
         self.to = tuple(Address("", number) for number in self.envelope.forward_paths)
         self.text_body, self.preview = _text_body([text], ""), _preview(text)
 
-    def _read_mail(self):
+    def _read_mail(self) -> None:
         block, start = split_mail(self.octets)
         warnings = _Warnings()
         header = Header(block, warnings)
         self.headers = tuple((name, decode_words(value)) for name, value in header.fields)
-        self.subject = header.text("subject")
+        self.subject, self.message_id = header.text("subject"), header.text("message-id")
         self.from_, self.to, self.cc, self.reply_to = map(
             header.addresses, ("from", "to", "cc", "reply-to"))
-        self.message_id = header.text("message-id")
         _check_fields(header)
         _check_addresses(self, warnings)
         _check_octets(self.octets, block, start, self.envelope, warnings)
-        texts, htmls, attachments = [], [], []
+        texts, htmls, self.attachments = [], [], []
         for part in leaves(self.octets, start, Part(header)):
             if part.is_body():
                 (htmls if part.type == "text/html" else texts).append(part.text())
             else:
-                attachments.append(part.attachment())
+                self.attachments.append(part.attachment())
         self.html_body, visible = _html_body(htmls, self.subject, warnings)
         self.text_body = _text_body(texts, self.subject)
-        self.attachments = attachments
         if htmls and not texts:
             warnings.add("HTML without a text alternative")
         self.preview = _preview(self.text_body.body or "", visible, self.subject)
         self.warnings = tuple(warnings)
-
-    @property
-    def received(self) -> datetime.datetime:
-        """When it came."""
-        return datetime.datetime.fromtimestamp(self._message.received, datetime.timezone.utc)
-
-    @property
-    def bcc(self) -> Tuple[Address, ...]:
-        """The envelope recipients that neither To nor Cc names."""
-        return hidden_recipients(self.envelope.forward_paths, self.to + self.cc)
-
-    @property
-    def text(self) -> str:
-        """The text, "" where there is none."""
-        return self.text_body.body or ""
-
-    @property
-    def html(self) -> str:
-        """The HTML source, "" where there is none."""
-        return self.html_body.body or ""
-
-    @property
-    def links(self) -> List[str]:
-        """The URLs of the HTML, or of the text where that has none."""
-        return [link.href for link in self.html_body.links or self.text_body.links]
-
-    @property
-    def codes(self) -> List[str]:
-        """The codes of the text, or of the HTML where that has none."""
-        return list(self.text_body.codes or self.html_body.codes)
-
-    @property
-    def transcript(self) -> str:
-        """The SMTP dialogue that brought it."""
-        return self._message.transcript().decode("utf-8", "replace")
 
     def header(self, name: str, default: str = "") -> str:
         """The value of the first header field of that name."""
@@ -1984,7 +1953,6 @@ class Searched:
 
     def __init__(self, message: Message):
         self.message = message
-        self.paths = message.envelope.forward_paths
 
     @functools.cached_property
     def header(self) -> Header:
@@ -2001,54 +1969,28 @@ class Searched:
         """Its text and HTML source in lower case."""
         return "\0".join(self.message.bodies()).lower()
 
-    @functools.cached_property
-    def subject(self) -> str:
-        """Its subject in lower case."""
-        return self.header.text("subject").lower()
-
-    def addresses(self, field: str) -> Tuple[Address, ...]:
-        """The mailboxes of a field; an SMS has a sender, too."""
+    def addresses(self, field: str) -> Iterable[Address]:
+        """The mailboxes of From, of all recipients (to), of Cc, or of those hidden (bcc)."""
+        envelope, of = self.message.envelope, self.header.addresses
+        if field == "to":
+            return itertools.chain(of("to"), of("cc"), (
+                Address("", path) for path in envelope.forward_paths))
+        if field == "bcc":
+            return of("bcc") + hidden_recipients(envelope.forward_paths, of("to") + of("cc"))
         if field == "from" and self.message.kind == "SMS":
-            return (Address("", self.message.envelope.reverse_path or ""),)
-        return self.header.addresses(field)
+            return (Address("", envelope.reverse_path or ""),)
+        return of(field)
 
-    @property
-    def senders(self) -> Tuple[Address, ...]:
-        """Whom From names."""
-        return self.addresses("from")
-
-    @functools.cached_property
-    def recipients(self) -> Tuple[Address, ...]:
-        """To, Cc and the envelope."""
-        return (self.addresses("to") + self.addresses("cc")
-                + tuple(Address("", path) for path in self.paths))
-
-    @property
-    def hidden(self) -> Tuple[Address, ...]:
-        """The Bcc field, and the envelope recipients that neither To nor Cc names."""
-        return self.addresses("bcc") + hidden_recipients(
-            self.paths, self.addresses("to") + self.addresses("cc"))
-
-
-def _named(addresses: Iterable[Address], value: str) -> bool:
-    """Whether a part of a name or an address is `value`."""
-    return any(value in name.lower() or value in box.lower() or value in address_key(box)
-               for name, box in addresses)
-
-
-def _is(addresses: Iterable[Address], value: str) -> bool:
-    """Whether a whole address is `value`."""
-    key = address_key(value)
-    return any(key == address_key(box) for _, box in addresses)
+    def names(self, field: str, value: str) -> bool:
+        """Whether a part of a name or an address there is `value`."""
+        return any(value in name.lower() or value in box.lower() or value in address_key(box)
+                   for name, box in self.addresses(field))
 
 
 _HAS: Dict[str, Callable[[Mail], Any]] = {
-    "attachment": lambda mail: mail.attachments,
-    "code": lambda mail: mail.codes,
-    "html": lambda mail: mail.html_body.body,
-    "image": lambda mail: mail.html_body.images,
-    "link": lambda mail: mail.links,
-    "text": lambda mail: mail.text_body.body,
+    "attachment": lambda mail: mail.attachments, "code": lambda mail: mail.codes,
+    "html": lambda mail: mail.html_body.body, "image": lambda mail: mail.html_body.images,
+    "link": lambda mail: mail.links, "text": lambda mail: mail.text_body.body,
     "warning": lambda mail: mail.warnings,
 }
 # word: (what it looks for, its test); what costs less to look at comes first
@@ -2057,12 +1999,13 @@ WORDS: Dict[str, Tuple[str, Callable[[Searched, str], bool]]] = {
         value == mail.message.id.lower() or value in mail.header.text("message-id").lower())),
     "user": ("a part of the user that AUTH named", lambda mail, value: (
         value in mail.message.envelope.user.lower())),
-    "subject": ("a part of the subject", lambda mail, value: value in mail.subject),
+    "subject": ("a part of the subject", lambda mail, value: (
+        value in mail.header.text("subject").lower())),
     "from": ("a part of the sender's name or address", lambda mail, value: (
-        _named(mail.senders, value))),
-    "to": ("the same of any recipient", lambda mail, value: _named(mail.recipients, value)),
-    "cc": ("the same of Cc", lambda mail, value: _named(mail.addresses("cc"), value)),
-    "bcc": ("the same of a hidden recipient", lambda mail, value: _named(mail.hidden, value)),
+        mail.names("from", value))),
+    "to": ("the same of any recipient", lambda mail, value: mail.names("to", value)),
+    "cc": ("the same of Cc", lambda mail, value: mail.names("cc", value)),
+    "bcc": ("the same of a hidden recipient", lambda mail, value: mail.names("bcc", value)),
     "header": ("a part of a header field, as in \"x-mailer: acme\"", lambda mail, value: any(
         value in f"{name}: {decode_words(text)}".lower() for name, text in mail.header.fields)),
     "body": ("a part of the text or the HTML source", lambda mail, value: value in mail.body),
@@ -2070,12 +2013,14 @@ WORDS: Dict[str, Tuple[str, Callable[[Searched, str], bool]]] = {
         value in part.file_name.lower() for part in mail.mail.attachments)),
     "has": (", ".join(_HAS), lambda mail, value: bool(_HAS[value](mail.mail))),
 }
-_TESTS = {
+_TESTS: Dict[str, Callable[[Searched, str], bool]] = {
     **{word: test for word, (_, test) in WORDS.items()},
-    "sender": lambda mail, value: _is(mail.senders, value),
-    "recipient": lambda mail, value: _is(mail.recipients, value),
-    "free": lambda mail, value: (value in mail.subject or _named(mail.senders, value)
-                                 or _named(mail.recipients, value) or value in mail.body),
+    "sender": lambda mail, value: any(
+        value == address_key(box) for _, box in mail.addresses("from")),
+    "recipient": lambda mail, value: any(
+        value == address_key(box) for _, box in mail.addresses("to")),
+    "free": lambda mail, value: any(
+        _TESTS[word](mail, value) for word in ("subject", "from", "to", "body")),
 }
 
 
@@ -2104,14 +2049,15 @@ def criteria(subject: str = "", sender: str = "", to: str = "", body: str = "", 
              any_of: bool = False) -> Criteria:
     """The filters of HTTP and Python: a part of the subject, of the body or of a header field; the
     sender's or a recipient's full address. "" is no condition."""
-    given = {"subject": subject, "sender": sender, "recipient": to, "header": header,
-             "body": body}
-    for name, value in given.items():
+    terms = []
+    for name, field, value in (("subject", "subject", subject), ("sender", "sender", sender),
+                               ("to", "recipient", to), ("header", "header", header),
+                               ("body", "body", body)):
         if not isinstance(value, str):
-            name = "to" if name == "recipient" else name
             raise TypeError(f"expected {name} to be text, got {value!r}")
-    return Criteria(tuple(Term(name, value.lower()) for name, value in given.items() if value),
-                    any_of)
+        if value:
+            terms.append(Term(field, address_key(value) if "@" in value else value.lower()))
+    return Criteria(tuple(terms), any_of)
 
 
 _WORD = re.compile(      # a URL is no word with a colon, nor is what ends with one
