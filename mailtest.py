@@ -4271,20 +4271,28 @@ class Listener:
     def _run(self) -> None:
         seconds = 60.0
         while not self.stopping.is_set() or not self.is_over():
-            found = self._selector.select(seconds)
-            self._now = time.monotonic()
-            for key, _ in found:
-                if key.data is not None:
-                    self.ready(key.data)
-                elif key.fileobj is self._woken:
-                    self._woken.recv(4_096)
-                elif not self.stopping.is_set():
-                    self._accept(key.fileobj)
-            if self.stopping.is_set() and self._sockets[0].fileno() >= 0:
-                for sock in self._sockets:
-                    self._selector.unregister(sock)
-                    sock.close()
-            seconds = self.between()
+            try:
+                seconds = self._round(seconds)
+            except Exception as error:   # the port must not die of a defect
+                self.complain("met a defect of mailtest", error)
+                seconds = 0.1
+
+    def _round(self, seconds: float) -> float:
+        """Waits for so long at most, and does what is to be done; the seconds to wait then."""
+        found = self._selector.select(seconds)
+        self._now = time.monotonic()
+        for key, _ in found:
+            if key.data is not None:
+                self.ready(key.data)
+            elif key.fileobj is self._woken:
+                self._woken.recv(4_096)
+            elif not self.stopping.is_set():
+                self._accept(key.fileobj)
+        if self.stopping.is_set() and self._sockets[0].fileno() >= 0:
+            for sock in self._sockets:
+                self._selector.unregister(sock)
+                sock.close()
+        return self.between()
 
     def _accept(self, listening: socket.socket) -> None:
         """Takes the connections that wait."""
@@ -4306,26 +4314,26 @@ class Listener:
 
     def _refuse_without_descriptor(self, listening: socket.socket) -> None:
         """Gives up a spare descriptor, so that the client hears why it is not served."""
-        self.complain("no file descriptor is free: raise the bound (ulimit -n)")
+        if self._spare >= 0:
+            os.close(self._spare)
+            self._spare = -1
         with contextlib.suppress(OSError):
-            if self._spare >= 0:
-                os.close(self._spare)
-                self._spare = -1
             sock, _ = listening.accept()
             with sock:
                 sock.setblocking(False)
                 sock.send(self.refusal)
+        self.complain("no file descriptor is free: raise the bound (ulimit -n)")
         try:
             self._spare = os.open(os.devnull, os.O_RDONLY)
         except OSError:                  # somebody was faster: others will end
             self.stopping.wait(0.01)
 
-    def complain(self, text: str) -> None:
+    def complain(self, text: str, error: Optional[Exception] = None) -> None:
         """Logs a fault, once a minute at most."""
-        now = time.monotonic()
-        if now > self._complained.get(text, -60.0) + 60.0:
-            self._complained[text] = now
-            log_error("%s: %s", self.name, text)
+        if self._now > self._complained.get(text, -60.0) + 60.0:
+            self._complained[text] = self._now
+            with contextlib.suppress(ImportError, OSError):  # no descriptor is left even for this
+                log_error("%s: %s", self.name, text, trace=error or False)
 
     def _admit(self, connection: Connection) -> bool:
         """Counts a connection, or refuses it."""
@@ -4589,7 +4597,7 @@ class SmtpServer(Listener):
                 self.close(connection, str(hangup))
         if self._now >= self._next_sweep or self.stopping.is_set():
             self._sweep()
-        return max(0.0, min(self._due.values(), default=self._next_sweep) - self._now)
+        return max(0.0, min(self._next_sweep, *self._due.values(), self._now + 60.0) - self._now)
 
     def _end_pauses(self) -> None:
         at_once = self.stopping.is_set()
