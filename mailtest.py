@@ -6768,13 +6768,6 @@ class NoMail(AssertionError):
     what did arrive, and what may explain the silence."""
 
 
-def _runs_event_loop() -> bool:
-    """Whether the calling thread is inside asyncio's event loop."""
-    with contextlib.suppress(KeyError, RuntimeError):        # nobody imported it; no loop runs
-        return bool(sys.modules["asyncio"].get_running_loop())
-    return False
-
-
 class Inbox:
     """A temporary address, and the mail that it got."""
 
@@ -6874,6 +6867,10 @@ class Inbox:
         for mail in mails[:20]:
             lines.append(f"  {mail.received:%H:%M:%S.%f} {mail!r}")
             lines.extend(f"    warning: {warning}" for warning in mail.warnings)
+        with contextlib.suppress(KeyError, RuntimeError):    # not imported, or no loop
+            if sys.modules["asyncio"].get_running_loop() and not mails:
+                lines.append("this thread runs an event loop, which stands still while a test "
+                             "waits; write: await asyncio.to_thread(inbox.wait, ...)")
         lines.extend(silence(self._store, self.address, self._since))
         refused = next((record for record in self._store.sessions()
                         if record.refused and record.ended >= self._since), None)
@@ -6881,9 +6878,6 @@ class Inbox:
             lines.append(f"last refused SMTP session ({refused.refused}):")
             lines.extend("  " + line for line in
                          refused.transcript.decode("utf-8", "replace").splitlines()[-20:])
-        if not mails and _runs_event_loop():
-            lines.append("this thread runs an event loop, which stands still while a test waits; "
-                         "write: await asyncio.to_thread(inbox.wait, ...)")
         return "\n".join(lines)
 
 
@@ -7071,26 +7065,24 @@ Auth = Union[None, Tuple[str, str], Dict[str, str]]
 Certificate = Union[None, bool, Tuple[str, str], ssl.SSLContext]
 
 
-def _check_settings(limits: Limits, auth: Auth, tls: Certificate,
-                    require: Tuple[str, ...]) -> None:
+def _check_settings(limits: Limits, auth: Auth, tls: Certificate, require: Iterable[str]) -> None:
     """TypeError says what a setting should be, before it fails where nobody expects it."""
     if not isinstance(limits, Limits):
         raise TypeError(f"expected limits to be Limits(...), got {limits!r}")
     for name, value in limits._asdict().items():
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not value >= 0:
+        if type(value) not in (int, float) or not value >= 0:
             raise TypeError(f"expected Limits({name}=...) to be a number such as "
                             f"{getattr(Limits(), name)}, got {value!r}")
-    texts = auth.items() if isinstance(auth, dict) else [auth] if auth is not None else []
-    if not all(isinstance(pair, tuple) and len(pair) == 2
-               and all(isinstance(text, str) for text in pair) for pair in texts):
+    pairs = auth.items() if isinstance(auth, dict) else [auth] if auth is not None else []
+    if not all(isinstance(pair, tuple) and list(map(type, pair)) == [str, str] for pair in pairs):
         raise TypeError("expected auth to be (user, password), or a dict from user to password, "
                         f"got {type(auth).__name__}")      # which may be a password
-    if not set(require) <= {"auth", "tls"} or isinstance(require, str):
-        raise TypeError(f"expected require to be some of ('auth', 'tls'), got {require!r}")
     if not (tls in (None, True, False) or isinstance(tls, ssl.SSLContext)
             or isinstance(tls, tuple) and len(tls) == 2):
         raise TypeError("expected tls to be True, (certificate, key) with their paths, or an "
                         f"SSLContext, got {tls!r}")
+    if isinstance(require, str) or not set(require) <= {"auth", "tls"}:
+        raise TypeError(f"expected require to be some of ('auth', 'tls'), got {require!r}")
 
 
 class Mailtest:
@@ -7169,20 +7161,9 @@ class Mailtest:
     def __exit__(self, *exception: Any) -> None:
         self.stop()
 
-    @property
-    def smtp_port(self) -> int:
-        """The number of the SMTP port."""
-        return self._port("smtp")
-
-    @property
-    def http_port(self) -> int:
-        """The number of the HTTP port."""
-        return self._port("http")
-
-    @property
-    def smtps_port(self) -> Optional[int]:
-        """The number of the port with TLS from the start, None without one."""
-        return self._port("smtps") if self._ports["smtps"] is not None else None
+    smtp_port = property(lambda self: self._port("smtp"))
+    http_port = property(lambda self: self._port("http"))
+    smtps_port = property(lambda self: self._port("smtps"), doc="None without such a port.")
 
     @property
     def url(self) -> str:
@@ -7272,9 +7253,9 @@ class Mailtest:
             why = os.strerror(error.errno) if error.errno else str(error)    # PyPy's is "Error"
             raise ValueError(f"cannot read {files}: {why}") from None
 
-    def _port(self, name: str) -> int:
+    def _port(self, name: str) -> Optional[int]:
         port = self._ports[name]
-        if not port:
+        if port == 0:
             raise RuntimeError(f"the {name} port is known once this Mailtest has started: write "
                                "`with Mailtest() as server:`, or call start()")
         return port
@@ -7331,7 +7312,6 @@ def pytest_configure(config: Any) -> None:
 
 _SECONDS = {"": 1, "s": 1, "m": 60, "min": 60, "h": 3600, "d": 86400}
 _OCTETS = {"": 1, "k": 1_000, "m": 1_000_000, "g": 1_000_000_000}
-_CENTURY = 36_525 * 86_400
 
 
 def _option_type(expected: str, pattern: str, read: Callable[..., Any]) -> Callable[[str], Any]:
@@ -7347,26 +7327,23 @@ def _option_type(expected: str, pattern: str, read: Callable[..., Any]) -> Calla
 
 def _in_time(number: str, unit: Optional[str]) -> Optional[float]:
     seconds = float(number) * _SECONDS[(unit or "").lower()]
-    return seconds if 0 < seconds <= _CENTURY else None
-
-
-def _within(most: int) -> Callable[[str], Optional[int]]:
-    return lambda digits: int(digits) if int(digits) <= most else None
+    return seconds if 0 < seconds <= 36_525 * 86_400 else None       # a hundred years
 
 
 a_time = _option_type("a time such as 90s, 10m or 1h",
                       r"([0-9]{1,9}(?:\.[0-9]{1,3})?)\s*(s|m|min|h|d)?", _in_time)
 a_size = _option_type("a size such as 200k, 25M or 1G", r"([0-9]{1,15})\s*([kmg]?)b?",
                       lambda number, unit: int(number) * _OCTETS[unit.lower()] or None)
-a_port = _option_type("a port from 0 to 65535", "([0-9]{1,5})", _within(65_535))
+a_port = _option_type("a port from 0 to 65535", "([0-9]{1,5})",
+                      lambda digits: int(digits) if int(digits) <= 65_535 else None)
 a_count = _option_type("a whole number from 1", "0*([1-9][0-9]{0,8})", int)
 some_text = _option_type("a value", "(.+)", str)
 a_host = _option_type("a name such as mail.example, without scheme and port", "(.+)",
                       lambda name: name.lower() if _is_domain(name.lstrip(".")) else None)
-an_origin = _option_type("an origin such as http://127.0.0.1:3000", r"(https?://[^/\s]+)/?",
-                         str.lower)
 a_domain = _option_type("a domain such as a.example", r"([^\[].*)",
                         lambda name: name.lower() if _is_domain(name) else None)
+an_origin = _option_type("an origin such as http://127.0.0.1:3000", r"(https?://[^/\s]+)/?",
+                         str.lower)
 
 
 def user_and_password(text: str) -> Tuple[str, str]:
@@ -7513,13 +7490,6 @@ class _SendmailParser(argparse.ArgumentParser):
         raise ValueError(message)
 
 
-def _sendmail_mode(text: str) -> str:
-    if text[:1] in tuple("sdpv"):
-        raise argparse.ArgumentTypeError(f"-b{text} is not implemented: expected a mail on "
-                                         "standard input")
-    return text
-
-
 def _recipients(text: str) -> List[str]:
     """The addresses of an argument, which may be several with commas."""
     found = [address.email for address in read_addresses(_line(text))]
@@ -7545,9 +7515,8 @@ def _sendmail_options(arguments: List[str]) -> argparse.Namespace:
     add("-S", type=_line, metavar="HOST:PORT", help="the catcher (MAILTEST_SMTP, 127.0.0.1:2525)")
     for flag in "nvUG":
         add("-" + flag, help=argparse.SUPPRESS, action="store_true")
-    for flag in "odeqBNRLXCO":
+    for flag in "obdeqBNRLXCO":
         add("-" + flag, help=argparse.SUPPRESS, action="append")
-    add("-b", type=_sendmail_mode, help=argparse.SUPPRESS)
     options = parser.parse_intermixed_args(arguments)
     options.i = options.i or "i" in (options.o or ())
     options.recipients = list(itertools.chain.from_iterable(options.recipients))
@@ -7557,11 +7526,6 @@ def _sendmail_options(arguments: List[str]) -> argparse.Namespace:
 def _qualified(address: str) -> str:
     """root -> root@localhost; the null reverse-path stays."""
     return address if "@" in address or not address else address + "@localhost"
-
-
-def _user_address() -> str:
-    user = os.environ.get("USER") or os.environ.get("USERNAME") or "nobody"
-    return f"{re.sub(r'[^A-Za-z0-9._-]', '', user) or 'nobody'}@localhost"
 
 
 def _qualified_field(match: Any) -> bytes:
@@ -7592,13 +7556,15 @@ def _completed(octets: bytes, options: argparse.Namespace) -> Tuple[bytes, List[
              for address in header.addresses(field) if address.email]
     head = re.sub(rb"(?im)^bcc[ \t]*:.*\r\n(?:[ \t].*\r\n)*", b"", head)
     head = re.sub(rb"(?im)^(?:from|to|cc)[ \t]*:[^\"\r\n]*(?=\r\n)", _qualified_field, head)
+    user = re.sub("[^A-Za-z0-9._-]", "", os.environ.get("USER") or os.environ.get("USERNAME", ""))
+    user = f"{user or 'nobody'}@localhost"
     if options.f is None:
         author = header.addresses("from")
-        options.f = author[0].email if author else _user_address()
+        options.f = author[0].email if author else user
     sender = read_addresses(options.f)   # -f "Bob <bob@x.example>" is bob@x.example
     options.f = _qualified(sender[0].email if sender else options.f.strip("<>"))
     if "from" not in header.first:
-        shown = email.utils.formataddr((options.F, options.f or _user_address()))
+        shown = email.utils.formataddr((options.F, options.f or user))
         head += f"From: {shown}\r\n".encode()
     if options.recipients and not {"to", "cc", "bcc"} & header.first.keys():
         head += f"To: {', '.join(map(_qualified, options.recipients))}\r\n".encode()
@@ -7761,23 +7727,6 @@ def _signals(handler: Any) -> Iterator[None]:
             signal.signal(each, old if old is not None else signal.SIG_DFL)
 
 
-def _wait_for_signal() -> None:
-    """Returns, or raises what a handler raises, once a signal came.
-
-    The system may hand a signal to any thread, and then it wakes no sleep of this one; what it
-    writes to the wake-up descriptor does.
-    """
-    told, teller = socket.socketpair()
-    teller.setblocking(False)
-    before = signal.set_wakeup_fd(teller.fileno())
-    try:
-        told.recv(1)
-    finally:
-        signal.set_wakeup_fd(before)
-        told.close()
-        teller.close()
-
-
 def _interrupt_at_eof() -> None:
     """Ends the program when its standard input ends: the body of a thread."""
     with contextlib.suppress(OSError, ValueError):   # it is closed already
@@ -7820,8 +7769,8 @@ def _run(server: Mailtest, options: argparse.Namespace) -> int:
     if not local and not options.api_key:
         print(f"mailtest: anyone who reaches {options.host} can read and delete this mail; "
               "--api-key closes it", file=sys.stderr, flush=True)
-    while not options.exit_after:
-        _wait_for_signal()
+    while not options.exit_after:        # in steps: a signal may come to another thread, where it
+        time.sleep(0.5)                  # wakes no sleep of this one
     return _exit_after(server, options.exit_after, options.timeout)
 
 
