@@ -70,8 +70,8 @@ import urllib.parse
 import uuid
 # Imported where they are used, since a start needs none of them and waits for each:
 # email.policy, hmac, logging, secrets, shutil, smtplib, subprocess, tempfile.
-from typing import Any, Callable, Dict, Iterable, Iterator, List, NamedTuple, Optional, Set, \
-    Tuple, Union
+from typing import Any, Callable, Dict, Iterable, Iterator, List, NamedTuple, Optional, Tuple, \
+    Union
 
 __version__ = "1.0.0"
 __all__ = ["Mailtest", "Inbox", "Mail", "NoMail", "Limits"]
@@ -2260,8 +2260,9 @@ class _Inbox:
 class Store:
     """Inboxes that expire, the messages that they hold, and what happened to them.
 
-    A folder is a dict of messages by id, in the order of arrival; its name is that of an inbox,
-    or "@" and a server id.  A message lives while an inbox holds it; servers only list it.
+    A folder is a dict of messages in the order of arrival; its name is that of an inbox, or "@"
+    and a server id.  A message lives while an inbox holds it; servers only list it.  Its keys are
+    numbers, since those have their places side by side; the default server's are ids.
     `clock` gives seconds that only grow, `wall` seconds since 1970; tests pass their own.
     """
 
@@ -2275,12 +2276,13 @@ class Store:
         self.started = wall()
         self._clock = clock
         self._lock = threading.Lock()
-        self._closed = False
-        # Who waits: for what ("mail", "events", "timer"), in which folders (none: in any), and
-        # what wakes him.  One Condition for all would wake all: with 200 who wait each mail then
-        # costs 0.45 ms more (measured in pairs).
-        self._waiters: List[Tuple[str, Tuple[str, ...], threading.Condition]] = []
-        self._folders: Dict[str, Dict[str, Message]] = {"@" + DEFAULT_SERVER: {}}
+        self.closed = False              # the catcher is stopping: nobody should wait
+        # Who waits, by the name of a folder ("" for any), and how many there are of each kind.
+        # One Condition for all would wake all: with 200 who wait each mail then costs 0.45 ms
+        # more (measured in pairs).
+        self._waiting: Dict[str, List[threading.Condition]] = {}
+        self._waiters = {"mail": 0, "events": 0, "timer": 0}
+        self._folders: Dict[str, Dict[Any, Message]] = {"@" + DEFAULT_SERVER: {}}
         self._all = self._folders["@" + DEFAULT_SERVER]
         self._inboxes: "collections.OrderedDict[str, _Inbox]" = (
             collections.OrderedDict())                         # in the order in which they end
@@ -2294,8 +2296,8 @@ class Store:
         self._devices: Dict[str, Dict[str, str]] = {}
         self._octets = 0                                       # of messages and inboxes, with cost
         self._reserved = 0                                     # of what is still arriving
-        self._of_client: Dict[str, int] = {}                   # octets of messages by client
-        self._number = 0
+        self._of_client: "collections.Counter[str]" = collections.Counter()    # its octets
+        self.number = 0                                        # of the latest event
         self._latest_time = 0.0                                # no two messages have one time
         self._ahead = wall() - clock()                         # of the clock that only grows
         self._events: "collections.deque[Event]" = collections.deque(maxlen=limits.events)
@@ -2303,14 +2305,26 @@ class Store:
         self._sessions: "collections.deque[SessionRecord]" = collections.deque(
             maxlen=limits.sessions)
         self._session_count = 0
-        self._accepted: Dict[str, int] = {"Email": 0, "SMS": 0}
-        self._hours: Dict[int, Dict[str, int]] = {}            # the same, by hour since 1970
+        self._accepted: "collections.Counter[str]" = collections.Counter()     # by kind
+        self._hours: "collections.Counter[Tuple[int, str]]" = collections.Counter()
         self._polls: "collections.OrderedDict[int, float]" = collections.OrderedDict()
         self._requests: "collections.OrderedDict[str, collections.deque]" = (
             collections.OrderedDict())                         # the last minute's, by client
         self._following = 0                                    # event streams
         self.client_seen = 0.0                                 # when the latest SMTP session began
         self.scripts = 0                                       # inboxes that have one, open now
+
+    def __enter__(self) -> None:
+        """Takes the lock and ends what is due: so begins each method."""
+        self._lock.acquire()
+        try:
+            self._expire()
+        except BaseException:
+            self._lock.release()
+            raise
+
+    def __exit__(self, *exception: Any) -> None:
+        self._lock.release()
 
     # -- inboxes
 
@@ -2319,12 +2333,10 @@ class Store:
         if len(failures) > self.limits.failures:
             raise ValueError(f"expected at most {self.limits.failures} times fail=, "
                              f"got {len(failures)}")
-        with self._lock:
-            self._expire()
+        with self:
             address = ""
             while not address or inbox_key(address) in self._inboxes:
                 address = f"test-{_random_name(13)}@{self.domain}"
-            self._check_room(0, [address])
             inbox = self._open(address, True, failures)
             self._happened("inbox", {
                 "address": address, "expires": iso_time(self._when(inbox.expires))}, (inbox.name,))
@@ -2332,29 +2344,26 @@ class Store:
 
     def inbox(self, address: str) -> InboxView:
         """What there is to say of an inbox; Unknown says when it ended if it did."""
-        with self._lock:
-            self._expire()
+        with self:
             return self._view(self._find(address))
 
     def inboxes(self) -> List[InboxView]:
         """All inboxes, the one with the newest mail first."""
-        with self._lock:
-            now = self._expire()
+        with self:
+            now = self._clock()
             views = [self._view(inbox) for inbox in self._inboxes.values()
                      if inbox.expires > now and not inbox.name.startswith(_OUTBOX)]
         return sorted(views, key=lambda view: view.latest, reverse=True)
 
     def drop_inbox(self, address: str) -> None:
         """Ends an inbox and its mail."""
-        with self._lock:
-            self._expire()
+        with self:
             self._end(self._find(address), "deleted")
         self._settle()
 
     def empty_inbox(self, address: str) -> None:
         """Ends an inbox's hold on its mail; the inbox stays."""
-        with self._lock:
-            self._expire()
+        with self:
             inbox = self._find(address)
             self._release(inbox)
             self._folders[inbox.name] = {}
@@ -2363,8 +2372,7 @@ class Store:
 
     def refusal(self, address: str) -> str:
         """Why mail to the address is not taken, "" if it is.  Counts the attempt."""
-        with self._lock:
-            self._expire()
+        with self:
             inbox = self._taker(address)
             if inbox is not None:
                 inbox.attempts += 1
@@ -2375,8 +2383,7 @@ class Store:
 
     def scripted(self, stage: str, address: str) -> Optional[Failure]:
         """The failure that the inbox answers with at this stage, now counted; else None."""
-        with self._lock:
-            self._expire()
+        with self:
             inbox = self._taker(address)
             for failure in inbox.failures if inbox is not None else ():
                 if failure.stage == stage and failure.answered < failure.times:
@@ -2395,25 +2402,19 @@ class Store:
         if not (address.isprintable() and " " not in address and 2 < address.find("@") + 2
                 <= len(address) <= 320):
             raise ValueError(f"expected an address, got {address[:80]!r}")
-        with self._lock:
-            now = self._expire()
-            inbox = self._taker(address)
-            if inbox is None:
-                if self.strict:
-                    self._find(address)
-                self._check_room(0, [inbox_key(address)])
-                inbox = self._open(address)
+        with self:
+            inbox = self._find(address) if self.strict else (
+                self._taker(address) or self._open(address))
             if inbox.name not in self._watches and len(self._watches) >= self.limits.watches:
                 raise Full(f"{self.limits.watches} watches are set")
-            self._watches[inbox.name] = Watch(within, now + within, False)
+            self._watches[inbox.name] = Watch(within, self._clock() + within, False)
             self._touch(inbox)
-            self._wake({"timer"})
+            self._wake(["timer"])
             return self._view(inbox)
 
     def unwatch(self, address: str) -> None:
         """Awaits no call any longer."""
-        with self._lock:
-            self._expire()
+        with self:
             self._watches.pop(self._find(address).name, None)
 
     # -- messages
@@ -2427,14 +2428,12 @@ class Store:
         """
         keys = ([_OUTBOX + server] if message.direction == "Sent" else
                 list(map(inbox_key, message.envelope.forward_paths)))
-        with self._lock:
-            self._expire()
+        with self:
             self._take(message, keys, server)
 
     def message(self, id: str) -> Message:
         """The message of that id."""
-        with self._lock:
-            self._expire()
+        with self:
             return self._message(id)
 
     def messages(self, address: str = "", server: str = "", after: int = 0,
@@ -2445,17 +2444,16 @@ class Store:
         store closes.  Raises Full, Ended for an inbox to which nothing will come any more, and
         Unknown when the inbox ends meanwhile.
         """
-        with self._lock:
-            self._expire()
+        with self:
             name = self._folder(address, server)
             found, there, known = self._after(name, after), name in self._folders, None
             if not there:
                 known = self._unknown(name)
             if isinstance(known, Ended):
                 raise known
-            if found or timeout <= 0 or self._closed:
+            if found or timeout <= 0 or self.closed:
                 return found
-            if self._count("mail") >= self.limits.waiters:
+            if self._waiters["mail"] >= self.limits.waiters:
                 raise Full(f"{self.limits.waiters} requests are waiting for mail")
             self._wait("mail", (name,), timeout)
             self._expire()
@@ -2465,8 +2463,7 @@ class Store:
 
     def see(self, id: str, seen: bool = True) -> None:
         """Marks a message as read, or as not read."""
-        with self._lock:
-            self._expire()
+        with self:
             message = self._message(id)
             if message.seen != seen:
                 message.seen = seen
@@ -2474,14 +2471,12 @@ class Store:
 
     def delete(self, id: str) -> None:
         """Ends one message, whoever holds it."""
-        with self._lock:
-            self._expire()
+        with self:
             self._remove(self._message(id))
 
     def empty(self, server: str) -> None:
         """Ends all messages of a server; of the default server: all there are."""
-        with self._lock:
-            self._expire()
+        with self:
             doomed = list(self._folders.get("@" + server, {}).values())
             self._released.append((message, name) for message in doomed
                                   for name in tuple(message.inboxes))
@@ -2490,7 +2485,7 @@ class Store:
 
     def keep(self, message: Message, summary: bytes) -> None:
         """Keeps the JSON of a message that lists show, if there is room for it."""
-        with self._lock:
+        with self:
             cost = len(summary) - len(message.summary or b"")
             if message.id in self._all and (
                     self._octets + self._reserved + cost <= self.limits.max_memory):
@@ -2504,50 +2499,39 @@ class Store:
         """The events after that number, of these inboxes if any are given, waited for up to
         `timeout` seconds; the number to go on from; whether some are no longer kept."""
         names = tuple(map(inbox_key, inboxes))
-        with self._lock:
-            self._expire()
+        with self:
             found, lost = self._events_after(after, names)
-            if not (found or lost or self._closed):
-                self._wait("events", names, timeout)
+            if not (found or lost or self.closed):
+                self._wait("events", names or ("",), timeout)
                 found, lost = self._events_after(after, names)
-            return found, self._number, lost
+            return found, self.number, lost
 
     @contextlib.contextmanager
     def follower(self) -> Iterator[None]:
         """Counts one who follows the events; Full if there are too many."""
-        with self._lock:
+        with self:
             if self._following >= self.limits.followers:
                 raise Full(f"{self.limits.followers} others follow the events")
             self._following += 1
         try:
             yield
         finally:
-            with self._lock:
+            with self:
                 self._following -= 1
-
-    @property
-    def number(self) -> int:
-        """The number of the latest event."""
-        return self._number
-
-    @property
-    def closed(self) -> bool:
-        """Whether the catcher is stopping: nobody should wait any longer."""
-        return self._closed
 
     def close(self) -> None:
         """Wakes everyone who waits; nobody waits again."""
-        with self._lock:
-            self._closed = True
-            for _, _, condition in self._waiters:
-                condition.notify()
+        with self:
+            self.closed = True
+            self._wake(self._waiting)
 
     def keep_expiring(self) -> None:
         """Ends what is due, and tells of calls that did not come, until the store is closed: the
         body of a thread."""
-        with self._lock:
-            while not self._closed:
-                now = self._expire()
+        with self:
+            while not self.closed:
+                self._expire()
+                now = self._clock()
                 pauses = [self._tell(name, now) for name in list(self._watches)]
                 pauses.extend(inbox.expires - now
                               for inbox in itertools.islice(self._inboxes.values(), 1))
@@ -2558,21 +2542,20 @@ class Store:
 
     def reserve(self, octets: int) -> None:
         """Counts octets that are still arriving; Full if there is no room for them."""
-        with self._lock:
-            self._expire()
+        with self:
             self._check_room(octets)
             self._reserved += octets
 
     def release(self, octets: int) -> None:
         """Gives back what was reserved."""
-        with self._lock:
+        with self:
             self._reserved -= octets
 
     # -- sessions, polling, rates
 
     def add_session(self, record: SessionRecord) -> None:
         """Remembers a finished session; one that was refused something is an event too."""
-        with self._lock:
+        with self:
             self._session_count += 1
             self._sessions.append(record._replace(number=self._session_count))
             if record.refused or (record.ending != "quit" and not record.accepted):
@@ -2581,18 +2564,18 @@ class Store:
 
     def sessions(self) -> List[SessionRecord]:
         """The finished sessions that are remembered, newest first."""
-        with self._lock:
+        with self:
             return list(reversed(self._sessions))
 
     def polled_again(self, key: Any) -> bool:
         """Whether the same search was answered a moment ago: its client is polling."""
-        with self._lock:
+        with self:
             answered = self._polls.pop(hash(key), None)
             return answered is not None and self._clock() - answered <= self.limits.repoll
 
     def poll_answered(self, key: Any) -> None:
         """Remembers that a search was answered with nothing."""
-        with self._lock:
+        with self:
             self._polls[hash(key)] = self._clock()
             while len(self._polls) > self.limits.polls:
                 self._polls.popitem(last=False)
@@ -2600,7 +2583,7 @@ class Store:
     def rate(self, client: str) -> float:
         """Counts a request of the client; the seconds until it may be made, 0.0 for now.  Any
         minute may have so many (`limits.rate`)."""
-        with self._lock:
+        with self:
             if not self.limits.rate:
                 return 0.0
             now = self._clock()
@@ -2619,8 +2602,7 @@ class Store:
 
     def servers(self) -> Dict[str, str]:
         """Names of all servers by id: the default one, the named ones, those that hold mail."""
-        with self._lock:
-            self._expire()
+        with self:
             found = {DEFAULT_SERVER: "Every message"}
             found.update(self._names)
             for name in self._folders:
@@ -2630,28 +2612,23 @@ class Store:
 
     def count(self, server: str) -> int:
         """How many messages a server holds."""
-        with self._lock:
-            self._expire()
+        with self:
             return len(self._folders.get("@" + server, ()))
 
     def name_server(self, server: str, name: str) -> None:
-        """Makes a server, or gives it another name."""
-        with self._lock:
+        """Makes a server, or gives it another name; "" ends it (empty() ends its messages)."""
+        with self:
             if server not in self._names and len(self._names) >= self.limits.servers:
                 raise Full(f"{self.limits.servers} servers exist")
             self._names[server] = name
-
-    def drop_server(self, server: str) -> None:
-        """Ends a server's name; its messages are ended by empty()."""
-        with self._lock:
-            self._names.pop(server, None)
+            if not name:
+                del self._names[server]
 
     def is_ours(self, address: str, server: str = "") -> bool:
         """Whether mail to the address belongs into this catcher: an open acquired inbox, our
         domain, that server's or a named one's."""
         key = inbox_key(address)
-        with self._lock:
-            self._expire()
+        with self:
             inbox = self._taker(address)
             return bool(inbox is not None and inbox.acquired
                         or key.rpartition("@")[2] == self.domain.lower()
@@ -2659,12 +2636,12 @@ class Store:
 
     def devices(self) -> List[Dict[str, str]]:
         """The devices: id, name, sharedSecret."""
-        with self._lock:
+        with self:
             return list(self._devices.values())
 
     def add_device(self, name: str, secret: str) -> Dict[str, str]:
         """A new device; Full beyond the bound."""
-        with self._lock:
+        with self:
             if len(self._devices) >= self.limits.devices:
                 raise Full(f"{self.limits.devices} devices exist")
             device = {"id": new_id(), "name": name, "sharedSecret": secret}
@@ -2673,28 +2650,26 @@ class Store:
 
     def drop_device(self, id: str) -> None:
         """Ends a device."""
-        with self._lock:
+        with self:
             if self._devices.pop(id, None) is None:
                 raise Unknown(f"no device has the id {id[:80]!r}")
 
     def counters(self) -> Dict[str, Any]:
         """What the store holds and has seen."""
-        with self._lock:
-            self._expire()
+        with self:
             return {"messages": len(self._all), "inboxes": len(self._inboxes),
                     "unseen": sum(not message.seen for message in self._all.values()),
                     "octets": self._octets + self._reserved, "max_memory": self.limits.max_memory,
                     "accepted": self._accepted["Email"], "sms": self._accepted["SMS"],
-                    "sessions": self._session_count, "events": self._number,
-                    "waiters": self._count("mail")}
+                    "sessions": self._session_count, "events": self.number,
+                    "waiters": self._waiters["mail"]}
 
     def transactions(self) -> List[Tuple[float, int, int]]:
         """The last 24 hours, newest first: when each began, mails and SMS accepted in it."""
-        with self._lock:
+        with self:
             this = int(max(self.wall(), self._latest_time) // 3600)
-            found = ((hour, self._hours.get(hour, {})) for hour in range(this, this - 24, -1))
-            return [(hour * 3600.0, counts.get("Email", 0), counts.get("SMS", 0))
-                    for hour, counts in found]
+            return [(hour * 3600.0, self._hours[hour, "Email"], self._hours[hour, "SMS"])
+                    for hour in range(this, this - 24, -1)]
 
     # -- the lock is held from here on, but for _settle
 
@@ -2705,26 +2680,28 @@ class Store:
         message.cost = (len(message.octets) + sum(map(len, message.session))
                         + sum(map(len, message.envelope.forward_paths))
                         + self.limits.message_cost + self.limits.place_cost * len(names))
-        self._check_room(message.cost, [name for name in names if name not in self._inboxes])
-        self._check_quotas(message, names)
+        new = {name for name in names if name not in self._inboxes}
+        self._check_room(message.cost, new)
+        self._check_shares(message, names)
         self._stamp(message)
-        inboxes = [self._inboxes.get(name) or self._open(name, attempts=int(bool(message.session)))
-                   for name in names]
+        inboxes = [self._inboxes.get(name) or self._open(name) for name in names]
         message.inboxes = {inbox.name: None for inbox in inboxes}
         message.servers = tuple(filter(None, dict.fromkeys(itertools.chain(
             (server,), *[inbox.servers for inbox in inboxes], (user,)))))
         for inbox in inboxes:
-            self._folders[inbox.name][message.id] = message
+            self._folders[inbox.name][message.number] = message
+            if inbox.name in new and message.session:
+                inbox.attempts += 1      # nobody could count its RCPT before
             inbox.latest = message.number
             inbox.held += message.cost
             self._touch(inbox)
         self._all[message.id] = message
         for server in message.servers:
-            self._folders.setdefault("@" + server, {})[message.id] = message
+            if server != DEFAULT_SERVER:
+                self._folders.setdefault("@" + server, {})[message.number] = message
         self._octets += message.cost
         if message.envelope.client:
-            client = message.envelope.client
-            self._of_client[client] = self._of_client.get(client, 0) + message.cost
+            self._of_client[message.envelope.client] += message.cost
         self._happened("message", {"id": message.id}, (
             *names, *["@" + server for server in message.servers], "@" + DEFAULT_SERVER))
         while 0 < self.limits.keep < len(self._all):
@@ -2737,29 +2714,24 @@ class Store:
         if self._latest_time - 1.0 < now <= self._latest_time:
             now = self._latest_time + 1e-6
         message.received = self._latest_time = now
-        message.number = self._number + 1            # of the event of its arrival
+        message.number = self.number + 1            # of the event of its arrival
         self._accepted[message.kind] += 1
-        hour = int(now // 3600)
-        if hour not in self._hours:
-            self._hours[hour] = {"Email": 0, "SMS": 0}
-            for old in [each for each in self._hours if each <= hour - 24]:
-                del self._hours[old]
-        self._hours[hour][message.kind] += 1
+        self._hours[int(now // 3600), message.kind] += 1
+        while len(self._hours) > 100:                # more than a day
+            del self._hours[min(self._hours)]
 
     def _check_room(self, octets: int, new: Iterable[str] = ()) -> None:
         """Full if these octets and new inboxes are too much."""
-        new = list(new)
-        octets += sum(map(self._cost, new))
-        if len(self._inboxes) + len(new) > self.limits.inboxes:
+        costs = list(map(self._cost, new))
+        if len(self._inboxes) + len(costs) > self.limits.inboxes:
             raise Full(f"{self.limits.inboxes} inboxes are open")
-        if self._octets + self._reserved + octets > self.limits.max_memory:
+        if self._octets + self._reserved + octets + sum(costs) > self.limits.max_memory:
             raise Full(f"the {self.limits.max_memory} octets of --max-memory are in use")
 
-    def _check_quotas(self, message: Message, names: List[str]) -> None:
+    def _check_shares(self, message: Message, names: Iterable[str]) -> None:
         """Full if an inbox or a client would have more than its share (see --hosted)."""
         limits = self.limits
-        used = self._of_client.get(message.envelope.client, 0) + message.cost
-        if 0 < limits.client_octets < used:
+        if 0 < limits.client_octets < message.cost + self._of_client[message.envelope.client]:
             raise Full(f"the client has {limits.client_octets} octets of mail here; some must end")
         for inbox in filter(None, map(self._inboxes.get, names)):
             if 0 < limits.inbox_messages <= len(self._folders[inbox.name]) or (
@@ -2785,11 +2757,11 @@ class Store:
             return None
         return inbox
 
-    def _open(self, address: str, acquired: bool = False, failures: Tuple[Failure, ...] = (),
-              attempts: int = 0) -> _Inbox:
-        inbox = _Inbox(address, acquired, self._clock() + self.limits.ttl,
-                       self._cost(address), self._number + 1, failures)
-        inbox.attempts = attempts
+    def _open(self, address: str, acquired: bool = False,
+              failures: Tuple[Failure, ...] = ()) -> _Inbox:
+        self._check_room(0, [address])
+        inbox = _Inbox(address, acquired, self._clock() + self.limits.ttl, self._cost(address),
+                       self.number + 1, failures)
         self.scripts += bool(failures)
         self._octets += inbox.cost
         self._inboxes[inbox.name] = inbox
@@ -2857,8 +2829,8 @@ class Store:
 
     # Ending
 
-    def _expire(self) -> float:
-        """Ends what is due, not more at once than takes a few milliseconds; returns the clock."""
+    def _expire(self) -> None:
+        """Ends what is due, not more at once than takes a few milliseconds."""
         now = self._clock()
         for _ in range(500):
             inbox = next(iter(self._inboxes.values()), None)
@@ -2867,7 +2839,6 @@ class Store:
             self._end(inbox, "expired")
         if self._released:
             self._let_go()
-        return now
 
     def _end(self, inbox: _Inbox, how: str) -> None:
         del self._inboxes[inbox.name]
@@ -2910,7 +2881,7 @@ class Store:
         if name not in message.inboxes:
             return                       # it was deleted since it was released
         del message.inboxes[name]
-        if self._folders.get(name, {}).pop(message.id, None) is not None:
+        if self._folders.get(name, {}).pop(message.number, None) is not None:
             self._inboxes[name].held -= message.cost
         if not message.inboxes:
             self._drop(message)
@@ -2921,15 +2892,14 @@ class Store:
         self._octets -= message.cost + len(message.summary or b"")
         message.summary = None
         client = message.envelope.client
-        if client:
-            self._of_client[client] -= message.cost
-            if not self._of_client[client]:
-                del self._of_client[client]
+        self._of_client[client] -= message.cost if client else 0
+        if not self._of_client[client]:
+            del self._of_client[client]
         for server in message.servers:
-            folder = self._folders["@" + server]
-            folder.pop(message.id, None)             # the default server's are gone already
-            if not folder and server != DEFAULT_SERVER:
-                del self._folders["@" + server]
+            if server != DEFAULT_SERVER:
+                del self._folders["@" + server][message.number]
+                if not self._folders["@" + server]:
+                    del self._folders["@" + server]
 
     def _tell(self, name: str, now: float) -> float:
         """Delivers the mail about a call that did not come in time; the seconds until then."""
@@ -2954,30 +2924,32 @@ class Store:
 
     def _happened(self, kind: str, data: Dict[str, Any], places: Iterable[str]) -> None:
         """Numbers an event, and wakes whoever waits for it at these places (names of folders)."""
-        self._number += 1
+        self.number += 1
         if len(self._events) == self._events.maxlen:
-            self._forgotten = self._events[0].number if self._events else self._number
-        self._events.append(Event(self._number, kind, data))
-        if self._waiters:
-            self._wake(set(places))
+            self._forgotten = self._events[0].number if self._events else self.number
+        self._events.append(Event(self.number, kind, data))
+        if self._waiting:
+            self._wake(["", *places])
 
-    def _wake(self, places: Set[str]) -> None:
-        for _, names, condition in self._waiters:
-            if not names or not places.isdisjoint(names):
+    def _wake(self, names: Iterable[str]) -> None:
+        for name in names:
+            for condition in self._waiting.get(name, ()):
                 condition.notify()
 
-    def _wait(self, what: str, names: Tuple[str, ...], timeout: float) -> None:
+    def _wait(self, what: str, names: Iterable[str], timeout: float) -> None:
         """Gives the lock to others until something happens in one of these folders."""
-        waiter = what, names, threading.Condition(self._lock)
-        self._waiters.append(waiter)
+        condition = threading.Condition(self._lock)
+        for name in names:
+            self._waiting.setdefault(name, []).append(condition)
+        self._waiters[what] += 1
         try:
-            waiter[2].wait(timeout)
+            condition.wait(timeout)
         finally:
-            self._waiters.remove(waiter)
-
-    def _count(self, what: str) -> int:
-        """How many wait for that."""
-        return sum(waiter[0] == what for waiter in self._waiters)
+            self._waiters[what] -= 1
+            for name in names:
+                self._waiting[name].remove(condition)
+                if not self._waiting[name]:
+                    del self._waiting[name]
 
     def _events_after(self, number: int, names: Tuple[str, ...] = ()) -> Tuple[List[Event], bool]:
         """The events after that number, and whether some of them are no longer kept."""
@@ -2997,8 +2969,8 @@ class Store:
     def _settle(self) -> None:
         """Lets all released messages go, and others have the lock in between."""
         while self._released:
-            with self._lock:
-                self._let_go()
+            with self:
+                pass
             if self._released:
                 time.sleep(0.001)
 
@@ -5825,7 +5797,7 @@ class Call:
         """Delete a server and its messages"""
         self._known_server(id)
         self.store.empty(id.lower())
-        self.store.drop_server(id.lower())
+        self.store.name_server(id.lower(), "")
 
     def get_password(self, id: str):
         """The SMTP password of a server: any will do unless --auth names one"""
