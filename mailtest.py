@@ -5014,6 +5014,7 @@ PARAMETERS = {key: Parameter(*row) for key, row in {
                 "Expected server=ID: whose messages; mailtest means all"),
     "page": ("page", _number(0, 10_000_000, 0), "which page; the first is 0"),
     "size": ("itemsPerPage", _number(1, 1000, 50), "messages of a page"),
+    "most": ("itemsPerPage", _number(1, 1_000_000, 1_000_000), "how many at most"),
     "since": ("receivedAfter", _MOMENT, "only what was received after that time"),
     "direction": ("dir", _choice("Received or Sent", {"Received": "Received", "Sent": "Sent"},
                                  "Received"), "Received or Sent"),
@@ -5219,7 +5220,7 @@ _LOADERS = (r"<(?=(?:iframe|frame|frameset|object|embed|applet|portal|fencedfram
             r"|meta(?!\s+name=[\"']?(?:viewport|color-scheme|supported-color-schemes)[\"']?\s+"
             r"content=[\"'][\w\s=.,-]*[\"']\s*/?>)[\s/>])")
 _LINK_TAG = re.compile(r"<(?:a|area)(?=[\s/])", re.I)
-_LINK_ATTRIBUTE = re.compile(r"[\s/]*([^\s/>=][^\s/>=]*)"
+_LINK_ATTRIBUTE = re.compile(r"[\s/]*([^\s/>][^\s/>=]*)"
                       r"(?:\s*=\s*(\"[^\"]*\"|'[^']*'|[^\s>\"'][^\s>]*))?")
 
 
@@ -5237,7 +5238,7 @@ def _link(attributes: List[Tuple[str, str]], base: str) -> str:
                     continue
             kept.append(f'{name}="{html.escape(url)}"')
             kept.append('target="_self"' if url.startswith("#") else 'target="_blank"')
-        elif name.lower() not in ("target", "ping", "rel"):
+        elif name.lower() not in ("target", "ping", "rel", "attributionsrc"):
             kept.append(f"{name}={quoted}" if quoted else name)
     return "".join(f" {attribute}" for attribute in kept)
 
@@ -5439,13 +5440,11 @@ class Call:
         """Await no further call"""
         self.store.unwatch(address)
 
-    def list_inboxes(self, inbox: Optional[List[str]]):
-        """All open inboxes, or those of the addresses `inbox`"""
-        views = self.store.inboxes()
-        if inbox is not None:
-            known = set(map(inbox_key, inbox))
-            views = [view for view in views if inbox_key(view.address) in known]
-        return {"items": [_inbox(view) for view in views]}
+    def list_inboxes(self, inbox: Optional[List[str]], most: int):
+        """Open inboxes, the newest first, or those of the addresses `inbox`"""
+        known = set(map(inbox_key, inbox or ()))
+        return {"items": [_inbox(view) for view in self.store.inboxes()
+                          if inbox is None or inbox_key(view.address) in known][:most]}
 
     def list_sessions(self):
         """The last SMTP sessions with their transcripts, refused and broken ones too"""
@@ -5560,10 +5559,6 @@ class Call:
         return Response(body=part.octets,
                         type=kind or "application/octet-stream",
                         headers=_as_download(part.file_name, kind))
-
-    def download(self, id: str):
-        """An attachment's octets, for whoever knows its id"""
-        return self.get_attachment(id)
 
     def get_email(self, id: str):
         """A message's octets, exactly as they came"""
@@ -5959,8 +5954,8 @@ ROUTES = tuple(Route(*columns) for columns in (
     ("DELETE", "/v1/messages/{id}/seen", Call.unsee, "open"),
     ("GET", "/v1/messages/{id}/preview", Call.preview, "open", "remote", "", _HTML),
     ("GET", "/v1/messages/{id}/source", Call.source, "open", "", "", _TXT),
-    ("GET", "/v1/attachments/{id}", Call.download, "open", "", "", _ANY),
-    ("GET", "/v1/inboxes", Call.list_inboxes, "known", "inbox"),
+    ("GET", "/v1/attachments/{id}", Call.get_attachment, "open", "", "", _ANY),
+    ("GET", "/v1/inboxes", Call.list_inboxes, "known", "inbox most"),
     ("GET", "/v1/sessions", Call.list_sessions),
     ("GET", "/v1/events", Call.follow_events, "known", "event inbox", "", _EVENTS),
     ("GET", "/api/messages", Call.list_messages, "known", _LISTED, "", "List"),

@@ -5014,6 +5014,8 @@ FILE_NAMES = {
     "line separator": ("filename*=utf-8''a%E2%80%A8b", "a b", "a%20b"),
     "none": ("x=y", "attachment", "attachment"),
     "empty": ('filename=""', "attachment", "attachment"),
+    "dots alone": ('filename=".."', "attachment", "attachment"),
+    "a path of Windows": ('filename="C:\\\\x\\\\a.txt"', "a.txt", "a.txt"),
     "long: its end": (f"filename=\"{'a' * 300}.txt\"", "a" * 196 + ".txt", "a" * 196 + ".txt"),
 }
 
@@ -5026,6 +5028,18 @@ def test_name_of_a_download_injects_nothing(disposition, plain, full):
         200, b"DATA", "application/octet-stream", (
             ("Content-Disposition", f"attachment; filename=\"{plain}\"; filename*=UTF-8''{full}"),
             SAFE))
+
+
+@pytest.mark.parametrize("kind, name", rows({
+    "PDF": ("application/pdf", "attachment.pdf"), "text": ("text/plain", "attachment.txt"),
+    "SVG": ("image/svg+xml", "attachment.svg"), "a mail": ("message/rfc822", "message.eml"),
+    "a calendar": ("text/calendar", "attachment.ics"),
+    "what has no common ending": ("application/vnd.ms-excel", "attachment")}))
+def test_download_without_a_name_gets_one_that_fits_its_type(kind, name):
+    _, api = api_on_clock()
+    id = delivered(api.store, "a@x.example", octets=attached("x=y", kind)).id
+    found = dict(ask(api, "GET", f"/v1/attachments/{id}-0").headers)["Content-Disposition"]
+    assert f'filename="{name}"' in found
 
 
 # Content-Type in the mail, media type of the download
@@ -5227,6 +5241,15 @@ def test_odd_characters_never_break_a_message_that_is_created(member):
         sent = api.store.messages(server="mailtest")
         assert (response.status, len(sent)) in ((200, 1), (400, 0)), ascii(odd)
         assert all(HEADER.match(message.octets) for message in sent), ascii(odd)
+
+
+@pytest.mark.parametrize("end", list("\n\x0b\x0c\r\x1c\x1d\x1e\x85\u2028\u2029"))
+@pytest.mark.parametrize("member", ["to", "cc", "from", "subject"])
+def test_no_line_end_gets_into_a_header_field(member, end):
+    _, api = api_on_clock()
+    body = {"to": "a@b.example", "subject": "x", "send": True}
+    body[member] = f"a@b.example{end}Bcc : c@d.example"
+    assert ask(api, "POST", CREATE, body).status == 400
 
 
 def test_message_without_a_server_is_not_created():
@@ -6071,6 +6094,41 @@ def test_key_in_either_half(authorization, right):
     assert status == (200 if right else 401)
 
 
+@pytest.mark.parametrize("text", ["a:b:", "api:a:b", "a:b"])
+def test_key_may_hold_a_colon(text):
+    _, api = api_on_clock(api_key="a:b")
+    assert ask(api, "GET", "/api/servers", authorization=key(text)).status == 200
+
+
+@pytest.mark.parametrize("policy, status", rows({
+    "a key": ({"api_key": "k"}, 401), "hosted": ({"hosted": True}, 403),
+    "hosted with a key": ({"hosted": True, "api_key": "k"}, 401)}))
+def test_what_was_not_acquired_is_open_to_holders_of_the_key_alone(policy, status):
+    _, api = api_on_clock(**policy)
+    mine = api.store.acquire().address
+    ids = [delivered(api.store, address).id for address in ("admin@corp.example", mine)]
+    for method, path in (("GET", "/v1/get/{}"), ("GET", "/v1/load/{}"), ("GET", "/{}"),
+                         ("DELETE", "/v1/inboxes/{}/messages"), ("DELETE", "/v1/get/{}")):
+        for address in ("admin@corp.example", "nobody@corp.example"):
+            assert ask(api, method, path.format(address)).status == status
+    assert [ask(api, "GET", f"/api/messages/{id}").status for id in ids] == [status, 200]
+    for path in ("/api/messages?", "/v1/inboxes?", "/v1/events?"):
+        assert ask(api, "GET", path).status == status
+    for query, found in ((f"inbox={mine}", ids[1:]), ("inbox=admin@corp.example", []),
+                         (f"inbox=admin@corp.example&inbox={mine}&q=subject:x", ids[1:]),
+                         (f"inbox={mine}&q=nothing", [])):
+        assert [each["id"] for each in got(api, f"/api/messages?{query}")["items"]] == found
+    assert [each["address"] for each in got(
+        api, f"/v1/inboxes?inbox=admin@corp.example&inbox={mine}")["items"]] == [mine]
+    for query, found in ((f"inbox={mine}", ids[1:]), ("inbox=admin@corp.example", [])):
+        text = stream(ask(api, "GET", f"/v1/events?after=0&{query}", gone=True), 3)
+        assert [id for id in ids if id in text] == found
+    assert ask(api, "GET", f"/v1/get/{mine}").status == 200
+    assert ask(api, "GET", f"/v1/get/{mine}?count=2").body.endswith(b',"hints":[],"received":[' +
+        mailtest.item(api, api.store.message(ids[1])) + b"]}")
+    assert ask(api, "DELETE", f"/v1/get/{mine}").status == 204
+
+
 def test_refusals_for_want_of_a_key_say_what_to_do():
     text = ("Expected HTTP Basic authentication with the API key as user or password; only what "
             "acquired addresses get is open without")
@@ -6095,6 +6153,8 @@ RATES = {
     "IPv4 through a dual-stack proxy": (
         "::ffff:192.0.2.1 ::ffff:192.0.2.1 ::ffff:192.0.2.2", "200 200 200"),
     "what is no address": ("unknown unknown unknown", "200 200 429"),
+    "IPv4 with ports": ("7.7.7.7:1234 7.7.7.7 7.7.7.7:80", "200 200 429"),
+    "IPv6 with brackets and ports": ("[2001:db8::1] 2001:db8::1 [2001:db8::1]:80", "200 200 429"),
 }
 
 
@@ -6151,6 +6211,11 @@ HOSTS = {
     "allowed with a port": ("mail.example:8080", 200),
     "allowed in capitals": ("MAIL.example", 200),
     "below one that is allowed": ("x.mail.example", 421),
+    "a domain that is allowed": ("corp.example:8080", 200),
+    "below a domain that is allowed": ("a.b.CORP.example", 200),
+    "a name that ends like it": ("evilcorp.example", 421),
+    "a container's host": ("host.docker.internal:8080", 200), "a test name": ("mail.test", 200),
+    "in the home": ("mail.home.arpa", 200), "found by multicast": ("mail.local", 200),
     "another": ("evil.example", 421), "another with a port": ("evil.example:8080", 421),
     "localhost as a subdomain": ("localhost.evil.example", 421),
     "an address as a subdomain": ("127.0.0.1.evil.example", 421),
@@ -6165,7 +6230,7 @@ HOSTS = {
 
 @pytest.mark.parametrize("host, status", rows(HOSTS))
 def test_host(host, status):
-    _, api = api_on_clock(allow_hosts=("mail.example",))
+    _, api = api_on_clock(allow_hosts=("mail.example", ".corp.example"))
     for target in ("/", "/healthz", "/api/messages"):
         assert ask(api, "GET", target, host=host).status == status
 
@@ -6193,6 +6258,8 @@ ORIGINS = {
     "no page at all": ({}, True),
     "our page": ({"origin": "http://localhost:8080", "sec_fetch_site": "same-origin"}, True),
     "our page over TLS": ({"origin": "https://localhost:8080"}, True),
+    "our page behind a proxy that rewrites Host": (
+        {"origin": "https://mail.corp.example", "sec_fetch_site": "same-origin"}, True),
     "typed by the user": ({"sec_fetch_site": "none"}, True),
     "a foreign page": ({"origin": "http://evil.example"}, False),
     "another port": ({"origin": "http://localhost:3000"}, False),
@@ -6408,6 +6475,138 @@ def test_bodies_may_be_as_large_as_they_need(method, target, expected):
     assert ask(api, method, target, b"x" * expected).status != 413
 
 
+@pytest.mark.parametrize("method, target, fields, status", rows({
+    "no key": ("POST", "/api/messages?server=x", {}, 401),
+    "a foreign page": ("POST", "/api/servers", {"origin": "http://evil.example"}, 403),
+    "an unknown path": ("POST", "/nope", {}, 404),
+    "another method": ("PUT", "/api/messages", {}, 405),
+    "a foreign host": ("POST", "/api/messages?server=x", {"host": "evil.example"}, 421)}))
+def test_body_is_not_read_when_the_head_is_refused(method, target, fields, status):
+    _, api = api_on_clock(api_key="k")
+    path, _, query = target.partition("?")
+    request = mailtest.Request(method, path, query, {"host": "localhost", **fields}, None)
+    assert mailtest.answer(api, request).status == status
+
+
+PIECES = {
+    "an object": {"a": 1, "b": [None, "x", True], "c": {}, "d": 0.0},
+    "texts that are cut": {"a": "\x01é😀\"\\" * 60_000, "b": {"c": "x" * 100_001}},
+    "lists made one by one": {"items": [{"a": "1"}, {"a": "2" * 200_000}], "none": []},
+}
+
+
+@pytest.mark.parametrize("value", rows(PIECES))
+def test_json_in_pieces_is_the_same(value):
+    pieces = {name: iter(each) if isinstance(each, list) and name in ("items", "none") else each
+              for name, each in value.items()}
+    assert json.loads(b"".join(mailtest._pieces(pieces))) == value
+    assert b"".join(mailtest._pieces(value)) == mailtest._json(value)
+
+
+def test_large_answer_is_a_stream_of_bounded_pieces():
+    _, api = api_on_clock()
+    for _ in range(5):
+        delivered(api.store, "a@x.example", octets=mail(body="\x01" * 100_000))
+    headers = {"host": "localhost"}
+    response = mailtest.answer(api, mailtest.Request("GET", "/v1/load/a@x.example", "", headers))
+    pieces = list(response.stream)
+    assert json.loads(b"".join(pieces))["message_count"] == 5
+    assert max(map(len, pieces)) < 1_000_000
+
+
+# header fields, base URL; the proxy is trusted
+BASES = {
+    "nothing": ({}, "http://localhost:8080"),
+    "https": ({"x_forwarded_proto": "https"}, "https://localhost:8080"),
+    "a path": ({"x_forwarded_prefix": "/mail/"}, "http://localhost:8080/mail"),
+    "both, of two proxies": ({"x_forwarded_proto": "http, https",
+                              "x_forwarded_prefix": "/x, /a/b"}, "https://localhost:8080/a/b"),
+    "what is no path": ({"x_forwarded_prefix": "//evil.example"}, "http://localhost:8080"),
+}
+
+
+@pytest.mark.parametrize("trusted", [True, False])
+@pytest.mark.parametrize("fields, base", rows(BASES))
+def test_urls_are_those_that_the_proxy_is_reached_by(fields, base, trusted):
+    _, api = api_on_clock(trust_proxy=trusted)
+    id = whole(api).id
+    value = got(api, f"/api/messages/{id}", **fields)
+    assert value["attachments"][0]["url"] == (
+        f"{base if trusted else 'http://localhost:8080'}/api/files/attachments/{id}-0")
+
+
+def test_pages_of_an_allowed_origin_may_read():
+    _, api = api_on_clock(allow_origins=("http://app.example",))
+    allowed = {"Access-Control-Allow-Origin": "http://app.example", "Vary": "Origin"}
+    for method, target in (("GET", "/api/messages"), ("GET", "/v1/acquire"),
+                           ("GET", "/v1/get/x@x.example"), ("OPTIONS", "/api/messages")):
+        found = dict(ask(api, method, target, origin="http://app.example").headers)
+        assert allowed.items() <= found.items()
+        assert "Vary" not in dict(ask(api, method, target, origin="http://b.example").headers)
+    assert ask(api, "DELETE", "/api/messages?server=x", origin="http://app.example").status == 403
+
+
+def test_certificate_is_served_without_its_key():
+    _, api = api_on_clock()
+    assert ask(api, "GET", "/cert.pem").status == 404
+    pem = "-----BEGIN {0}-----\nMIIB\n-----END {0}-----\n"
+    _, api = api_on_clock(certificate=pem.format("PRIVATE KEY") + pem.format("CERTIFICATE"))
+    assert ask(api, "GET", "/cert.pem").body.decode() == pem.format("CERTIFICATE")
+
+
+def test_bounds_of_this_catcher_are_in_its_description():
+    _, api = api_on_clock(limits={"poll": 5})
+    operation = got(api, "/openapi.json")["paths"]["/v1/get/{address}"]["get"]
+    assert operation["parameters"][1]["schema"] == {"type": "number", "minimum": 0, "maximum": 5}
+    assert said(ask(api, "GET", "/v1/get/a@x.example?timeout=6"))[1]["detail"] == (
+        "Expected timeout to be a number from 0 to 5, got '6'")
+
+
+def test_description_has_every_member_of_a_message():
+    _, api = api_on_clock()
+    schemas = got(api, "/openapi.json")["components"]["schemas"]
+    id = whole(api).id
+    for name, value in (("Message", got(api, f"/api/messages/{id}")),
+                        ("Item", got(api, "/api/messages")["items"][0])):
+        assert list(schemas[name]["properties"]) == list(value)
+        assert schemas[name]["required"] == list(value)
+    assert schemas["Message"]["properties"]["attachments"]["items"]["properties"]["length"] == {
+        "type": "integer"}
+
+
+def test_unknown_search_word_is_named_with_those_that_there_are():
+    _, api = api_on_clock()
+    status, value = said(ask(api, "GET", "/api/messages?q=colour:red"))
+    assert status == 400 and "colour" in value["message"] and "subject" in value["message"]
+
+
+def test_lists_say_how_many_messages_match():
+    for query, total in (("", "6"), ("itemsPerPage=1", "6"), ("q=subject:3", "1")):
+        assert ask(shelf(), "GET", f"/api/messages?{query}").headers == (
+            ("X-Total-Count", total),)
+
+
+def test_watch_awaits_the_next_call():
+    clock, api = api_on_clock()
+    address = api.store.acquire().address
+    assert got(api, f"/v1/watch/{address}?within=5")["watch"] == {
+        "within": 5.0, "due": mailtest.iso_time(NOVEMBER + 5), "told": False}
+    assert ask(api, "DELETE", f"/v1/watch/{address}").status == 204
+    assert got(api, f"/v1/load/{address}")["watch"] is None
+    for query in ("", "?within=0", "?within=601", "?within=x"):
+        assert ask(api, "GET", f"/v1/watch/{address}{query}").status == 400
+
+
+@pytest.mark.parametrize("smtp, host, told", rows({
+    "one address": ("127.0.0.1:25", "10.0.0.7:8080", "127.0.0.1:25"),
+    "all addresses": ("0.0.0.0:25", "10.0.0.7:8080", "10.0.0.7:25"),
+    "all, of version 6": ("[::]:25", "[fe80::1]:8080", "[fe80::1]:25")}))
+def test_acquire_names_the_host_by_which_it_was_reached(smtp, host, told):
+    _, api = api_on_clock(smtp=smtp)
+    found = said(ask(api, "GET", "/v1/acquire", host=host, accept="application/json"))
+    assert found[1]["smtp"] == told
+
+
 def test_defect_is_told_as_one_and_no_more(monkeypatch):
     _, api = api_on_clock()
     told = []
@@ -6538,6 +6737,37 @@ def test_preview_shows_images_of_the_mail(source, expected):
     response = previewed(api, source, [("logo", "image/png", b"PNG")])
     assert (response.status, response.type) == (200, "text/html; charset=utf-8")
     assert response.body.decode() == FRAME + expected
+
+
+# HTML of the mail, HTML of the preview without and with remote=1
+NEUTRAL = {
+    "a connection": ("<link rel=preconnect href=http://x/>", "<x-link rel=preconnect href=http://x/>",
+                     "<link rel=preconnect href=http://x/>"),
+    "a frame": ("<IFRAME\nsrc=http://x>", "<x-IFRAME\nsrc=http://x>", ""),
+    "frames": ("<frameset><frame/src=x>", "<x-frameset><x-frame/src=x>", ""),
+    "a refresh": ('<meta http-equiv=refresh content="0;url=http://x">',
+                  '<x-meta http-equiv=refresh content="0;url=http://x">', ""),
+    "a hidden refresh": ("<meta name=viewport http-equiv=refresh content='1'>",
+                         "<x-meta name=viewport http-equiv=refresh content='1'>", ""),
+    "what describes the page": ("<meta name=viewport content='width=1'>",
+                                "<meta name=viewport content='width=1'>", ""),
+    "a place in the mail": ("<a href='#x' target=_top>", '<a href="#x" target="_self">', ""),
+    "a link": ("<a class=c href=https://x/?a&amp;b target=y ping=http://z>",
+               '<a class=c href="https://x/?a&amp;b" target="_blank">', ""),
+    "a relative link": ("<a title='>' href=/v1/acquire>", "<a title='>'>", ""),
+    "a relative link with a base": ("<base href='http://x/a/'><a href=b>",
+                                    '<x-base href=\'http://x/a/\'><a href="http://x/a/b" '
+                                    'target="_blank">', ""),
+    "a script": ("<AREA/HREF=' javascript:alert(1)'>", "<AREA>", ""),
+    "an odd attribute": ("<a =x href=/x>", "<a =x>", ""),
+}
+
+
+@pytest.mark.parametrize("source, closed, remote", rows(NEUTRAL))
+def test_preview_connects_to_nothing_and_its_links_open_new_tabs(source, closed, remote):
+    _, api = api_on_clock()
+    assert previewed(api, source).body.decode() == FRAME + closed
+    assert previewed(api, source, query="?remote=1").body.decode() == FRAME + (remote or closed)
 
 
 CLOSED = ("default-src 'none'; img-src data:{0}; style-src 'unsafe-inline'{0}; font-src data:{0}; "
@@ -10132,6 +10362,13 @@ def test_only_the_command_line_reads_arguments_and_environment():
 def test_all_names_what_there_is():
     assert [name for name in mailtest.__all__ if not hasattr(mailtest, name)] == []
 
+
+
+def test_readme_lists_the_parameters():
+    listed = re.findall(r"^\| `(\w+)` \| (.*) \|$", README.read_text(encoding="utf-8").partition(
+        "| parameter |")[2].partition("\n\n")[0], re.M)
+    declared = mailtest.declare(mailtest.Limits()).values()
+    assert listed == list(dict.fromkeys((each.name, each.text) for each in declared))
 
 
 def test_readme_lists_the_routes():
