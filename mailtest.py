@@ -22,13 +22,26 @@ The sections, each of which uses only those above it:
     Search         which messages a request means
     Store          inboxes, messages, events: everything that threads share
     SMTP session   commands in, replies out; no sockets
-    Network        a thread for each port, a pool for what may block; TLS
-    SMTP server    drives a session over a connection
+    Network        listening, connections, one thread that waits, a pool for what may block; TLS
+    SMTP server    drives sessions over connections
     HTTP API       requests in, responses out; no sockets
-    HTTP server    drives the API over a connection
-    Mailtest       wires all that; the pytest fixtures
+    HTTP server    drives the API over connections
+    Mailtest       wires all that; what a Python test holds; the pytest fixtures
     Command line   options, signals, the sendmail stand-in
     Web page       HTML, CSS and JavaScript, as three strings
+
+The way of a mail, from the socket to whoever waits for it:
+
+    Listener._round         waits for sockets; SmtpServer.ready takes a turn with each that spoke
+    Session.receive         octets in, replies out: mail data, or the next line, and the next ...
+    Session._take_line      finds the Command in COMMANDS and runs it; it may raise Refuse, Drop
+    Session._take_data      gathers octets up to the lone dot; Session._deliver makes a Message
+    Store.deliver           with the lock: numbers it, files it under its inboxes, wakes who waits
+    HttpHandler.handle_one_request    in a thread of the pool: reads a request into a Request
+    answer                  finds the Route in ROUTES, checks access and parameters, runs it
+    collect                 waits with Store.messages until enough messages match
+    Message.read            the octets once more, as a Mail: what JSON, searches, tests look at
+    Inbox.wait              the same collect and Mail, without HTTP
 
 (PYTEST_DONT_REWRITE: there is no assert here for pytest to explain.)
 """

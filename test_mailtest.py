@@ -25,6 +25,7 @@ import itertools
 import json
 import logging
 import multiprocessing
+import operator
 import os
 import pathlib
 import queue
@@ -10240,6 +10241,15 @@ def test_sections_are_those_that_the_docstring_announces():
     announced = re.findall(r"^    ([A-Z][\w ]*?)  +\S", mailtest.__doc__.partition(
         "The sections, ")[2], re.M)
     assert [name for name, _ in sections()[1:]] == announced
+
+
+def test_docstring_names_steps_that_exist():
+    flow = mailtest.__doc__.partition("The way of a mail")[2].partition("(PYTEST")[0]
+    steps = re.findall(r"^    ([A-Z]\w+\.\w+|[a-z]+)  ", flow, re.M)
+    steps += re.findall(r"\b([A-Z]\w+\.\w+|[A-Z]{2,}S)\b", flow)
+    assert len(steps) > 12
+    for step in steps:
+        operator.attrgetter(step)(mailtest)
 
 
 def test_banners_have_one_width():
