@@ -193,19 +193,6 @@ def _seen(text: str) -> str:
 # Beyond a bound reading stops, and the mail's `warnings` say so, as they say all that is wrong
 # with it; its octets are kept.
 
-class _Pattern:
-    """A regular expression that is compiled when it is first used: all of those here together
-    would take a third of the time that a start takes."""
-
-    def __init__(self, pattern: Any, flags: int = 0):
-        self._source = pattern, flags
-
-    def __getattr__(self, name: str) -> Any:
-        method = getattr(re.compile(*self._source), name)
-        setattr(self, name, method)      # from now on it is found without coming here
-        return method
-
-
 class Address(NamedTuple):
     """One mailbox of a header field. `name` may be "", `email` is "" where it is only a name."""
 
@@ -907,7 +894,7 @@ MAX_CODE_TEXT = 100_000       # characters looked through for codes
 MAX_CODES = 100               # of one body
 MAX_PREVIEW = 200             # characters
 
-_TEXT_LINK = _Pattern(
+_TEXT_LINK = re.compile(
     r"(?<![A-Za-z0-9])(?:https?://|www\.(?=[A-Za-z0-9])|mailto:)"
     r"[^\s<>\"\u00ab\u00bb\u201c-\u201f\u3000-\u303f\uff00-\uff0f\x00-\x1f]{1,%d}" % MAX_URL, re.I)
 
@@ -945,207 +932,157 @@ def find_text_links(text: str) -> Tuple[Link, ...]:
 # A code is what a reader is meant to type in somewhere. Three steps find it, the same in every
 # language:
 #
-# 1. Candidates: tokens that look like a code, see `_shape`.
-# 2. The label of each: the words left of it in its sentence; for one that stands alone in its
-#    cell, the cell before it or the head of its column; for one alone in its line, the nearest
-#    of the lines above it that says anything, the line below it, the subject of the mail. Only
-#    then the words right of it ("482913 is your PIN"). The nearest wins.
-# 3. One judgement: what the label means (`_WORDS`), how near it is, and what the token looks like.
+# 1. Candidates: the tokens that look like a code (`_candidates`).
+# 2. The label of each: the words left of it in its sentence; of one alone in its cell, the cell
+#    before it or the head of its column; of one alone in its line, the nearest of the lines above
+#    that says anything, the line below, the subject of the mail. Only then the words right of it
+#    ("482913 is your PIN"). The nearest wins.
+# 3. One judgement: what the label means, how near it is, and what the token looks like.
 #
 # Words are of four kinds. A secret (PIN, password, verification) makes a code of the token, a
 # thing (order, customer, postal, error) makes something else of it. "Code" and "number" take
-# their meaning from the word beside them: "postal code" is none and "PIN number" is one; with
-# no such neighbour "code" speaks for a code and "number" against it.
+# their meaning from the word beside them: "postal code" is none and "PIN number" is one; without
+# such a neighbour "code" speaks for a code and "number" against it.
 
-# Language, then code | secret | number | thing. A word of four letters or more may have an
+# Languages, then code | secret | number | thing. A word of four letters or more may have an
 # ending, but not where a "." follows it, a shorter one only where a "-" does; with a "-" before
 # it, it may also end a longer word. "_" is a blank. From Hebrew on in Unicode a word is found
 # anywhere: there words have prefixes, or are not set apart.
 _WORDS = """
-af  -kode | wagwoord | -nommer | bestel faktuur klant- pakket pos- telefoon
-am  ኮድ | የይለፍ_ቃል ማረጋገጫ | ቁጥር | ትዕዛዝ ደረሰኝ ደንበኛ ፖስታ ስልክ
-ar  رمز كود | كلمة_المرور كلمة_مرور التحقق السري | رقم | طلب فاتورة عميل عضوية عقد تذكرة شحن تتبع
-    بريدي هاتف مرجع منتج حساب خطأ
-as  কোড সংকেত | পাছৱৰ্ড | নম্বৰ | অৰ্ডাৰ চালান গ্ৰাহক
-az  kod- -kod- | şifrə parol- təsdiq | nömrə | sifariş müştəri faktura poçt müqavilə telefon
-be  код- | пароль пацверджанн | нумар | замов рахун кліент паштов дагавор тэлефон
-bg  код- | парола потвържд | номер № | поръчк фактур клиент пощенск договор телефон пратк
-bn  কোড | পাসওয়ার্ড ওটিপি পিন যাচাই | নম্বর নং | অর্ডার চালান গ্রাহক পোস্ট ফোন
-bs  kod- kôd- | lozink verifikac | broj | narudžb račun kupac kupca poštansk ugovor telefon
-    pošiljk
-ca  codi codis | contrasenya verificació | número núm | comanda factura client postal contracte
-    telèfon enviament
-cs  kód- | heslo hesla ověřovac | číslo čísla | objednáv faktur zákazní psč poštovn smlouv telefon
-    zásilk zboží variabiln
-cy  cod god chod | côd gôd cyfrinair dilysu | rhif | archeb anfoneb cwsmer post ffôn
-da  -kode- | adgangskode | -nummer nr | ordre- bestilling faktura kunde- post- telefon pakke-
-    medlem sags
-de  -code. -codes. | -kennwort -passwort einmalpasswort pin pin- tan bestätigungs verifizier
-    schlüssel -schlüssel- gutschein mtan | -nummer- nr | auftrag bestell- rechnung kunden- vertrag
-    konto- ticket vorgang mitglied artikel sendung post- plz blz telefon hrb steuer beleg paket-
-    referenz lieferschein fehler farb- buchung strich- zähler
-el  κωδικ- κωδικό- | συνθηματικ επαλήθευσ | αριθμ αρ | παραγγελί τιμολόγ πελάτ ταχυδρομικ συμβόλαι
-    τηλέφων αποστολ προϊόν
-en  code. codes. | pin otp totp tan 2fa mfa passcode passphrase password one-time token verif
-    voucher coupon gift_card special_id enter key | number numbers no nos num nr id № nº | order
-    invoice receipt customer client member membership contract ticket tracking shipment parcel
-    package reference ref document item article sku product model serial version build release
-    error status exit http response postal post zip postcode zipcode area country dial phone tel
-    telephone fax mobile hotline account bank sort swift bic iban vat tax isbn issn cve rfc iso
-    flight room booking reservation pnr case policy student employee patient supplier vendor
-    meeting webinar conference qr bar barcode hs dress decode encode source colour color hex page
-    total amount price sum balance quote quotation transaction ending ticker job issue bug port
-    gtin ean upc company registration reg delivery purchase rma claim batch lot style bin mcc
-    naics icd unicode review conduct
-eo  kodo kodon | pasvort konfirm | numero | mendo faktur kliento poŝt
-es  código códigos codigo | clave contraseña verificación nip | número núm nº | pedido factura
-    cliente postal contrato socio envío seguimiento teléfono tel referencia cuenta reserva
-    artículo producto albarán expediente presupuesto
-et  -kood- | -parool- kinnitus | -number- nr | tellimus arve klien posti- leping telefon saadetis
-    toote
-eu  kode kodea | pasahitz egiaztapen | zenbaki | eskaera faktura bezero posta kontratu telefono
-fa  کد رمز | گذرواژه تأیید تایید | شماره | سفارش فاکتور مشتری پستی قرارداد تلفن مرسوله پیگیری
-fi  -koodi- | -salasana- vahvist tunnusluku | -numero- nro | tilau- lasku- asiakas- posti-
-    sopimus- puhelin- lähety viite- tuote- jäsen-
-fil code. kowd | password | numero bilang | order invoice kostumer
-fo  -kota- -kotu- | loyniorð | -nummar | bíleggin rokning kunda
-fr  code. codes. | mot_de_passe vérification clé bon_cadeau nip | numéro numero nº no | commande
-    facture client postal contrat colis suivi téléphone tél référence dossier adhérent compte
-    siret siren article produit réservation expédition livraison devis erreur
-fy  -koade- | wachtwurd | -nûmer | bestelling klant
-ga  cód chód gcód | pasfhocal fíorú | uimhir | ordú sonrasc custaiméir phoist teileafón
-gl  código | contrasinal verificación | número | pedido factura cliente postal
-gu  કોડ | પાસવર્ડ ઓટીપી પિન ચકાસણી | નંબર | ઓર્ડર ઇન્વોઇસ ગ્રાહક પિનકોડ ફોન
-ha  lamba | lambar_sirri kalmar_sirri lambar_tabbatarwa | lambar | oda daftari abokin
-he  קוד | הקוד סיסמ אימות | מספר מס | הזמנ חשבונית לקוח מיקוד חוזה טלפון משלוח
-hi  कोड | ओटीपी पासवर्ड पिन सत्यापन | नंबर संख्या क्रमांक नं | ऑर्डर आर्डर आदेश चालान ग्राहक डाक
-    पोस्ट पिनकोड_ फोन अनुबंध
-hr  kod- kôd- | lozink zapork potvrdni | broj | narudžb račun kupac kupca poštansk ugovor telefon
-    pošiljk oib
-hu  -kód- | -jelszó- -jelszav megerősít | szám száma -szám -száma- sorszám | rendelés számla
-    ügyfél irányítószám szerződés telefon csomag cikk vevő
-hy  կոդ- | ծածկագիր գաղտնաբառ հաստատմ | համար | պատվեր հաշիվ հաճախորդ փոստային հեռախոս
-id  kode sandi | verifikasi konfirmasi | nomor no | pesanan faktur pelanggan pos resi kontrak
-    telepon tagihan
-ig  koodu | okwuntughe nkwenye | nọmba | order ahịa
-is  -kóði- -kóða- -kóðann- | lykilorð staðfesting | -númer- nr | pönt -reikning viðskipta póst
-    síma
-it  codice codici | password verifica pin | numero num nr | ordine fattura cliente postale cap
-    contratto fiscale spedizione telefono tel riferimento conto pratica prenotazione articolo
-    prodotto iva tracciamento errore destinatario
-ja  コード | 認証 確認 パスワード 暗証 ワンタイム 検証 | 番号 | 注文 請求 顧客 お客様 会員 郵便
-    契約 電話 伝票 追跡 商品 製品 予約 受付 問い合わせ 口座 エラー 〒
-jv  kode | sandhi verifikasi | nomer | pesenan faktur pelanggan
-ka  კოდ- | პაროლ პინ დადასტურ | ნომერ- ნომრ | შეკვეთ ინვოის კლიენტ საფოსტო ტელეფონ ხელშეკრულებ
-kk  код- -код- | құпиясөз құпия растау | нөмір- № | тапсырыс шот клиент пошта индекс шарт телефон
-km  កូដ លេខកូដ | លេខសម្ងាត់ ពាក្យសម្ងាត់ ផ្ទៀងផ្ទាត់ | លេខ | បញ្ជាទិញ វិក្កយបត្រ អតិថិជន ប្រៃសណីយ៍
-    ទូរស័ព្ទ
-kn  ಕೋಡ್ | ಪಾಸ್ವರ್ಡ್ ಪಾಸ್‌ವರ್ಡ್ ಒಟಿಪಿ ಪರಿಶೀಲನ | ಸಂಖ್ಯೆ | ಆರ್ಡರ್ ಆದೇಶ ಇನ್ವಾಯ್ಸ್ ಗ್ರಾಹಕ ಅಂಚೆ ಫೋನ್
-ko  코드 | 인증 비밀번호 암호 패스워드 확인_번호 승인번호 | 번호 | 주문 송장 고객 회원 우편 계약
-    전화 운송장 상품 제품 예약 접수 계좌 오류 문의
-ku  kod- koda | şîfre nasnav peyvborîn | hejmar | ferman fatûre xerîdar poste
-ky  код- | сырсөз ырастоо | номер | буйрутма эсеп кардар почта
-lb  -code. -codes. | -passwuert- | -nummer | bestellung rechnung client
-lo  ລະຫັດ | ຢືນຢັນ | ເລກ ໝາຍເລກ | ສັ່ງຊື້ ໃບແຈ້ງໜີ້ ລູກຄ້າ ໄປສະນີ ໂທ
-lt  kod- | slaptažod patvirtin | numer nr | užsaky sąskait klient pašto sutart telefon siunt
-lv  -kod- | parol- apstiprin | numur nr | pasūtījum rēķin klient pasta līgum tālru sūtījum
-mg  kaody | teny_miafina fanamarinana | laharana nomerao | baiko faktiora mpanjifa paositra
-mk  код- | лозинк потврд верификац | број- | нарачк фактур клиент поштенск договор телефон пратк
-ml  കോഡ് കോഡ | പാസ്‌വേഡ് പാസ്വേഡ് ഒടിപി സ്ഥിരീകരണ | നമ്പർ നമ്പര് | ഓർഡർ ഇൻവോയ്സ് ഉപഭോക്ത തപാൽ ഫോൺ
-mn  код- | нууц_үг баталгаажуул | дугаар | захиалг нэхэмжлэх үйлчлүүлэгч шуудан гэрээ утас
-mr  कोड | संकेतशब्द पासवर्ड पडताळणी | क्रमांक | ऑर्डर बीजक ग्राहक टपाल
-ms  kod- | kata_laluan pengesahan | nombor no | pesanan invois pelanggan poskod telefon
-    penghantaran
-mt  kodiċi kodici | password verifika | numru | ordni fattura klijent postali
-my  ကုဒ် | စကားဝှက် အတည်ပြု | နံပါတ် | မှာယူ အော်ဒါ ပြေစာ ဖောက်သည် စာတိုက် ဖုန်း
-nb  -kode- | -passord- engangs bekreftelses | -nummer nr | ordre- bestilling faktura kunde- post-
-    telefon pakke- sending medlem saks
-ne  कोड | पासवर्ड प्रमाणीकरण | नम्बर | अर्डर बिल ग्राहक हुलाक
-nl  -code. -codes. | -wachtwoord- bevestigings pincode verificatie | -nummer- nr nummer | bestel-
-    factuur klant- contract post- pakket- telefoon zending lid- artikel- kvk btw referentie track
-or  କୋଡ | ସଂକେତ ପାସୱାର୍ଡ | ନମ୍ବର ସଂଖ୍ୟା | ଅର୍ଡର ଗ୍ରାହକ ଡାକ
-pa  ਕੋਡ | ਪਾਸਵਰਡ ਓਟੀਪੀ ਤਸਦੀਕ | ਨੰਬਰ | ਆਰਡਰ ਚਲਾਨ ਗਾਹਕ ਡਾਕ ਫ਼ੋਨ
-pl  kod- | hasło hasła hasłem potwierdz weryfikac pin | numer nr | zamówieni faktur klient poczt
-    umow paczk przesyłk towar telefon regon pesel konto produkt zgłoszeni sprawy
-ps  کوډ | پټنوم تایید | شمېره | سپارښت
-pt  código códigos codigo | senha palavra-passe verificação | número num nº | pedido encomenda
-    fatura factura cliente postal cep contrato envio rastrei telefone referência conta reserva
-    produto protocolo cpf cnpj nota_fiscal nif
-ro  cod codul codului codurile codurile | parol- verificare | număr nr numărul | comand factur
-    client poștal postal contract colet telefon expedie cui produs
-ru  код- | пароль пароля паролем пин подтвержден | номер № | заказ накладн счёт счет клиент
-    договор почтов индекс телефон посылк трек товар инн заявк артикул бик ошибк
-rw  kode | ijambobanga kwemeza | nimero | komande fagitire umukiriya
-sd  ڪوڊ | پاسورڊ | نمبر | آرڊر
-si  කේත | කේතය මුරපද සත්‍යාපන | අංකය අංක | ඇණවුම ඉන්වොයිස පාරිභෝගික තැපැල් දුරකථන
-sk  kód- | heslo hesla overovac | číslo čísla | objednáv faktúr zákazní psč poštov zmluv telefón
-    zásielk tovar
-sl  kod- -kod- | geslo gesla potrditv | številk št | naročil račun kupc poštn pogodb telefon
-    pošiljk
-sn  kodhi | pasiwedhi kusimbisa | nhamba | odha mutengi
-so  koodh koodka | furaha sirta_ah xaqiijin | lambarka tirada | dalab qaansheegad macmiil
-sq  kod- kodi | fjalëkalim verifikim | numri numër nr | porosi fatur klient postar kontrat telefon
-sr  код- kod- | лозинк шифра потврд | број- broj | поруџбин porudžbin рачун наруџбин купац
-    поштанск уговор телефон пошиљк
-st  khoutu | phasewete | nomoro | otara
-su  kode sandi | | nomer | pesenan
-sv  -kod- | -koden -lösenord- engångs verifierings bekräftelse | -nummer- nr | order- beställning
-    faktura kund- post- avtal telefon paket- medlem artikel klient ärende försändelse
-sw  msimbo | nambari_ya_siri nenosiri nywila uthibitish | nambari namba | oda agizo ankara mteja
-    posta simu
-ta  குறியீ | கடவுச்சொல் ஓடிபி சரிபார்ப்ப | எண் | ஆர்டர் விலைப்பட்டியல் வாடிக்கையாளர் அஞ்சல்
-    தொலைபேசி
-te  కోడ్ | పాస్‌వర్డ్ పాస్వర్డ్ ఓటీపీ ధృవీకరణ | సంఖ్య నంబర్ నెంబర్ | ఆర్డర్ ఇన్వాయిస్ కస్టమర్
+af: -kode | wagwoord | -nommer | bestel faktuur klant- pakket pos-
+am: ኮድ | ማረጋገጫ የይለፍ_ቃል | ቁጥር | ስልክ ትዕዛዝ ደረሰኝ ደንበኛ ፖስታ
+ar: رمز كود | التحقق السري كلمة_المرور كلمة_مرور | رقم | طلب عضوية عقد عميل فاتورة
+as bn: কোড সংকেত | ওটিপি পাছৱৰ্ড পাসওয়ার্ড পিন যাচাই | নং নম্বর নম্বৰ | অর্ডার অৰ্ডাৰ গ্রাহক
+    গ্ৰাহক চালান পোস্ট ফোন
+az: -kod- kod- | parol- təsdiq şifrə | nömrə | faktura müqavilə müştəri poçt sifariş
+be bg mk ru sr uk: код- | верификац лозинк парола паролем пароль пароля пацверджанн пин
+    подтвержден потврд потвържд підтвердж шифра | broj број- номер нумар № | porudžbin артикул бик
+    дагавор договор заказ замов заявк индекс инн клиент кліент клієнт купац накладн нарачк
+    наруџбин ошибк паштов поруџбин поръчк посылк почтов поштенск поштов пощенск рахун рачун счет
+    счёт телефон товар трек фактур індекс
+bs hr sr: kôd- | lozink potvrdni verifikac zapork | | kupac kupca narudžb poštansk račun
+ca es gl: codi código | clave contrasenya contraseña contrasinal nip verificació | nº núm
+    número | albarán artículo client comanda contracte contrato cuenta envío expediente factura
+    pedido postal presupuesto producto referencia reserva seguimiento socio tel teléfono
+cs sk: kód- | hesla heslo overovac ověřovac | čísla číslo | faktur faktúr objednáv poštov psč
+    zákazní
+cy: chod cod god | cyfrinair côd dilysu gôd | rhif | anfoneb archeb cwsmer ffôn post
+da nb: -kode- | adgangskode bekreftelses engangs -passord- | nr -nummer | bestilling kunde-
+    ordre- post-
+de lb: -code. -codes. | bestätigungs einmalpasswort gutschein -kennwort mtan -passwort
+    -passwuert- pin- schlüssel -schlüssel- tan verifizier | -nummer- | artikel auftrag beleg
+    bestell- blz buchung farb- fehler hrb konto- kunden- lieferschein mitglied paket- plz rechnung
+    referenz sendung steuer strich- telefon ticket vertrag vorgang zähler
+el: κωδικ- | επαλήθευσ συνθηματικ | αρ αριθμ | παραγγελί πελάτ συμβόλαι ταχυδρομικ τιμολόγ
+en fil: code. codes. kowd | 2fa coupon enter gift_card key mfa one-time otp passcode
+    passphrase password pin special_id token totp verif voucher | bilang id no nos num number
+    numero | amount area article bank bar barcode bic booking build case claim color colour
+    conduct conference contract country customer cve decode delivery dial document dress ean
+    employee encode ending error exit fax flight gtin hotline hs http iban invoice isbn issue item
+    job kostumer meeting member model naics order package page parcel patient phone pnr policy
+    price product purchase qr quote receipt ref reference registration release reservation
+    response review rfc room serial shipment sku sort source status student swift tax total
+    tracking transaction vat version webinar zip zipcode
+eo: kodo | konfirm pasvort | | kliento mendo poŝt
+et: -kood- | kinnitus -parool- | -number- | arve klien leping posti- tellimus
+eu: kode | egiaztapen pasahitz | zenbaki | bezero eskaera kontratu posta
+fa: کد | تأیید تایید گذرواژه | شماره | سفارش فاکتور قرارداد مشتری پستی
+fi: -koodi- | -salasana- tunnusluku vahvist | nro -numero- | asiakas- lasku- sopimus- tilau-
+fo is: -kota- -kotu- -kóða- -kóðann- -kóði- | loyniorð lykilorð staðfesting | -nummar -númer-
+    | bíleggin kunda póst pönt -reikning rokning síma viðskipta
+fr: | bon_cadeau clé mot_de_passe vérification | numéro | adhérent colis commande compte
+    contrat devis dossier erreur expédition facture livraison produit référence réservation siren
+    siret suivi tél téléphone
+fy nl: -koade- | bevestigings pincode verificatie -wachtwoord- wachtwurd | nummer -nûmer |
+    artikel- bestel- btw factuur kvk lid- pakket- referentie telefoon track zending
+ga: chód cód gcód | fíorú pasfhocal | uimhir | custaiméir ordú phoist sonrasc teileafón
+gu: કોડ | ઓટીપી ચકાસણી પાસવર્ડ પિન | નંબર | ઇન્વોઇસ ઓર્ડર ગ્રાહક પિનકોડ ફોન
+ha: lamba | kalmar_sirri lambar_sirri lambar_tabbatarwa | lambar | abokin daftari oda
+he: קוד | אימות הקוד סיסמ | מס מספר | הזמנ חוזה חשבונית לקוח מיקוד
+hi mr ne: कोड | ओटीपी पडताळणी पासवर्ड पिन प्रमाणीकरण संकेतशब्द सत्यापन | क्रमांक नं नंबर नम्बर
+    संख्या | अर्डर आदेश आर्डर ऑर्डर ग्राहक चालान टपाल बिल बीजक हुलाक
+hu: -kód- | -jelszav -jelszó- megerősít | sorszám -szám szám -száma- | irányítószám rendelés
+    szerződés számla ügyfél
+hy: կոդ- | գաղտնաբառ ծածկագիր հաստատմ | համար | հաճախորդ հաշիվ հեռախոս պատվեր փոստային
+id jv ms su: sandi | kata_laluan konfirmasi pengesahan sandhi verifikasi | nombor nomer nomor
+    | invois pelanggan pesanan pesenan pos poskod resi
+ig: koodu | nkwenye okwuntughe | nọmba | ahịa
+it mt: codice codici kodici kodiċi | verifica verifika | numru | articolo cap cliente conto
+    contratto destinatario errore fattura fiscale iva klijent ordine ordni postale postali pratica
+    prenotazione prodotto riferimento spedizione telefono tracciamento
+ja: コード | パスワード ワンタイム 暗証 検証 確認 認証 | 番号 | 〒 お客様 エラー 予約 会員
+    伝票 受付 口座 商品 問い合わせ 契約 注文 製品 請求 追跡 郵便 電話 顧客
+ka: კოდ- | დადასტურ პაროლ პინ | ნომერ- ნომრ | ინვოის კლიენტ საფოსტო ტელეფონ შეკვეთ
+kk ky mn tg tt: -код- рамз- | баталгаажуул нууц_үг парол растау серсүз сырсөз ырастоо құпия |
+    дугаар нөмір- рақам | буйрутма гэрээ захиалг кардар мизоҷ нэхэмжлэх почта пошта тапсырыс
+    фармоиш шот шуудан эсеп үйлчлүүлэгч
+km: កូដ លេខកូដ | ផ្ទៀងផ្ទាត់ ពាក្យសម្ងាត់ លេខសម្ងាត់ | លេខ | ទូរស័ព្ទ បញ្ជាទិញ ប្រៃសណីយ៍
+    វិក្កយបត្រ អតិថិជន
+kn: ಕೋಡ್ | ಒಟಿಪಿ ಪರಿಶೀಲನ ಪಾಸ್ವರ್ಡ್ ಪಾಸ್‌ವರ್ಡ್ | ಸಂಖ್ಯೆ | ಅಂಚೆ ಆದೇಶ ಆರ್ಡರ್ ಇನ್ವಾಯ್ಸ್ ಗ್ರಾಹಕ
+ko: 코드 | 비밀번호 승인번호 암호 인증 패스워드 확인_번호 | 번호 | 계약 계좌 고객 문의 상품
+    송장 예약 오류 우편 운송장 전화 접수 제품 주문 회원
+ku: | nasnav peyvborîn şîfre | hejmar | fatûre ferman poste xerîdar
+lo: ລະຫັດ | ຢືນຢັນ | ເລກ ໝາຍເລກ | ລູກຄ້າ ສັ່ງຊື້ ໂທ ໃບແຈ້ງໜີ້ ໄປສະນີ
+lt lv: | apstiprin patvirtin slaptažod | numer numur | klient līgum pasta pasūtījum pašto
+    rēķin sutart sąskait užsaky
+mg: kaody | fanamarinana teny_miafina | laharana nomerao | baiko faktiora mpanjifa paositra
+ml: കോഡ കോഡ് | ഒടിപി പാസ്വേഡ് പാസ്‌വേഡ് സ്ഥിരീകരണ | നമ്പര് നമ്പർ | ഇൻവോയ്സ് ഉപഭോക്ത ഓർഡർ തപാൽ
+    ഫോൺ
+my: ကုဒ် | စကားဝှက် အတည်ပြု | နံပါတ် | စာတိုက် ပြေစာ ဖောက်သည် မှာယူ အော်ဒါ
+or: କୋଡ | ପାସୱାର୍ଡ ସଂକେତ | ନମ୍ବର ସଂଖ୍ୟା | ଅର୍ଡର ଗ୍ରାହକ ଡାକ
+pa: ਕੋਡ | ਓਟੀਪੀ ਤਸਦੀਕ ਪਾਸਵਰਡ | ਨੰਬਰ | ਆਰਡਰ ਗਾਹਕ ਚਲਾਨ ਡਾਕ ਫ਼ੋਨ
+pl: | hasła hasłem hasło potwierdz weryfikac | | konto paczk pesel poczt produkt przesyłk
+    regon sprawy towar umow zamówieni zgłoszeni
+ps sd ur: کوڈ کوډ ڪوڊ | تصدیق پاس_ورڈ پاسورڊ پټنوم | شمېره نمبر | آرڈر آرڊر انوائس سپارښت صارف
+    پوسٹل گاہک
+pt: codigo | palavra-passe senha verificação | | cep cnpj conta cpf encomenda envio fatura nif
+    nota_fiscal produto protocolo rastrei referência telefone
+ro: codul codurile | verificare | număr | comand factur poștal
+rw sn st xh zu yo: ikhodi ikhowudi khoutu kodhi kóòdù | ijambobanga iphasiwedi kusimbisa
+    kwemeza pasiwedhi phasewete | inombolo nhamba nimero nomoro nọ́mbà | fagitire ikhasimende
+    iodolo komande mutengi odha oníbàárà otara umukiriya àṣẹ
+si: කේත | කේතය මුරපද සත්‍යාපන | අංක අංකය | ඇණවුම ඉන්වොයිස තැපැල් දුරකථන පාරිභෝගික
+sl: | gesla geslo potrditv | št številk | kupc naročil pogodb poštn
+so: koodh koodka | furaha sirta_ah xaqiijin | lambarka tirada | dalab macmiil qaansheegad
+sq: | fjalëkalim verifikim | numri numër | fatur kontrat porosi postar
+sv: | bekräftelse engångs -koden -lösenord- verifierings | | avtal beställning försändelse
+    kund- medlem order- ärende
+sw: msimbo | nambari_ya_siri nenosiri nywila uthibitish | namba | agizo ankara mteja
+ta: குறியீ | ஓடிபி கடவுச்சொல் சரிபார்ப்ப | எண் | அஞ்சல் ஆர்டர் தொலைபேசி வாடிக்கையாளர்
+    விலைப்பட்டியல்
+te: కోడ్ | ఓటీపీ ధృవీకరణ పాస్వర్డ్ పాస్‌వర్డ్ | నంబర్ నెంబర్ సంఖ్య | ఆర్డర్ ఇన్వాయిస్ కస్టమర్
     పోస్టల్ ఫోన్
-tg  рамз- код- | парол | рақам | фармоиш мизоҷ
-th  รหัส โค้ด | ยืนยัน | หมายเลข เลขที่ | คำสั่งซื้อ สั่งซื้อ ใบแจ้งหนี้ ลูกค้า ไปรษณีย์ สัญญา โทร
-    พัสดุ สินค้า สมาชิก
-tk  kod- | açarsöz parol | belgi | sargyt müşderi
-tr  kod- -kod- | şifre parola doğrulama onay | numara no | sipariş fatura müşteri posta sözleşme
-    kargo takip telefon ürün hata vergi
-tt  код- | серсүз | номер | заказ
-ug  كود | مەخپىي | نومۇر | زاكاز
-uk  код- | пароль пароля підтвердж | номер № | замовлен рахун клієнт поштов індекс договор телефон
-    посилк накладн товар
-ur  کوڈ | پاس_ورڈ تصدیق | نمبر | آرڈر انوائس گاہک صارف پوسٹل فون
-uz  kod- | parol tasdiq | raqam | buyurtma mijoz hisob pochta telefon shartnoma
-vi  mã | mật_khẩu xác_minh xác_thực otp | số | đơn_hàng đơn hóa_đơn khách_hàng bưu_chính bưu_điện
-    hợp_đồng điện_thoại vận_đơn sản_phẩm
-xh  ikhowudi | iphasiwedi | inombolo | iodolo
-yi  קאָד | פּאַראָל | נומער | באַשטעלונג
-yo  kóòdù | | nọ́mbà | àṣẹ oníbàárà
-zh  码 碼 代码 代碼 | 密码 密碼 口令 | 号 號 编号 編號 | 订单 訂單 发票 發票 客户 客戶 会员 會員
-    邮政 郵遞 邮编 合同 电话 電話 手机 快递 运单 物流 商品 产品 產品 预订 二维 条形 錯誤 错误 单号
-    單號
-zu  ikhodi | iphasiwedi | inombolo | oda ikhasimende
+th: รหัส โค้ด | ยืนยัน | หมายเลข เลขที่ | คำสั่งซื้อ ลูกค้า สั่งซื้อ ใบแจ้งหนี้ ไปรษณีย์
+tk tr uz: | açarsöz doğrulama onay parol tasdiq şifre | belgi numara raqam | buyurtma hata
+    hisob kargo mijoz müşderi müşteri pochta sargyt sipariş sözleşme takip vergi ürün
+ug: | مەخپىي | نومۇر | زاكاز
+vi: mã | mật_khẩu xác_minh xác_thực | số | bưu_chính hóa_đơn khách_hàng đơn đơn_hàng
+yi: קאָד | פּאַראָל | נומער | באַשטעלונג
+zh: 代码 代碼 码 碼 | 口令 密码 密碼 | 号 編號 编号 號 | 二维 产品 会员 单号 发票 合同 單號
+    客戶 客户 快递 手机 會員 条形 物流 產品 电话 發票 訂單 订单 运单 邮政 邮编 郵遞 錯誤 错误 预订
 """
-_ODD = _Pattern("[\xa0\xad\u2007\u2009\u200b-\u2013\u202a-\u202f\u2060\u3000\ufeff\uff01-\uff5e]")
-_OTHER_DIGIT = _Pattern("[^\\D0-9]")
+_KINDS = ("code", "secret", "number", "thing")
+_BEGINNING = re.compile(
+    r"\b[^\W\u0590-\u1dff\u2e80-\uffff]{2}|[\u0590-\u1dff\u2116\u2e80-\uffff]")
+_ODD = re.compile(
+    "[\xa0\xad\u2007\u2009\u200b-\u2013\u202a-\u202f\u2060\u3000\ufeff\uff01-\uff5e]")
+_OTHER_DIGIT = re.compile(r"[^\D0-9]")
 
 
 def _ascii_of(odd) -> str:
     """A blank, dash or sign of full width in ASCII; "" for what has no width."""
     code = ord(odd.group())
-    if code in (0xA0, 0x2007, 0x2009, 0x202F, 0x3000):
-        return " "
     if 0xFF00 < code < 0xFF5F:
         sign = chr(code - 0xFEE0)
         return sign if sign.isalnum() or sign == "-" else sign + " "
-    return "-" * (0x2010 <= code < 0x2014)
+    return "-" if 0x2010 <= code < 0x2014 else " " * odd.group().isspace()
 
 
 def _in_ascii(text: str) -> str:
     """Text with its digits, blanks and dashes in ASCII, without what has no width."""
     if text.isascii():
         return text
-    text = _ODD.sub(_ascii_of, text)
-    return _OTHER_DIGIT.sub(lambda digit: str(int(digit.group())), text)
-
-
-_KINDS = ("code", "secret", "number", "thing")
-
-
-_BEGINNING = _Pattern(r"\b[^\W\u0590-\u1dff\u2e80-\uffff]{2}|[\u0590-\u1dff\u2116\u2e80-\uffff]")
+    return _OTHER_DIGIT.sub(lambda digit: str(int(digit.group())), _ODD.sub(_ascii_of, text))
 
 
 @functools.lru_cache(maxsize=None)
@@ -1155,67 +1092,52 @@ def _words() -> Tuple[Dict[str, List[Tuple[str, str, bool]]], List[Tuple[str, st
     index: Dict[str, List[Tuple[str, str, bool]]] = {}
     endings = []
     for line in _in_ascii(_WORDS.replace("\n   ", " ")).strip().splitlines():
-        for kind, words in zip(_KINDS, line[4:].split("|")):
+        for kind, words in zip(_KINDS, line.partition(":")[2].split("|")):
             for word in words.split():
                 bare = word.strip("-.").replace("_", " ")
                 entry = bare, kind, (bare >= "\u0590" or word[-1] == "-"
                                      or len(word) > 3 and word[-1] != ".")
-                index.setdefault(_BEGINNING.match(bare).group(), []).append(entry)
+                index.setdefault(_BEGINNING.match(bare)[0], []).append(entry)
                 if word[0] == "-":
                     endings.append(entry)
     for entries in index.values():
         entries.sort(key=lambda entry: -len(entry[0]))
-    return index, sorted(set(endings))
+    return index, endings
 
 
 def _labels(text: str) -> List[Tuple[int, int, str]]:
     """(start, end, kind) of the words in a text, in lower case, that _WORDS knows."""
-    found = []
     index, endings = _words()
-    for match in _BEGINNING.finditer(text):
-        at = match.start()
-        for word, kind, may_end in index.get(match.group(), ()):
-            end = at + len(word)
-            if text.startswith(word, at) and (may_end or not text[end:end + 1].isalnum()):
-                found.append((at, end, kind))
-                break
-    for word, kind, may_end in endings:
-        at = text.find(word, 1)
-        while at > 0:
-            end = at + len(word)
-            if text[at - 1].isalnum() and (may_end or not text[end:end + 1].isalnum()):
-                found.append((at, end, kind))
-            at = text.find(word, end)
-    found.sort(key=lambda label: (label[0], -label[1]))
-    kept: List[Tuple[int, int, str]] = []
-    for label in found:
-        if not kept or label[0] >= kept[-1][1]:
-            kept.append(label)
-    return kept
+    starts = [(match.start(), word) for match in _BEGINNING.finditer(text)
+              for word in index.get(match[0], ()) if text.startswith(word[0], match.start())]
+    starts += [(match.start(), word) for word in endings if word[0] in text
+               for match in re.finditer(word[0], text)]
+    found: List[Tuple[int, int, str]] = []
+    for start, (word, kind, may_end) in sorted(starts, key=lambda at: (at[0], -len(at[1][0]))):
+        end = start + len(word)
+        if (not found or start >= found[-1][1]) and (may_end or not text[end:end + 1].isalnum()):
+            found.append((start, end, kind))
+    return found
 
 
-_BESIDE = _Pattern(r"\w{0,3}[\s-]{0,2}"
-                   r"|\w{0,5}[\s-]{1,2}(?:d\w{1,2}|of|for|von|del|van)?[\s'-]{0,2}")
+_BESIDE = re.compile(r"\w{0,3}[\s-]{0,2}"
+                     r"|\w{0,5}[\s-]{1,2}(?:d\w{1,2}|of|for|von|del|van)?[\s'-]{0,2}")
 
 
 def _meaning(text: str, labels: List[Tuple[int, int, str]], which: int) -> int:
     """1 if labels[which] speaks for a code, -1 against it."""
-    start, end, kind = labels[which]
-    if kind in ("secret", "thing"):
-        return 1 if kind == "secret" else -1
-    beside = []
-    if which and _BESIDE.fullmatch(text, labels[which - 1][1], start):
-        beside.append(labels[which - 1][2])
-    if which + 1 < len(labels) and _BESIDE.fullmatch(text, end, labels[which + 1][0]):
-        beside.append(labels[which + 1][2])
-    if "secret" in beside:
+    kind = labels[which][2]
+    beside = [labels[other][2] for other, left in ((which - 1, which - 1), (which + 1, which))
+              if kind in ("code", "number") and 0 <= other < len(labels)
+              and _BESIDE.fullmatch(text, labels[left][1], labels[left + 1][0])]
+    if "secret" in (kind, *beside):
         return 1
-    if "thing" in beside:
+    if "thing" in (kind, *beside):
         return -1
-    return 1 if kind == "code" or "code" in beside else -1
+    return 1 if "code" in (kind, *beside) else -1
 
 
-_SENTENCE_END = _Pattern(r"(?<=\w\w\w)[.!?]+\s|[\u3002\uff01\uff1f\u0964]|(?<=\w\w)!\s")
+_SENTENCE_END = re.compile(r"(?<=\w\w\w)[.!?]+\s|[\u3002\uff01\uff1f\u0964]|(?<=\w\w)!\s")
 
 
 def _heading(line: str) -> int:
@@ -1223,54 +1145,52 @@ def _heading(line: str) -> int:
     for sentence in reversed(_SENTENCE_END.split(line[-600:].lower())):
         labels = _labels(sentence)
         meanings = [_meaning(sentence, labels, which) for which in range(len(labels))]
+        if meanings and len(sentence) < 40:
+            return meanings[-1]
         if meanings:
-            if len(sentence) < 40:
-                return meanings[-1]
             return max(meanings) if max(meanings) > 0 or sentence.rstrip()[-1:] == ":" else 0
     return 0
 
 
-_WEB_ADDRESS = _Pattern(r"https?://[^\s<>\"]*", re.I)
-_SPREAD = _Pattern(r"[A-Za-z0-9](?:[ \t]+[A-Za-z0-9]){3,15}")
+_WEB_ADDRESS = re.compile(r"https?://[^\s<>\"]*", re.I)
+_SPREAD = re.compile(r"[A-Za-z0-9](?:[ \t]+[A-Za-z0-9]){3,15}")
 
 
 def _laid_out(text: str) -> List[str]:
     """The lines of a text that say something; a character a line or cell is put together."""
     lines: List[str] = []
-    single = False
+    is_single = False
     text = _WEB_ADDRESS.sub("\ufffc", _in_ascii(text)).replace("\t-\t", "-")
     for line in text.split("\n"):
         line = line.strip(" \t\r*_>|")
         if len(line) < 64 and _SPREAD.fullmatch(line):
             line = line.replace(" ", "").replace("\t", "")
-        if single and len(line) == 1 and line.isalnum():
+        if is_single and len(line) == 1 and line.isalnum():
             lines[-1] += line
         elif line:
-            single = len(line) == 1
+            is_single = len(line) == 1
             lines.append(line)
     return lines
 
 
-_CANDIDATE = _Pattern(r"(?<![!-~])(?:%s|%s|%s)" % (
+_CANDIDATE = re.compile(r"(?<![!-~])(?:%s|%s|%s)" % (
     # groups set off with blanks, a number with all its groups, a word that may be a code
-    r"(?=[0-9 ]*[A-Z])(?=[A-Z]*[0-9])[A-Z0-9]{4}(?: (?=[A-Z]*[0-9])[A-Z0-9]{4}){1,7}"
+    r"(?=[0-9 ]{0,39}[A-Z])(?=[A-Z]{0,3}[0-9])[A-Z0-9]{4}(?: (?=[A-Z]{0,3}[0-9])[A-Z0-9]{4}){1,7}"
     r"[\])>.,;:!?*\"'_]*(?![!-~])",
     r"[\[(<*\"'_]*[+(]?[0-9][0-9()+./,:'-]*(?:(?<=[0-9)]) [0-9(+][0-9()+./,:'-]*)*"
     r"[\])>.,;:!?*\"'_]*(?![!-~])",
     r"(?=[!-~]*?(?:[0-9]|[A-Z][A-Z-]|-[a-z]+-|[a-f]+(?![!-~])))[!-~]+"))
-_MAYBE = _Pattern(r"[0-9]|[A-Z][A-Z-][A-Z-][A-Z]|-[a-z]+-")      # a line with one
-_DIGIT = _Pattern("[0-9]")
+_MAYBE = re.compile(r"[0-9]|[A-Z][A-Z-][A-Z-][A-Z]|-[a-z]+-")      # a line with one
 _AROUND = "\"'()[]<>*_.,;:!?|`{}"
-_DIGITS = _Pattern(r"[0-9]{4,9}|[0-9]{3}([ -])[0-9]{3}(?:\1[0-9]{3})?"
-                   r"|[0-9]{4}(?:([ -])[0-9]{4}){1,3}|[0-9]{5}[ -][0-9]{5}"
-                   r"|[0-9]{2}(?:([ -])[0-9]{2}){2,3}|[0-9](?:([ -])[0-9]){3,8}")
-_DATE = _Pattern(r"(?:19|20)[0-9]{2}"
-                 r"|(?:19|20)[0-9]{2}(?:0[1-9]|1[0-2])(?:0[1-9]|[12][0-9]|3[01])"
-                 r"|(?:0[1-9]|[12][0-9]|3[01])(?:0[1-9]|1[0-2])(?:19|20)[0-9]{2}")
-_CURRENCY = _Pattern("[$\u00a3\u00a5\u20a0-\u20cf] ?$")
-_UNIT = _Pattern(r"[ \t]?(?:[$%\u20a0-\u20cf\u00a3\u00a5\u00b0\u00b2]"
-                 r"|(?:eur|usd|gbp|chf|jpy|sek|nok|dkk|pln|zł|kr"
-                 r"|kč|rs|px|[kmgt]i?b|ms|k[gm]|[cm]m|m)\b)", re.I)
+_DIGITS = re.compile(
+    r"[0-9]{4,9}|[0-9]{3}([ -])[0-9]{3}(?:\1[0-9]{3})?|[0-9]{4}(?:[ -][0-9]{4}){1,3}"
+    r"|[0-9]{5}[ -][0-9]{5}|[0-9]{2}(?:([ -])[0-9]{2}){2,3}|[0-9](?:[ -][0-9]){3,8}")
+_DATE = re.compile(r"(?:19|20)[0-9]{2}(?:(?:0[1-9]|1[0-2])(?:0[1-9]|[12][0-9]|3[01]))?"
+                   r"|(?:0[1-9]|[12][0-9]|3[01])(?:0[1-9]|1[0-2])(?:19|20)[0-9]{2}")
+_AMOUNT = re.compile(     # two characters before a token, "|", five characters behind it
+    r"[^\W\d_\u0590-\uffff]\||[$\xa3\xa5\u20a0-\u20cf] ?\||.?.?\|(?:[^\W\d_\u0590-\uffff]"
+    r"|[ \t]?(?:[$%\xa3\xa5\xb0\xb2\u20a0-\u20cf]|(?:eur|usd|gbp|chf|jpy|sek|nok|dkk|pln|zł|kr|kč"
+    r"|rs|px|[kmgt]i?b|ms|k[gm]|[cm]m|m)\b))")
 
 
 class _Candidate(NamedTuple):
@@ -1282,77 +1202,67 @@ class _Candidate(NamedTuple):
 
 def _shape(word: str) -> Tuple[str, str]:
     """(code, look) of a token, ("", "") if it cannot be one."""
-    if len(word) < 4:
-        return "", ""
     if _DIGITS.fullmatch(word):
         return word.replace(" ", "").replace("-", ""), "digits"
     groups = word.replace(" ", "-").split("-")
-    if len(groups) == 2 and groups[1].isdigit() and len(groups[1]) > 3 and len(groups[0]) < 3 and (
-            groups[0].isalpha()):
+    letters = "".join(groups)
+    if len(groups) == 2 and len(groups[0]) < 3 and groups[0].isalpha() and (
+            groups[1].isdigit() and len(groups[1]) > 3):
         return groups[1], "digits"                                            # "G-482913"
-    longest = 16 if len(groups) == 1 else 8
-    if (not word.isascii() or len(word) > 60
-            or not all(group.isalnum() and len(group) <= longest for group in groups)):
+    if (not 4 <= len(word) <= 60 or not word.isascii() or letters.isdigit()
+            or max(map(len, groups)) > (16 if len(groups) == 1 else 8)
+            or not all(map(str.isalnum, groups))):
         return "", ""
-    if not _DIGIT.search(word):
-        odd = word.isupper() or word.islower() and (len(groups) > 2 or set(word) <= set("abcdef"))
-        return (word, "letters") if odd else ("", "")
-    if "".join(groups).isdigit():
-        return "", ""
-    return word, "mixed" if word == word.upper() else "small"
-
-
-def _is_joined(text: str, start: int, end: int) -> bool:
-    """Whether a token is part of a word or an amount."""
-    before, after = text[start - 1:start], text[end:end + 1]
-    return bool(before.isalpha() and before < "\u0590" or after.isalpha() and after < "\u0590"
-                or _CURRENCY.search(text[max(0, start - 2):start]) or _UNIT.match(text, end))
+    if not letters.isalpha():
+        return word, "mixed" if word == word.upper() else "small"
+    is_odd = word.isupper() or word.islower() and (len(groups) > 2 or set(word) <= set("abcdef"))
+    return (word, "letters") if is_odd else ("", "")
 
 
 def _candidates(text: str) -> Iterator[_Candidate]:
     """What in a line or cell looks like a code."""
     for match in _CANDIDATE.finditer(text):
-        word, start, end = match.group(), match.start(), match.end()
+        word, start, end = match[0], match.start(), match.end()
         if len(word) < 4:
             continue
-        head, sign, tail = word.rpartition(":") if ":" in word[:-1] else word.rpartition("=")
-        if sign and head.strip(_AROUND).isalpha() and tail:
+        head, sign, tail = word.rpartition(":" if ":" in word[:-1] else "=")
+        if sign and tail and head.strip(_AROUND).isalpha():              # "code:4711"
             start, word = start + len(head) + 1, tail
         bare = word.strip(_AROUND)
         start += word.find(bare)
-        found = [(bare, *_shape(bare))]
-        if not found[0][1] and " " in bare:                       # a row of equal numbers?
+        shapes = [(bare, *_shape(bare))]
+        if " " in bare and not shapes[0][1]:                   # a row of numbers of one length
             pieces = bare.split(" ")
-            found = [(piece, *_shape(piece)) for piece in pieces if len(piece) == len(pieces[0])]
-            found *= len(found) == len(pieces)
-        if not found or not found[0][1] or _is_joined(text, match.start(), end):
-            continue
-        for piece, code, look in found:
-            if code:
+            is_row = len(set(map(len, pieces))) == 1
+            shapes = [(piece, *_shape(piece)) for piece in pieces if is_row]
+        for piece, code, look in shapes:
+            if code and not _AMOUNT.match(
+                    "%2s|%s" % (text[max(0, match.start() - 2):match.start()],
+                                text[end:end + 5].lower())):
                 yield _Candidate(start, start + len(piece), code, look)
             start += len(piece) + 1
 
 
-_CHANGE = _Pattern("(?<=[0-9])(?=[A-Z])|(?<=[A-Z])(?=[0-9])")
-_FILLING = _Pattern(r"(?<!\S)\(?[0-9]{1,2}[.):]?(?!\S)|[^\w]")
+_CHANGE = re.compile("(?<=[0-9])(?=[A-Z])|(?<=[A-Z])(?=[0-9])")
+_FILLING = re.compile(r"(?<!\S)\(?[0-9]{1,2}[.):]?(?!\S)|[^\w]")
 
 
 def _alone(text: str, tokens: List[_Candidate]) -> bool:
     """Whether a text holds tokens and nothing else but their numbers in a list."""
-    rest, at = [], 0
+    at = 0
     for token in tokens:
         if token.look != "letters" or len(tokens) == 1:
-            rest.append(text[at:token.start])
+            if _FILLING.sub("", " %s " % text[at:token.start]):
+                return False
             at = token.end
-    return bool(at) and not _FILLING.sub("", " ".join(rest) + " " + text[at:])
+    return bool(at or not tokens) and not _FILLING.sub("", " " + text[at:])
 
 
-_IS = r"(?:is|ist|lautet|est|es|è|é|este|jest|to|je|on|ir|yra|er|är|adalah|ialah|là|ay|ni)\b"
 # What stands between a label and what it names, if nothing else does, and behind a code.
-_COPULA = _Pattern(r"(?:.*\W)?%s[\s\"'*(]*|.*[:=\u2014][\s\"'*(]*|.*\s-\s|.*[\u0590-\uffff]\s*"
-                   % _IS, re.I | re.S)
-_COPULA_AFTER = _Pattern(r"[\s\"'*)]*(?:%s|[\u0590-\uffff])" % _IS, re.I)
-_OR = _Pattern(r"[\s,;/|()]*(?:(?:or|and|oder|und|ou|et|o|y|e|of|en|lub)\s)?[\s(]*")
+_IS = r"(?:is|ist|lautet|est|es|è|é|este|jest|to|je|on|ir|yra|er|är|adalah|ialah|là|ay|ni)\b"
+_COPULA = re.compile(
+    r"(?:.*\W)?%s[\s\"'*(]*|.*[:=\u2014][\s\"'*(]*|.*\s-\s|.*[\u0590-\uffff]\s*" % _IS, re.S)
+_COPULA_AFTER = re.compile(r"[\s\"'*)]*(?:%s|[\u0590-\uffff])" % _IS)
 
 
 class _CodeFinder:
@@ -1364,10 +1274,11 @@ class _CodeFinder:
         self.is_short = len(text) <= 2_000
         self.headings: Dict[int, int] = {}              # what a line says of those under it
         self.lists: Dict[int, Tuple[int, int]] = {}     # lines of candidates alone, with `above`
-        self.found: Dict[str, int] = {}                 # code: how sure that is, 1 to 5
+        self.found: Dict[str, int] = {}                 # code: how near its label is
 
     def find(self) -> Dict[str, int]:
-        """The codes in order of appearance."""
+        """The codes in order of appearance, each with how near its label is: 5 with nothing but
+        a colon or "is" between, 4 right before or above, 3 near, 2 the subject, 1 without one."""
         above: List[str] = []
         for number, line in enumerate(self.lines):
             cells = line.split("\t")
@@ -1380,25 +1291,32 @@ class _CodeFinder:
 
     def row(self, number: int, cells: List[str], above: List[str]):
         """Judges the candidates of a line."""
-        row = [(cell, list(_candidates(cell))) for cell in cells]
-        if not any(tokens for _, tokens in row):
+        row = [list(_candidates(cell)) for cell in cells]
+        tokens = [token for tokens in row for token in tokens]
+        if not tokens:
             return
-        alone = [_alone(cell, tokens) for cell, tokens in row]
-        if all(is_alone or not _FILLING.sub("", cell) for is_alone, cell in zip(alone, cells)):
-            if all(token.look == "letters" for _, tokens in row for token in tokens) and not (
+        if all(map(_alone, cells, row)):
+            if any(token.look != "letters" for token in tokens) or (
                     number and self.heading(number - 1) > 0):
-                return
-            self.lists[number] = self.above(number)
-        for column, (cell, tokens) in enumerate(row):
-            if number in self.lists:
-                for token in tokens:
-                    self.judge(token, *self.lists[number])
-            elif alone[column]:
-                said = self.beside(number, cells, column, above)
-                for token in tokens:
-                    self.judge(token, said, 4 * abs(said))
+                self.lists[number] = self.above(number)
+                self.judge(tokens, *self.lists[number])
+            return
+        for column, (cell, tokens) in enumerate(zip(cells, row)):
+            if tokens and _alone(cell, tokens):
+                self.judge(tokens, self.beside(number, cells, column, above), 4)
             else:
-                self.inline(number, cell, tokens)
+                for last, token in enumerate(tokens, -1):
+                    self.judge([token], 1, self.in_sentence(
+                        number, cell, token, tokens[last] if last >= 0 else None))
+
+    def judge(self, tokens: List[_Candidate], said: int, near: int):
+        """Takes tokens for codes, or not."""
+        for token in tokens:
+            is_plain = token.look == "digits" and len(token.code) == 6
+            is_code = said > 0 and near > (3 if token.look == "letters" else 1)
+            if is_code or said > 0 and near == 1 and (is_plain or token.look == "mixed" and (
+                    "-" in token.code or len(_CHANGE.findall(token.code)) > 1)):
+                self.found[token.code] = max(near, self.found.get(token.code, 0))
 
     def heading(self, number: int) -> int:
         """What a line says of those under it."""
@@ -1407,8 +1325,8 @@ class _CodeFinder:
         return self.headings[number]
 
     def above(self, number: int) -> Tuple[int, int]:
-        """(what is said, how near that is: 1 to 4) of tokens that have their line for themselves:
-        by one of the four lines above, down to another such line, by the next, by the subject."""
+        """(what is said, how near that is) of tokens that have their line for themselves: by one
+        of the four lines above, down to another such line, by the next, by the subject."""
         if number - 1 in self.lists:
             return self.lists[number - 1]
         for distance in range(1, min(4, number) + 1):
@@ -1438,36 +1356,13 @@ class _CodeFinder:
                        if cell.strip()), "")
         said = _heading(before)
         if not said and len(above) == len(cells):
-            said = _heading(above[column])
-        elif not said and not before and number:
-            said = self.heading(number - 1)
-        return said
-
-    def judge(self, token: _Candidate, said: int, near: int):
-        """Takes a token for a code, or not. How near the label is: 5 colon or copula between,
-        4 right before or above, 3 near, 2 the subject, 1 there is none."""
-        if said <= 0 or token.look == "letters" and near < 4:
-            return
-        if near == 1 and not (
-                token.look == "digits" and len(token.code) == 6 or token.look == "mixed" and (
-                    "-" in token.code or len(_CHANGE.findall(token.code)) > 1)):
-            return
-        self.found[token.code] = max(near, self.found.get(token.code, 0))
-
-    def inline(self, number: int, text: str, tokens: List[_Candidate]):
-        """Judges tokens with other words around them."""
-        last: Optional[_Candidate] = None
-        for token in tokens:
-            near = self.in_sentence(number, text, token, last)
-            if near:
-                self.judge(token, 1, near)
-            if token.look != "letters":
-                last = token
+            return _heading(above[column])
+        return self.heading(number - 1) if not said and not before and number else said
 
     def in_sentence(self, number: int, text: str, token: _Candidate,
                     last: Optional[_Candidate]) -> int:
-        """How near the label of a token is, 0 where it has none that speaks for a code."""
-        start = last.end if last else 0
+        """How near the label of a token is that has words around it, 0 if none is for a code."""
+        start = last.end if last and last.look != "letters" else 0
         left = text[max(start, token.start - 120):token.start]
         sentence = _SENTENCE_END.split(left.lower())[-1]
         labels = _labels(sentence)
@@ -1483,15 +1378,14 @@ class _CodeFinder:
                 return 4 * (len(token.code) > 7 and gap == " " and not left.isupper())
             if is_date:
                 return 4 * (not words)
-            followed = text[token.end:token.end + 2][-1:].isalpha()
-            if token.look == "small" or len(token.code) == 4 and followed:
+            is_followed = text[token.end:token.end + 2][-1:].isalpha()
+            if token.look == "small" or len(token.code) == 4 and is_followed:
                 return 4 * (words < 2)
             return 4 if words < 3 else 3 * (words < 12)
-        if last:
-            between = text[last.end:token.start]
-            if last.code in self.found and token.look != "letters" and _OR.fullmatch(between):
+        if start and last:
+            if last.code in self.found and last.look == token.look and len(left.split()) < 2:
                 return self.found[last.code]
-            if _COPULA.fullmatch(between[-40:]):        # "The PIN for your card 4711 is 9182"
+            if _COPULA.fullmatch(sentence):                # "The PIN for your card 4711 is 9182"
                 before = text[max(0, start - 80):start].lower()
                 return 3 * any(kind == "secret" for _, _, kind in _labels(before))
         copula = (_COPULA_AFTER.match(text, token.end)
@@ -1525,8 +1419,8 @@ def _text_body(texts: List[str], subject: str) -> Body:
     return Body(text, find_text_links(text), codes, code=code)
 
 
-_UNSEEN = _Pattern("[\u00ad\u034f\u200b-\u200f\u2060\ufeff]+")
-_SEEN = _Pattern("[^\\s\u00ad\u034f\u200b-\u200f\u2060\ufeff]")
+_UNSEEN = re.compile("[\u00ad\u034f\u200b-\u200f\u2060\ufeff]+")
+_SEEN = re.compile("[^\\s\u00ad\u034f\u200b-\u200f\u2060\ufeff]")
 
 
 def _preview(*texts: str) -> str:
@@ -1541,11 +1435,11 @@ def _preview(*texts: str) -> str:
 
 # HTML
 
-_TAG = _Pattern(r"<(?:(/?)([a-zA-Z][^\s/>]{0,60})(>)?|(!--)|[!?/])")
-_ATTRIBUTE = _Pattern(
+_TAG = re.compile(r"<(?:(/?)([a-zA-Z][^\s/>]{0,60})(>)?|(!--)|[!?/])")
+_ATTRIBUTE = re.compile(
     r"[\s/]*(?:(>)|([^\s/>][^\s/>=]*)"
     r"(?:\s*=\s*(?:\"([^\"]*)(?:\"|\Z)|'([^']*)(?:'|\Z)|([^\s>]*)))?)")
-_RAW_TEXT = {name: _Pattern("</%s(?=[\\s/>])" % name, re.I) for name in (
+_RAW_TEXT = {name: re.compile("</%s(?=[\\s/>])" % name, re.I) for name in (
     "script", "style", "title", "textarea", "xmp", "iframe", "noembed", "noframes")}
 _BLOCKS = frozenset(
     "address article aside blockquote body br center dd div dl dt fieldset figure footer form"
@@ -1554,14 +1448,14 @@ _BLOCKS = frozenset(
 _VOID = frozenset("area base br col embed hr img input link meta param source track wbr".split())
 _ATTRIBUTES = frozenset(("href", "src", "alt", "style", "hidden"))
 # Not font-size: templates set it to 0 around everything, and what is inside to what it should be.
-_HIDDEN_STYLE = _Pattern(
+_HIDDEN_STYLE = re.compile(
     r"display\s*:\s*none|visibility\s*:\s*hidden|(?<![\w-])(?:max-height|opacity)\s*:\s*0"
     r"(?:\.0*)?(?:px|pt|em|%)?\s*(?:;|!|$)", re.I)
-_LONG_ENTITY = _Pattern(r"&#(?:[0-9]{9}[0-9]*|[xX][0-9a-fA-F]{9}[0-9a-fA-F]*);?")
-_REFERENCE = _Pattern("&(?:#[0-9]+;?|#[xX][0-9a-fA-F]+;?|[A-Za-z][A-Za-z0-9]{1,31}"
+_LONG_ENTITY = re.compile(r"&#(?:[0-9]{9}[0-9]*|[xX][0-9a-fA-F]{9}[0-9a-fA-F]*);?")
+_REFERENCE = re.compile("&(?:#[0-9]+;?|#[xX][0-9a-fA-F]+;?|[A-Za-z][A-Za-z0-9]{1,31}"
                       "(?:;|(?![A-Za-z0-9=])))")
-_BLANKS = _Pattern(r"\s+")
-_LINE_ENDS = _Pattern(r"[\t\r\n]+")
+_BLANKS = re.compile(r"\s+")
+_LINE_ENDS = re.compile(r"[\t\r\n]+")
 
 
 def _unescape(text: str) -> str:
