@@ -2182,7 +2182,7 @@ class Store:
         self.wall = wall
         self.started = wall()
         self._clock = clock
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
         self.closed = False              # the catcher is stopping: nobody should wait
         # Who waits, by the name of a folder ("" for any), and how many there are of each kind.
         # One Condition for all would wake all: with 200 who wait each mail then costs 0.45 ms
@@ -2341,7 +2341,10 @@ class Store:
     def message(self, id: str) -> Message:
         """The message of that id."""
         with self:
-            return self._message(id)
+            message = self._all.get(id.lower())
+            if message is None:
+                raise Unknown(f"no message has the id {id[:80]!r}; it may be deleted or expired")
+            return message
 
     def messages(self, address: str = "", server: str = "", after: int = 0,
                  timeout: float = 0.0) -> List[Message]:
@@ -2353,25 +2356,23 @@ class Store:
         """
         with self:
             name = self._folder(address, server)
-            found, there, known = self._after(name, after), name in self._folders, None
-            if not there:
-                known = self._unknown(name)
-            if isinstance(known, Ended):
-                raise known
+            there = name in self._folders
+            if not there and isinstance(self._unknown(name), Ended):
+                self._find(name)
+            found = self._after(name, after)
             if found or timeout <= 0 or self.closed:
                 return found
             if self._waiters["mail"] >= self.limits.waiters:
                 raise Full(f"{self.limits.waiters} requests are waiting for mail")
             self._wait("mail", (name,), timeout)
-            self._expire()
             if there and address and name not in self._folders:
-                raise self._unknown(name) or NeverSeen(f"the inbox {name[:320]!r} has ended")
+                self._find(name)
             return self._after(self._folder(address, server), after)
 
     def see(self, id: str, seen: bool = True) -> None:
         """Marks a message as read, or as not read."""
         with self:
-            message = self._message(id)
+            message = self.message(id)
             if message.seen != seen:
                 message.seen = seen
                 self._happened("seen", {"id": message.id, "seen": seen}, tuple(message.inboxes))
@@ -2379,7 +2380,7 @@ class Store:
     def delete(self, id: str) -> None:
         """Ends one message, whoever holds it."""
         with self:
-            self._remove(self._message(id))
+            self._remove(self.message(id))
 
     def empty(self, server: str) -> None:
         """Ends all messages of a server; of the default server: all there are."""
@@ -2538,7 +2539,7 @@ class Store:
         with self:
             inbox = self._taker(address)
             return bool(inbox is not None and inbox.acquired
-                        or key.rpartition("@")[2] == self.domain.lower()
+                        or key.rpartition("@")[2] == inbox_key("x@" + self.domain)[2:]
                         or any(each == server or each in self._names for each in servers_of(key)))
 
     def devices(self) -> List[Dict[str, str]]:
@@ -2607,8 +2608,7 @@ class Store:
             if server != DEFAULT_SERVER:
                 self._folders.setdefault("@" + server, {})[message.number] = message
         self._octets += message.cost
-        if message.envelope.client:
-            self._of_client[message.envelope.client] += message.cost
+        self._of_client[message.envelope.client] += message.cost
         self._happened("message", {"id": message.id}, (
             *names, *["@" + server for server in message.servers], "@" + DEFAULT_SERVER))
         while 0 < self.limits.keep < len(self._all):
@@ -2638,7 +2638,8 @@ class Store:
     def _check_shares(self, message: Message, names: Iterable[str]) -> None:
         """Full if an inbox or a client would have more than its share (see --hosted)."""
         limits = self.limits
-        if 0 < limits.client_octets < message.cost + self._of_client[message.envelope.client]:
+        client = message.envelope.client     # none: it came over HTTP
+        if client and 0 < limits.client_octets < message.cost + self._of_client[client]:
             raise Full(f"the client has {limits.client_octets} octets of mail here; some must end")
         for inbox in filter(None, map(self._inboxes.get, names)):
             if 0 < limits.inbox_messages <= len(self._folders[inbox.name]) or (
@@ -2728,12 +2729,6 @@ class Store:
         return list(itertools.takewhile(lambda message: message.number > number,
                                         reversed(self._folders.get(name, {}).values())))
 
-    def _message(self, id: str) -> Message:
-        message = self._all.get(id.lower())
-        if message is None:
-            raise Unknown(f"no message has the id {id[:80]!r}; it may be deleted or expired")
-        return message
-
     # Ending
 
     def _expire(self) -> None:
@@ -2790,23 +2785,18 @@ class Store:
         del message.inboxes[name]
         if self._folders.get(name, {}).pop(message.number, None) is not None:
             self._inboxes[name].held -= message.cost
-        if not message.inboxes:
-            self._drop(message)
-
-    def _drop(self, message: Message) -> None:
-        """Forgets a message that no inbox holds any longer."""
+        if message.inboxes:
+            return
         del self._all[message.id]
         self._octets -= message.cost + len(message.summary or b"")
         message.summary = None
-        client = message.envelope.client
-        self._of_client[client] -= message.cost if client else 0
-        if not self._of_client[client]:
-            del self._of_client[client]
-        for server in message.servers:
-            if server != DEFAULT_SERVER:
-                del self._folders["@" + server][message.number]
-                if not self._folders["@" + server]:
-                    del self._folders["@" + server]
+        self._of_client[message.envelope.client] -= message.cost
+        if not self._of_client[message.envelope.client]:
+            del self._of_client[message.envelope.client]
+        for folder in ["@" + server for server in message.servers if server != DEFAULT_SERVER]:
+            del self._folders[folder][message.number]
+            if not self._folders[folder]:
+                del self._folders[folder]
 
     def _tell(self, name: str, now: float) -> float:
         """Delivers the mail about a call that did not come in time; the seconds until then."""
