@@ -4655,9 +4655,8 @@ def _list(items: Dict[str, Any]) -> Dict[str, Any]:
 # -- parameters
 
 class Kind(NamedTuple):
-    """How a parameter is read: the JSON schema; what is expected, in words ("": the error says
-    it); a function from what came to the value, ValueError if it does not fit; the value when
-    nothing came."""
+    """The JSON schema of a parameter; what is expected, in words ("": the error says it); a
+    function from what came to the value, ValueError if it does not fit; the value without any."""
 
     schema: Dict[str, Any]
     expected: str
@@ -4671,8 +4670,7 @@ class Parameter(NamedTuple):
     name: str                            # on the wire
     kind: Kind
     text: str                            # what it does
-    missing: str = ""                    # what is said when it is required and not there,
-    code: int = 0                        # and by which of Twilio's codes
+    missing: str = ""                    # what is said when it is required and not there
     many: bool = False
 
 
@@ -4713,12 +4711,11 @@ def _members(octets: bytes) -> Any:
 def _argument(parameter: Parameter, came: List[Any]) -> Any:
     """The value of a parameter; null, "" and nothing at all are the same."""
     name, (_, expected, read, default), *_ = parameter
+    if len(came) > 1 and not parameter.many:
+        raise ApiError(400, "bad_request", f"Expected {name} once, got it {len(came)} times", name)
     try:
-        if parameter.many:
-            return [read(each) for each in came] if came else default
-        if len(came) > 1:
-            raise ApiError(400, "bad_request", f"Expected {name} once, got it {len(came)} times",
-                           name)
+        if parameter.many and came:
+            return [read(each) for each in came]
         return default if came in ([], [None], [""]) else read(came[0])
     except ValueError as error:
         raise (_bad(name, expected, came[0]) if expected else
@@ -4735,9 +4732,8 @@ def _arguments(words: str, given: Dict[str, List[Any]],
             values[key] = _argument(parameters[key], given.get(parameters[key].name, []))
         needed = "!" in word or "|" in word or ">" in word and values[keys[0]]
         if needed and not any(values[key] for key in keys[">" in word:]):
-            name, _, _, missing, code, _ = parameters[keys[">" in word]]
-            more = {"code": code, "message": f"'{name}' is required"} if code else {}
-            raise ApiError(400, "bad_request", missing, name, **more)
+            name, _, text, missing, _ = parameters[keys[">" in word]]
+            raise ApiError(400, "bad_request", missing or f"Expected {name}: {text}", name)
     return values
 
 
@@ -4745,8 +4741,8 @@ def _from_json(words: str, value: Any, parameters: Dict[str, Parameter]) -> Dict
     """The same from an object, whatever case its names have: .NET sends PascalCase."""
     if not isinstance(value, dict):
         raise _bad("the body", "a JSON object", value)
-    named = [parameters[key].name for key in re.findall(r"\w+", words)]
-    names = {name.lower(): name for name in named}
+    names = {parameters[key].name.lower(): parameters[key].name
+             for key in re.findall(r"\w+", words)}
     given = {names.get(str(name).lower(), ""): [each] for name, each in value.items()}
     return _arguments(words, given, parameters)
 
@@ -4777,17 +4773,17 @@ def _number(least: int, most: float, default: float, whole: bool = True) -> Kind
 
 def _choice(expected: str, choices: Dict[Any, Any], default: Any) -> Kind:
     """One of some words, in any case: word -> value."""
+    known = {json.dumps(word).lower(): choice for word, choice in choices.items()}
+
     def read(value: Any) -> Any:
-        known = {json.dumps(word).lower(): choice for word, choice in choices.items()}
-        try:
-            return known[json.dumps(value).lower()]
-        except KeyError:
-            raise ValueError from None
+        if json.dumps(value).lower() not in known:
+            raise ValueError
+        return known[json.dumps(value).lower()]
     return Kind({"enum": [*choices, ""]}, expected, read, default)
 
 
 _ISO = re.compile(r"(\d{4})-(\d\d)-(\d\d)(?:[T ](\d\d):(\d\d)(?::(\d\d)(?:\.(\d{1,9}))?)?"
-                  r"(?:(Z)|([+\- ])(\d\d):?([0-5]\d))?)?", re.I)
+                  r"(?:(Z)|([+\- ])([01]\d|2[0-3]):?([0-5]\d))?)?", re.I)
 
 
 def _time(text: str) -> float:
@@ -4796,15 +4792,14 @@ def _time(text: str) -> float:
     if re.fullmatch(r"[0-9]{10,15}", text):          # ten or eleven digits: seconds
         return int(text) / (1 if len(text) < 12 else 1000)
     match = _ISO.fullmatch(text.strip())
-    if match is None or int(match.group(10) or 0) > 23:
+    if match is None:
         raise ValueError
-    year, month, day, hour, minute, second = (int(part or 0) for part in match.groups()[:6])
-    micro = int((match.group(7) or "0")[:6].ljust(6, "0"))
-    hours, minutes = (int(part or 0) for part in match.group(10, 11))
-    offset = datetime.timedelta(hours=hours, minutes=minutes)
-    since = datetime.datetime(year, month, day, hour, minute, second, micro) - datetime.datetime(
-        1970, 1, 1)
-    return (since + offset if match.group(9) == "-" else since - offset).total_seconds()
+    *parts, second, fraction, _, sign, hours, minutes = match.groups()
+    when = datetime.datetime(*(int(part or 0) for part in (*parts, second)),
+                             int((fraction or "0")[:6].ljust(6, "0")))
+    offset = 3600 * int(hours or 0) + 60 * int(minutes or 0)
+    seconds = (when - datetime.datetime(1970, 1, 1)).total_seconds()
+    return seconds + (offset if sign == "-" else -offset)
 
 
 # Every character at which Python's splitlines() or SMTP would end a line.
@@ -4825,12 +4820,6 @@ def _mailbox_list(value: Any) -> str:
     if not all("@" in address for address in _mailboxes(text) or [text.strip() and "none"]):
         raise ValueError
     return text
-
-
-def _bool(value: Any) -> bool:
-    if not isinstance(value, bool):
-        raise ValueError
-    return value
 
 
 def _base64(value: Any) -> bytes:
@@ -4888,12 +4877,11 @@ def _parts(value: Any) -> List[Dict[str, Any]]:
 _PARTS = Kind({**_list({"type": "object", "properties": {
     member.name: member.kind.schema for member in _PART.values()}}), "nullable": True},
     "a list of objects", _parts, ())
-_SMS = "A '{}' is required: expected form fields From, To and Body"
 
 # The name of a handler's argument: the name on the wire, how it is read, what it does ...
 PARAMETERS = {key: Parameter(*row) for key, row in {
     "inbox": ("inbox", _text()._replace(default=None), "an address whose mail alone is meant; may "
-              "be repeated", "", 0, True),
+              "be repeated", "", True),
     "count": ("count", _number(1, 10_000, 1), "how many are waited for"),
     "subject": ("subject", _TEXT, "a part of the subject"),
     "sender": ("from", _TEXT, "the whole address of the sender"),
@@ -4901,7 +4889,7 @@ PARAMETERS = {key: Parameter(*row) for key, row in {
     "body": ("body", _TEXT, "a part of the text or of the HTML's source"),
     "header": ("header", _TEXT, "a part of a header field, such as X-Tag: 7"),
     "after": ("after", _text(), "the id of a message: only what came after it"),
-    "silence": ("expect", _choice("0, which proves that no mail comes", {"0": True}, False),
+    "nothing": ("expect", _choice("0, which proves that no mail comes", {"0": True}, False),
                 "0: that nothing comes"),
     "remote": ("remote", _choice("0 or 1", {"0": False, "1": True}, False),
                "1: with remote content"),
@@ -4927,7 +4915,7 @@ PARAMETERS = {key: Parameter(*row) for key, row in {
     "recipients": ("to", _ADDRESSES, "recipients", "Expected to: an address to send to"),
     "copies": ("cc", _ADDRESSES, "recipients of a copy"),
     "author": ("from", _ADDRESSES, "the sender"),
-    "send": ("send", Kind({"type": "boolean", "nullable": True}, "true or false", _bool, False),
+    "send": ("send", _choice("true or false", {True: True, False: False, None: False}, False),
              "true: it is sent; else the server has received it"),
     "title": ("subject", _LINE, "the subject"),
     "text": ("text", _TEXT, "the text"),
@@ -4941,10 +4929,10 @@ PARAMETERS = {key: Parameter(*row) for key, row in {
         {"type": "string", "maxLength": 200, "pattern": _SECRET}, "base32, such as "
         "ONSWG4TFOQYTEMY=", lambda value: _secret_key(value) and value), "a secret in base32",
         "Expected sharedSecret to be base32, such as ONSWG4TFOQYTEMY=, got ''"),
-    "sms_to": ("To", _PHONE, "the recipient", _SMS.format("To"), 21604),
-    "sms_from": ("From", _PHONE, "the sender", _SMS.format("From"), 21603),
+    "sms_to": ("To", _PHONE, "the recipient of an SMS"),
+    "sms_from": ("From", _PHONE, "its sender"),
     "sms_service": ("MessagingServiceSid", _PHONE, "in place of From"),
-    "sms_text": ("Body", _TEXT, "the text", _SMS.format("Body"), 21602),
+    "sms_text": ("Body", _TEXT, "its text"),
 }.items()}
 
 
@@ -5076,11 +5064,6 @@ def item(api: Api, message: Message, server: str = "") -> bytes:
 
 # -- what endpoints need
 
-def _host_name(request: Request) -> str:
-    """The name or address by which the client reached us, without the port."""
-    return re.sub(r":[0-9]*$", "", request.headers.get("host", "")).lower()
-
-
 def _inbox(view: InboxView) -> Dict[str, Any]:
     return {"address": view.address, "expires": iso_time(view.expires),
             "acquired": view.acquired, "message_count": view.count, "unseen": view.unseen,
@@ -5161,16 +5144,14 @@ def _with_links(source: str) -> str:
 
 
 def compose(fields: Dict[str, str], text: str, source: str,
-            parts: Iterable[Tuple[str, str, str, bytes]] = ()) -> bytes:
-    """A new mail: header fields (an empty one is left out), text and HTML, attachments as (name,
-    media type, content id, octets).  ValueError names a field that can be none."""
+            parts: Iterable[Dict[str, Any]] = ()) -> bytes:
+    """A new mail: header fields (an empty one is left out), text and HTML, attachments as
+    PARAMETERS has them.  ValueError names a field that can be none."""
     import email.policy
     mail = email.message.EmailMessage(policy=email.policy.SMTP)
     for name, value in fields.items():
         try:
-            # the package takes seconds to fold a long one, and overlooks a break at the end
-            if len(value) > 2_000 or re.search(f"[{LINE_ENDS}]", value):
-                raise ValueError
+            _LINE.read(value)            # the package takes seconds to fold a long one
             if value:
                 mail[name] = value
         except (ValueError, IndexError, TypeError, AttributeError,
@@ -5181,22 +5162,16 @@ def compose(fields: Dict[str, str], text: str, source: str,
     text, source = (each.encode("utf-8", "replace").decode() for each in (text, source))
     if text or not source:
         mail.set_content(text, cte="quoted-printable" if not text.isascii() else None)
-        if source:
-            mail.add_alternative(source, subtype="html")
-    else:
-        mail.set_content(source, subtype="html")
-    for name, kind, content_id, octets in parts:
-        name = re.sub(r"[\x00-\x1f\x7f]", "", name).encode("utf-8", "replace").decode()
-        content_id = re.sub(r"[^!-~]|[<>]", "", content_id)
-        main, _, sub = kind.partition("/")
-        mail.add_attachment(octets, main, sub, filename=name or "attachment",
+    if source:
+        (mail.add_alternative if text else mail.set_content)(source, subtype="html")
+    for part in parts:
+        name = re.sub(r"[\x00-\x1f\x7f]", "", part["file_name"])
+        content_id = re.sub(r"[^!-~]|[<>]", "", part["content_id"])
+        kind, _, subtype = (part["content_type"] or "application/octet-stream").partition("/")
+        mail.add_attachment(part["content"], kind, subtype,
+                            filename=name.encode("utf-8", "replace").decode() or "attachment",
                             **({"cid": f"<{content_id}>"} if content_id else {}))
     return mail.as_bytes()
-
-
-def _given_parts(parts: Iterable[Dict[str, Any]]) -> List[Tuple[str, str, str, bytes]]:
-    return [(part["file_name"], part["content_type"] or "application/octet-stream",
-             part["content_id"], part["content"]) for part in parts]
 
 
 _SAMPLE = {
@@ -5263,52 +5238,40 @@ class Call:
                             type="text/plain; charset=utf-8")
         host, _, port = self.policy.smtp.rpartition(":")
         if host in ("0.0.0.0", "[::]"):      # all addresses: the one that the client knows
-            host = _host_name(self.request) or host
+            host = re.sub(r":[0-9]*$", "", self.request.headers.get("host", host))
         return {"address": view.address, "expires": iso_time(view.expires),
                 "server": DEFAULT_SERVER, "smtp": f"{host}:{port}"}
 
-    def _not_enough(self, address: str, count: int, found: int, waited: float,
-                    kind: str) -> ApiError:
-        """404: how many mails came and which ones; what else is known, unless that is for the
-        holders of a key."""
-        store, since = self.store, self.store.wall() - waited - 60
-        with contextlib.suppress(Unknown):
-            view = store.inbox(address)
-            since = view.expires - store.limits.ttl if view.acquired else since
-        there = store.messages(address)
-        closed = self.policy.hosted or self.policy.api_key
-        return ApiError(404, "timeout" if waited else "empty",
-                        f"Expected {count} message{'s' * (count > 1)} for {address}{kind}, got "
-                        f"{found} in {waited:g} s; the inbox holds {len(there)} in all",
-                        waited=waited, hints=[] if closed else silence(store, address, since),
-                        received=(item(self.api, message) for message in there[:50]))
-
-    def _mail_of(self, address: str, least: int, timeout: float, count: int,
-                 silence: bool, after: str, **filters: str):
-        """Mail of an inbox that matches, when there is as much as is wanted."""
-        store, base = self.store, self.base
-        wanted = criteria(**filters)
-        count = 1 if silence else count
+    def _mail_of(self, address, least, timeout, count, nothing, after, **filters: str):
+        """Mail of an inbox that matches, when there is as much as is wanted.  ApiError tells what
+        came else, and what is known beside, unless that is for the holders of a key."""
+        store, wanted, began = self.store, criteria(**filters), time.monotonic()
+        count = 1 if nothing else count
         number = store.message(after).number if after else 0
         if not timeout or store.strict:      # nobody waits, or nothing can come
             store.inbox(address)
-        began = time.monotonic()
         found = collect(store, wanted.match, count, timeout, number, self.request.gone,
                         address=address)
         waited = round(time.monotonic() - began, 3)
-        if silence and found:
-            raise ApiError(409, "unexpected", f"Expected no such mail for {address}, "
-                           f"got {len(found)}", waited=waited,
-                           messages=(message_value(self.api, each, base) for each in found[:50]))
-        if not silence and len(found) < (count if timeout else least * count):
-            raise self._not_enough(address, count, len(found), waited if timeout else 0.0,
-                                   " of that kind" * bool(wanted.terms))
-        try:
-            head = _inbox(store.inbox(address))
-        except Unknown:                      # silence was expected, and there is not even an inbox
-            head = {"address": address, "expires": None}
-        return {**head, "message_count": len(found),
-                "messages": (message_value(self.api, message, base) for message in found)}
+        mails = (message_value(self.api, message, self.base) for message in found)
+        if nothing and found:
+            raise ApiError(409, "unexpected", f"Expected no such mail for {address}, got "
+                           f"{len(found)}", waited=waited, messages=itertools.islice(mails, 50))
+        head: Dict[str, Any] = {"address": address, "expires": None}
+        since = store.wall() - waited - 60
+        with contextlib.suppress(Unknown):   # silence may be expected where there is no inbox
+            view = store.inbox(address)
+            head, since = _inbox(view), (view.expires - store.limits.ttl if view.acquired
+                                         else since)
+        if not nothing and len(found) < (count if timeout else least * count):
+            there, kind = store.messages(address), " of that kind" * bool(wanted.terms)
+            closed = self.policy.hosted or self.policy.api_key
+            raise ApiError(404, "timeout" if timeout else "empty",
+                           f"Expected {count} message{'s' * (count > 1)} for {address}{kind}, got "
+                           f"{len(found)} in {waited:g} s; the inbox holds {len(there)} in all",
+                           waited=waited, hints=[] if closed else silence(store, address, since),
+                           received=(item(self.api, message) for message in there[:50]))
+        return {**head, "message_count": len(found), "messages": mails}
 
     def get_inbox(self, address: str, **wanted: Any):
         """The mail of an inbox, waited for if asked; 404 while there is none"""
@@ -5444,17 +5407,13 @@ class Call:
 
     def get_attachment(self, id: str):
         """An attachment's octets"""
-        message_id, dash, number = id.rpartition("-")
-        if not dash or not re.fullmatch("[0-9]{1,9}", number):
+        message_id, _, number = id.rpartition("-")
+        parts = self.api.read(self.store.message(message_id)).attachments if message_id else []
+        if not re.fullmatch("[0-9]{1,9}", number) or int(number) >= len(parts):
             raise Unknown(f"no attachment has the id {id[:80]!r}")
-        message = self.store.message(message_id)
-        attachments = self.api.read(message).attachments
-        if int(number) >= len(attachments):
-            raise Unknown(f"no attachment has the id {id[:80]!r}")
-        part = attachments[int(number)]
+        part = parts[int(number)]
         kind = part.content_type if re.fullmatch(_TOKENS, part.content_type) else ""
-        return Response(body=part.octets,
-                        type=kind or "application/octet-stream",
+        return Response(body=part.octets, type=kind or "application/octet-stream",
                         headers=_as_download(part.file_name, kind))
 
     def get_email(self, id: str):
@@ -5465,28 +5424,23 @@ class Call:
 
     # -- preview
 
-    def _with_images(self, message: Message, mail: Mail) -> str:
+    def _with_images(self, mail: Mail) -> str:
         """The HTML with its cid: images as data: URLs, as long as that is not too large."""
-        images = {part.content_id: part for part in mail.attachments
+        images = {part.content_id: f"data:{part.content_type};base64,"
+                  + base64.b64encode(part.octets).decode() for part in mail.attachments
                   if part.content_id and re.fullmatch(_TOKENS, part.content_type)}
-        data: Dict[str, str] = {}
         room = self.store.limits.max_size * 3 // 2
 
         def inline(match: Any) -> str:
             nonlocal room
-            name = urllib.parse.unquote(html.unescape(match.group(1)))
-            if name in images and name not in data:
-                encoded = base64.b64encode(images[name].octets).decode()
-                data[name] = f"data:{images[name].content_type};base64,{encoded}"
-            url = data.get(name, "")
+            url = images.get(urllib.parse.unquote(html.unescape(match.group(1))), "")
             room -= len(url)
             return url if url and room > 0 else match.group()
-        return re.sub(r"cid:([^\s\"'<>)\\]{1,998})", inline, mail.html_body.body or "")
+        return re.sub(r"cid:([^\s\"'<>)\\]{1,998})", inline, mail.html)
 
     def preview(self, id: str, remote: bool):
         """A mail's HTML for a sandboxed frame; remote content only with remote=1"""
-        message = self.store.message(id)
-        body = _with_links(self._with_images(message, self.api.read(message)))
+        body = _with_links(self._with_images(self.api.read(self.store.message(id))))
         body = re.sub(_LOADERS.format("" if remote else "|link"), "<x-", body, flags=re.I)
         sources = " http: https:" if remote else ""
         policy = (f"default-src 'none'; img-src data:{sources}; "
@@ -5516,23 +5470,20 @@ class Call:
             if message.direction == direction:
                 yield message
 
-    def list_messages(self, server: str, page: int, size: int, since: Optional[float],
-                      direction: str, query: Criteria, inbox: Optional[List[str]]):
+    def list_messages(self, server, page, size, since, direction, query, inbox):
         """Summaries, newest first; `q` searches as the page does, X-Total-Count counts"""
         found = list(filter(query.match, self._messages_of(server, direction, since, inbox)))
         response = _response({"items": (item(self.api, message, server) for message in
                                         found[page * size:(page + 1) * size])})
         return response._replace(headers=(("X-Total-Count", str(len(found))),))
 
-    def search_messages(self, server: str, page: int, size: int,
-                        since: Optional[float], direction: str, milliseconds: int, sent_from: str,
-                        sent_to: str, subject: str, body: str, any_of: bool):
+    def search_messages(self, server, page, size, since, direction, milliseconds, any_of,
+                        sent_from, sent_to, subject, body):
         """Summaries that match criteria; a client that polls is held until one arrives"""
-        store, timeout = self.store, milliseconds / 1000
+        store, timeout, number = self.store, milliseconds / 1000, self.store.number
         wanted = criteria(subject, sent_from, sent_to, body, any_of=any_of)
         poll = self.request.headers.get("authorization"), self.request.query, wanted
         delay = "1"          # 0: PHP's client takes it for 1000, others do not pause
-        number = store.number
 
         def find() -> List[Message]:
             found = filter(wanted.match, self._messages_of(server, direction, since))
@@ -5560,9 +5511,10 @@ class Call:
 
     # -- Mailosaur: creating mail
 
-    def _mail(self, fields: Dict[str, str], text: str, source: str,
-              parts: Iterable[Tuple[str, str, str, bytes]]) -> bytes:
-        """The same, for a client: what cannot be made is refused."""
+    def _keep(self, fields: Dict[str, str], text: str, source: str, parts, server: str,
+              envelope: Optional[Envelope] = None):
+        """Composes a mail and keeps it: as received with that envelope, else as sent, and then
+        recipients of ours get it."""
         try:
             octets = compose(fields, text, source, parts)
         except ValueError as error:
@@ -5572,90 +5524,67 @@ class Call:
         if len(octets) > most:
             raise ApiError(413, "too_large", f"Expected a mail of at most {most} octets, "
                                              f"got {len(octets)}")
-        return octets
-
-    def _store_sent(self, octets: bytes, sender: str, recipients: List[str],
-                    server: str) -> Message:
-        """Keeps a mail that the API was told to send; recipients of ours get it."""
-        sent = Message(new_id(), octets, Envelope(None, tuple(recipients)), direction="Sent")
-        self.store.deliver(sent, server)
-        ours = tuple(path for path in recipients if self.store.is_ours(path, server))
+        to = tuple(_mailboxes(fields["To"]) + _mailboxes(fields["Cc"]))
+        message = Message(new_id(), octets, envelope or Envelope(None, to),
+                          direction="Received" if envelope else "Sent")
+        self.store.deliver(message, server)
+        ours = () if envelope else tuple(path for path in to if self.store.is_ours(path, server))
         if ours:
-            self.store.deliver(Message(new_id(), octets, Envelope(sender, ours, "localhost")))
-        return sent
+            self.store.deliver(Message(new_id(), octets,
+                                       Envelope(fields["From"], ours, "localhost")))
+        return message_value(self.api, message, self.base)
 
-    def create_message(self, owner: str, recipients: str, copies: str,
-                       author: str, send: bool, parts: List[Dict[str, Any]], **content: str):
+    def create_message(self, owner, recipients, copies, author, send, parts, **content: str):
         """Create a mail: sent with send=true, else received by the server"""
         if not any(content.values()):
             content = _SAMPLE
-        server = owner.lower()
-        sender = author or f"{_random_name(8)}@{self.store.domain}"
-        label = re.sub(r"[^!-~]|[][]", "-", server[:63])     # a mailbox needs it plain
+        label = re.sub(r"[^!-~]|[][]", "-", owner.lower()[:63])      # a mailbox needs it plain
         receiver = recipients or f"sample@{label}.mailosaur.net"
-        octets = self._mail({"From": sender, "To": receiver, "Cc": copies,
-                             "Subject": content["title"]}, content["text"], content["source"],
-                       _given_parts(parts))
+        fields = {"From": author or f"{_random_name(8)}@{self.store.domain}", "To": receiver,
+                  "Cc": copies, "Subject": content["title"]}
         to = _mailboxes(recipients) + _mailboxes(copies)
-        if send:
-            message = self._store_sent(octets, sender, to, server)
-        else:
-            message = Message(new_id(), octets, Envelope(None, tuple(to) or (receiver,)))
-            self.store.deliver(message, server)
-        return message_value(self.api, message, self.base)
+        return self._keep(fields, content["text"], content["source"], parts, owner.lower(),
+                          None if send else Envelope(None, tuple(to) or (receiver,)))
 
-    def _original(self, id: str) -> Tuple[Message, Mail]:
-        """A mail that is to be answered."""
+    def _answer(self, id: str, prefix: str, to: str, copies: str, text: str, source: str, parts):
+        """Composes and keeps a reply or a forward, with the original below."""
         message = self.store.message(id)
         if message.kind != "Email":
             raise ApiError(400, "bad_request", f"Expected a mail, got an {message.kind}", "id")
-        return message, self.api.read(message)
-
-    def _answered(self, original: Message, mail: Mail, prefix: str, to: str,
-                  copies: str, text: str, source: str,
-                  parts: Iterable[Tuple[str, str, str, bytes]]):
-        """Composes and keeps a reply or a forward, with the original below."""
+        mail = self.api.read(message)
+        if prefix == "Fwd: ":
+            parts = [{"file_name": part.file_name, "content_type": part.content_type,
+                      "content_id": part.content_id or "", "content": part.octets}
+                     for part in mail.attachments
+                     if re.fullmatch(_PART_TYPE, part.content_type)] + list(parts)
+        else:
+            to = ", ".join(each.email for each in mail.reply_to or mail.from_ if each.email)
+        if not to:
+            raise ApiError(400, "bad_request", "Expected a message with From or Reply-To", "id")
         writer = mail.from_[0].email if mail.from_ else "someone"
         if text or not source:
             text += f"\n\n{writer} wrote:\n" + "".join(
-                f"> {line}\n" for line in (mail.text_body.body or mail.preview).splitlines())
+                f"> {line}\n" for line in (mail.text or mail.preview).splitlines())
         if source:
-            below = mail.html_body.body or html.escape(mail.text_body.body or "")
+            below = mail.html or html.escape(mail.text)
             source += f"<p>{html.escape(writer)} wrote:</p><blockquote>{below}</blockquote>"
         subject = re.sub(f"[{LINE_ENDS}]+", " ", mail.subject)
-        sender = next(iter(original.envelope.forward_paths), f"sample@{self.store.domain}")
-        octets = self._mail({
-            "From": sender, "To": to, "Cc": copies,
-            "Subject": subject if subject.lower().startswith(prefix.lower()) else prefix + subject,
-            "In-Reply-To": re.sub(r"[^!-~]", "", mail.message_id)}, text, source, parts)
-        sent = self._store_sent(octets, sender, _mailboxes(to) + _mailboxes(copies),
-                           _server(original))
-        return message_value(self.api, sent, self.base)
+        return self._keep({
+            "From": next(iter(message.envelope.forward_paths), f"sample@{self.store.domain}"),
+            "To": to, "Cc": copies,
+            "Subject": prefix * (not subject.lower().startswith(prefix.lower())) + subject,
+            "In-Reply-To": re.sub(r"[^!-~]", "", mail.message_id)}, text, source, parts,
+            _server(message))
 
-    def forward_message(self, id: str, recipients: str, copies: str, text: str,
-                        source: str, parts: List[Dict[str, Any]]):
+    def forward_message(self, id: str, recipients: str, **content: Any):
         """Forward a message; stored as sent"""
-        original, mail = self._original(id)
-        kept = [(part.file_name, part.content_type, part.content_id or "",
-                 part.octets) for part in mail.attachments
-                if re.fullmatch(_PART_TYPE, part.content_type)]
-        return self._answered(original, mail, "Fwd: ", recipients, copies, text, source,
-                         kept + _given_parts(parts))
+        return self._answer(id, "Fwd: ", recipients, **content)
 
-    def reply_to_message(self, id: str, copies: str, text: str, source: str,
-                         parts: List[Dict[str, Any]]):
+    def reply_to_message(self, id: str, **content: Any):
         """Reply to a message; stored as sent"""
-        original, mail = self._original(id)
-        to = [address.email for address in mail.reply_to or mail.from_ if address.email]
-        if not to:
-            raise ApiError(400, "bad_request", "Expected a message with From or Reply-To", "id")
-        return self._answered(original, mail, "Re: ", ", ".join(to), copies, text, source,
-                         _given_parts(parts))
+        return self._answer(id, "Re: ", "", **content)
 
     # -- Mailosaur: servers, devices, usage
-
-    def _server_json(self, server: str, name: str) -> Dict[str, Any]:
-        return {"id": server, "name": name, "users": [], "messages": self.store.count(server)}
 
     def _known_server(self, server: str) -> str:
         name = self.store.servers().get(server.lower())
@@ -5666,24 +5595,24 @@ class Call:
 
     def list_servers(self):
         """The servers: the default one, the named ones, those that hold mail"""
-        return {"items": [self._server_json(server, name)
-                          for server, name in self.store.servers().items()]}
+        return {"items": [self.get_server(server) for server in self.store.servers()]}
 
     def create_server(self, server_name: str):
         """Create a server with a new id"""
         server = _random_name(8).lower()     # 8 characters: what the clients demand
         self.store.name_server(server, server_name)
-        return self._server_json(server, server_name)
+        return self.get_server(server)
 
     def get_server(self, id: str):
         """One server"""
-        return self._server_json(id.lower(), self._known_server(id))
+        return {"id": id.lower(), "name": self._known_server(id), "users": [],
+                "messages": self.store.count(id.lower())}
 
     def update_server(self, id: str, server_name: str):
         """Give a server another name"""
         self._known_server(id)
         self.store.name_server(id.lower(), server_name)
-        return self._server_json(id.lower(), server_name)
+        return self.get_server(id)
 
     def delete_server(self, id: str):
         """Delete a server and its messages"""
@@ -5817,7 +5746,7 @@ class Route(NamedTuple):
     gives: str = ""                      # a media type, or a schema of OpenAPI's components
 
 
-_WAIT = "timeout count subject sender to body header after silence"
+_WAIT = "timeout count subject sender to body header after nothing"
 _LIST = "server page size since direction"
 _LISTED, _SEARCH = _LIST + " query inbox", _LIST + " milliseconds"
 _CRITERIA = "sent_from|sent_to|subject|body any_of"
@@ -5837,10 +5766,8 @@ ROUTES = tuple(Route(*columns) for columns in (
     ("GET", "/healthz", Call.health, "open"),
     ("GET", "/cert.pem", Call.get_certificate, "open", "", "", _PEM),
     ("GET", "/openapi.json", Call.describe_api),
-    ("GET", "/v1/acquire", Call.acquire, "inbox", "fail", "", _TXT),
-    ("GET", "/v1/register", Call.acquire, "inbox", "fail", "", _TXT),
-    ("GET", "/acquire", Call.acquire, "inbox", "fail", "", _TXT),
-    ("GET", "/aquire", Call.acquire, "inbox", "fail", "", _TXT),
+    *(("GET", path, Call.acquire, "inbox", "fail", "", _TXT)
+      for path in ("/v1/acquire", "/v1/register", "/acquire", "/aquire")),
     ("GET", "/v1/get/{address}", Call.get_inbox, "inbox", _WAIT, "", "Inbox"),
     ("GET", "/v1/load/{address}", Call.load_inbox, "inbox", _WAIT, "", "Inbox"),
     ("DELETE", "/v1/get/{address}", Call.delete_inbox, "inbox"),
@@ -5909,7 +5836,8 @@ def _schemas(api: Api) -> Dict[str, Any]:
     """The schemas of what routes give, read from a message that has something in every member."""
     message = Message(new_id(), compose(
         {"From": "a@b.example", "To": "c@d.example", "Cc": "e@f.example"}, _SAMPLE["text"],
-        _SAMPLE["source"] + "<img src=cid:a>", [("a", "image/png", "a", b"x")]),
+        _SAMPLE["source"] + "<img src=cid:a>", [{
+            "file_name": "a", "content_type": "image/png", "content_id": "a", "content": b"x"}]),
         Envelope("a@b.example", ("g@h.example",)))
     listed = {"$ref": "#/components/schemas/Item"}, {"$ref": "#/components/schemas/Message"}
     inbox = InboxView("", True, 0.0, 0, 0, (("", 0, 0),))
@@ -6159,6 +6087,9 @@ def _respond(api: Api, request: Request) -> Response:
     return _response(route.run(Call(api, request), **values))
 
 
+_TWILIO = {"To": 21604, "From": 21603, "Body": 21602}            # its codes for what is missing
+
+
 def _error(request: Request, error: ApiError) -> Response:
     """A refusal as a response; Mailosaur's endpoints have a form of their own."""
     if request.path.startswith("/api/files/") and error.status == 404:
@@ -6168,20 +6099,19 @@ def _error(request: Request, error: ApiError) -> Response:
         kind = {400: "ValidationError", 401: "AuthenticationError", 404: "NotFound"}
         value = {"type": kind.get(error.status, "Error"), "message": error.detail, "errors": [
             {"field": error.field, "detail": [{"description": error.detail}]}]}
+    if request.path.startswith("/2010-04-01/") and error.field in _TWILIO:
+        value.update(code=_TWILIO[error.field], message=error.detail)
     value.update(error.more)
     return _response(value)._replace(status=error.status, headers=error.headers)
 
 
-def _refusal(request: Request, error: Exception) -> ApiError:
+def _refusal(error: Exception) -> ApiError:
     """What the client is told of an exception."""
-    if isinstance(error, ApiError):
-        return error
     if isinstance(error, Unknown):
         return ApiError(404, "not_found", str(error))
     if isinstance(error, Full):
         return ApiError(503, "full", f"Try again later: {error}",
                         headers=(("Retry-After", "1"),))
-    log_error("%s %s failed", request.method, request.path, trace=True)
     return ApiError(500, "internal", "This is a defect of mailtest; its log on standard error "
                                      "says more")
 
@@ -6195,7 +6125,9 @@ def answer(api: Api, request: Request) -> Response:
     except Hangup:
         raise
     except Exception as error:           # the edge of a request: the client learns no more
-        refusal = _refusal(request, error)
+        refusal = error if isinstance(error, ApiError) else _refusal(error)
+        if refusal.status == 500:
+            log_error("%s %s failed", request.method, request.path, trace=True)
         response = _error(request, refusal)
         if refusal.status == 405 and request.method == "OPTIONS":
             response = Response(204, headers=refusal.headers)

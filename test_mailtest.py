@@ -5597,10 +5597,11 @@ def test_sms_is_read_in_the_inbox_of_its_number():
     "an empty Body": (b"To=a&From=b&Body=", "Body")}))
 def test_sms_that_lacks_something_is_refused_as_twilio_does(form, field):
     _, api = api_on_clock()
+    said_of = {"To": "Expected To: the recipient of an SMS", "From": "Expected From: its sender",
+               "Body": "Expected Body: its text"}
     assert said(ask(api, "POST", TWILIO, form)) == (400, {
-        "error": "bad_request", "detail": f"A '{field}' is required: expected form fields From, "
-        "To and Body", "code": {"To": 21604, "From": 21603, "Body": 21602}[field],
-        "message": f"'{field}' is required"})
+        "error": "bad_request", "detail": said_of[field],
+        "code": {"To": 21604, "From": 21603, "Body": 21602}[field], "message": said_of[field]})
 
 
 def test_sms_from_a_messaging_service_needs_no_number():
