@@ -244,10 +244,16 @@ MAX_WARNINGS = 40
 class _Warnings(Dict[str, None]):
     """Warnings in order, each once, and no more than the bound."""
 
-    def add(self, text: str):
+    def add(self, text: str) -> None:
         """Adds a warning, once."""
         if len(self) < MAX_WARNINGS:
             self[text] = None
+
+    def cut(self, value: Any, most: int, what: str) -> Any:
+        """The first `most` items of a value; warns if there are more."""
+        if len(value) > most:
+            self.add(f"more than {most} {what}: the rest was not read")
+        return value[:most]
 
 
 # Octets to text
@@ -272,24 +278,22 @@ _LABELS = {
 _NO_CHARSETS = frozenset((
     "base64_codec", "bz2_codec", "hex_codec", "idna", "mbcs", "oem", "punycode", "quopri_codec",
     "raw_unicode_escape", "rot_13", "undefined", "unicode_escape", "uu_codec", "zlib_codec"))
-_CODECS = {label.replace("_", ""): codec
+# What senders of these charsets write in fact (as in the WHATWG Encoding standard).
+_LARGER = {"latin_1": "cp1252", "iso8859_9": "cp1254", "iso8859_11": "cp874", "tis_620": "cp874",
+           "gb2312": "gb18030", "gbk": "gb18030", "big5": "cp950", "shift_jis": "cp932",
+           "iso2022_jp": "iso2022_jp_ext", "euc_kr": "cp949"}
+_CODECS = {label.replace("_", ""): _LARGER.get(codec, codec)
            for alias, codec in encodings.aliases.aliases.items() if codec not in _NO_CHARSETS
            for label in (alias, codec)}
-_CODECS.update((label, codec) for codec, labels in _LABELS.items() for label in labels.split())
-# What senders of these charsets write in fact (as in the WHATWG Encoding standard).
-_LARGER_CHARSETS = {
-    "latin_1": "cp1252", "iso8859_9": "cp1254", "iso8859_11": "cp874", "tis_620": "cp874",
-    "gb2312": "gb18030", "gbk": "gb18030", "big5": "cp950", "shift_jis": "cp932",
-    "iso2022_jp": "iso2022_jp_ext", "euc_kr": "cp949",
-}
+_CODECS.update((label, _LARGER.get(codec, codec))
+               for codec, labels in _LABELS.items() for label in labels.split())
 
 
 def charset_codec(label: str) -> Optional[str]:
     """Python's codec for a charset label, "" for a label that says nothing, None: unknown."""
     name = re.sub(r"[^a-z0-9]+", "", label[:60].lower())
     name = re.sub(r"^(?:charset)?x*(?:(?:windows|win|dos|cp|ibm)(?=[0-9]))?", "", name)
-    codec = _CODECS.get(name if not name.isdigit() else "cp" + name, "" if not name else None)
-    return _LARGER_CHARSETS.get(codec, codec) if codec else codec
+    return _CODECS.get("cp" + name if name.isdigit() else name, None if name else "")
 
 
 # What browsers read differently from Python: octets, and characters of larger charsets (in
@@ -334,17 +338,13 @@ def _shift_pair(match) -> bytes:
                   cell + (0x1F + (cell >= 0x60) if row & 1 else 0x7E)))
 
 
-def _shift_jis_run(match) -> bytes:
-    if match[1] is not None:
-        return _JIS_PAIR.sub(_shift_pair, match[1])
-    return bytes(octet | 0x80 if octet > 0x20 else octet for octet in match[2] or b"")
-
-
 def _in_larger_codec(octets: bytes, codec: str) -> Tuple[bytes, str]:
     """The same text for a codec with more characters: ISO-2022-JP and EUC-JP as Shift_JIS, since
     Python has those that NEC and IBM added in cp932 alone."""
     if codec == "iso2022_jp_ext":
-        return _JIS_RUN.sub(_shift_jis_run, octets), "cp932"
+        return _JIS_RUN.sub(lambda run: (
+            bytes(octet | 0x80 if octet > 0x20 else octet for octet in run[2] or b"")
+            if run[1] is None else _JIS_PAIR.sub(_shift_pair, run[1])), octets), "cp932"
     if codec == "euc_jp" and _EUC_PAIR.sub(b"", octets).isascii():
         return _EUC_PAIR.sub(lambda match: match[1] or _shift_pair(match), octets), "cp932"
     return octets, "big5hkscs" if codec == "cp950" else codec
@@ -589,30 +589,18 @@ class Header:
 
     def __init__(self, block: bytes, warnings: Optional[_Warnings] = None):
         self.warnings = _Warnings() if warnings is None else warnings
-        self.fields = [(name, self._unfolded(name, value)) for name, value in self._split(block)]
-        self.first = {name.lower(): value for name, value in reversed(self.fields)}
-
-    def _split(self, block: bytes) -> List[Tuple[str, str]]:
-        if len(block) > MAX_HEADER:
-            block = block[:MAX_HEADER]
-            self.warnings.add(f"header block over {MAX_HEADER} octets: the rest of it was not "
-                              "read")
+        block = self.warnings.cut(block, MAX_HEADER, "octets in a header block")
         try:
             text = block.decode("utf-8")
         except UnicodeDecodeError:
             text = "\n".join(map(decode_octets, block.split(b"\n")))
         text = text.replace("\r\n", "\n").replace("\r", "\n").lstrip(" \t\n")
-        found = _FIELD.findall(text)
-        if len(found) > MAX_FIELDS:
-            self.warnings.add(f"more than {MAX_FIELDS} header fields: the rest of them was not "
-                              "read")
-        return found[:MAX_FIELDS]
+        self.fields = [(name, self._unfolded(name, value)) for name, value in self.warnings.cut(
+            _FIELD.findall(text), MAX_FIELDS, "header fields")]
+        self.first = {name.lower(): value for name, value in reversed(self.fields)}
 
     def _unfolded(self, name: str, value: str) -> str:
-        if len(value) > MAX_FIELD:
-            value = value[:MAX_FIELD]
-            self.warnings.add(f"header field {name[:60]} over {MAX_FIELD} octets: the rest of it "
-                              "was not read")
+        value = self.warnings.cut(value, MAX_FIELD, f"characters in header field {name[:60]}")
         if "\n" in value:
             value = " ".join(line.strip(" \t") for line in value.split("\n"))
         return value.strip()
@@ -627,10 +615,7 @@ class Header:
         for field, value in self.fields if name in self.first else ():
             if field.lower() == name and not (name == "from" and found):
                 found.extend(read_addresses(value))
-        if len(found) > MAX_ADDRESSES:
-            self.warnings.add(f"more than {MAX_ADDRESSES} addresses in {name.title()}: the rest "
-                              "of them was not read")
-        return tuple(found[:MAX_ADDRESSES])
+        return tuple(self.warnings.cut(found, MAX_ADDRESSES, f"addresses in {name.title()}"))
 
 
 # Parameters
@@ -662,12 +647,9 @@ def read_parameters(value: str, warnings: _Warnings) -> Tuple[str, Dict[str, str
         main = ""
     plain: Dict[str, str] = {}
     sections: Dict[str, Dict[int, Tuple[str, str]]] = {}
-    for count, match in enumerate(_PARAMETER.finditer(";" + value[len(main):])):
-        if count == MAX_PARAMETERS:
-            warnings.add(f"more than {MAX_PARAMETERS} parameters in one header field: the rest "
-                         "was not read")
-            break
-        name, number, encoded, quoted, token = match.groups()
+    for name, number, encoded, quoted, token in warnings.cut(
+            [match.groups() for match in _PARAMETER.finditer(";" + value[len(main):])],
+            MAX_PARAMETERS, "parameters in a header field"):
         name = name.lower()
         if quoted is not None:
             text = _QUOTED_PAIR.sub(r"\1", quoted)
@@ -816,24 +798,21 @@ class _Tree:
         level = self.levels.get(line[:-2].rstrip(b" \t")) if line.endswith(b"--") else None
         return None if level is None else (level, True)
 
-    def cut(self, length: int) -> None:
-        """Closes all but the outer ones."""
-        del self.open[length:]
-        self.levels = {part.boundary: index for index, part in enumerate(self.open)}
-
     def header(self, octets: bytes, start: int) -> Tuple[int, int]:
         """(end of the header block, start of the body) of the part at `start`: up to an empty
         line, or to a delimiter that comes before one."""
         limit = min(len(octets), start + MAX_PART_HEADER)
-        for line in _DASHES.finditer(octets, start, limit):
-            blank = _BLANK_LINE.search(octets, start, line.start() + 1)
-            if blank:
-                return blank.span()
-            if self.delimiter(line[1]):
-                return line.start(), line.start() + 1
-            start = line.start()
-        blank = _BLANK_LINE.search(octets, start, limit)
-        return blank.span() if blank else (limit, limit)
+        end = next((line.start() for line in _DASHES.finditer(octets, start, limit)
+                    if self.delimiter(line[1])), limit)
+        blank = _BLANK_LINE.search(octets, start, end + 1)
+        return blank.span() if blank else (end, min(end + 1, limit))
+
+    def close(self, level: int, is_close: bool, warnings: _Warnings) -> None:
+        """Ends the multiparts inside one whose delimiter has come; with `is_close` that, too."""
+        if level + 1 < len(self.open):
+            warnings.add("multipart without its final boundary")
+        del self.open[level + (not is_close):]
+        self.levels = {part.boundary: index for index, part in enumerate(self.open)}
 
 
 def leaves(octets: bytes, start: int, root: Part) -> Iterator[Part]:
@@ -843,12 +822,8 @@ def leaves(octets: bytes, start: int, root: Part) -> Iterator[Part]:
     in memory, rewrites message/* parts, and takes 10 to 100 times as long.  Here a line that
     begins with "--" is looked up once among the boundaries of all open multiparts.
     """
-    tree, body = _Tree(), start
+    tree, warnings, body, count = _Tree(), root.warnings, start, 0
     leaf = tree.add(root)
-    if leaf:
-        leaf.octets = octets[start:]
-        yield leaf
-    count = 0
     for line in _DASHES.finditer(octets, max(0, start - 1)) if tree.open else ():
         found = tree.delimiter(line[1]) if line.start() >= body - 1 else None
         if not found:
@@ -858,30 +833,27 @@ def leaves(octets: bytes, start: int, root: Part) -> Iterator[Part]:
             leaf.octets = octets[body:end - (octets[end - 1:end + 1] == b"\r\n")]
             yield leaf
             leaf = None
-        level, is_close = found
-        if level + 1 < len(tree.open):
-            root.warnings.add("multipart without its final boundary")
-        tree.cut(level + (not is_close))
-        if is_close and not tree.open:
+        tree.close(*found, warnings)
+        if not tree.open:
             return
-        if is_close:
+        if found[1]:
             continue
         count += 1
         if count > MAX_PARTS:
-            root.warnings.add(f"more than {MAX_PARTS} parts: the rest of them was not read")
+            warnings.add(f"more than {MAX_PARTS} parts: the rest was not read")
             return
         outer = tree.open[-1]
         end, body = tree.header(octets, line.end())
-        part = Part(Header(octets[line.end():end], root.warnings),
+        part = Part(Header(octets[line.end():end], warnings),
                     "message/rfc822" if outer.type == "multipart/digest" else "text/plain")
         part.parent, part.first = outer.type, not outer.count
         outer.count += 1
         leaf = tree.add(part)
-    if leaf and tree.open:
+    if leaf:
         leaf.octets = octets[body:]
         yield leaf
     if tree.open:
-        root.warnings.add("multipart without its final boundary")
+        warnings.add("multipart without its final boundary")
 
 
 # Text
@@ -1650,9 +1622,8 @@ class Envelope(NamedTuple):
 
 
 MAX_LINE = 998               # octets without CRLF, RFC 5322 2.1.1
-_ONCE = (                    # RFC 5322 3.6 and RFC 2045: at most one each
-    "bcc", "cc", "content-transfer-encoding", "content-type", "date", "from", "message-id",
-    "mime-version", "reply-to", "sender", "subject", "to")
+_ONCE = ("bcc cc content-transfer-encoding content-type date from message-id mime-version "
+         "reply-to sender subject to").split()       # RFC 5322 3.6 and RFC 2045: at most one each
 _JUNK_LINE = re.compile(rb"^(?![!-9;-~]+[ \t]*:)[^ \t\r\n][^\n]*", re.M)
 _MESSAGE_ID = re.compile(r"<[^\s<>]+@[^\s<>]+>")
 # Header fields at the start of a body, one of which no one writes as text.
