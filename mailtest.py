@@ -673,8 +673,6 @@ MAX_FILE_NAME = 1_000        # characters; file systems allow 255
 _TYPE = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+(?:/[!#$%&'*+.^_`|~0-9A-Za-z-]+)?")
 _BLANK_LINE = re.compile(rb"\n\r{0,3}\n|\r\r(?!\r{0,3}\n)")
 _DASHES = re.compile(rb"[\r\n]--([^\r\n]{0,1024})[^\r\n]*")
-
-
 _FLOWED_BREAK = re.compile("(?<!^--) \n", re.M)         # RFC 3676 4.1; "-- " begins a signature
 _META_CHARSET = re.compile(rb"<meta[^>]{1,200}charset\s{0,9}=\s{0,9}[\"']?([\w.:-]{2,40})", re.I)
 
@@ -754,7 +752,7 @@ class Part:
         """A leaf that is no body."""
         damage = _damage(self.octets, self.encoding)
         if damage:
-            self.warnings.add(f"attachment {self.file_name[:60] or self.type[:60]}: {damage}")
+            self.warnings.add(f"attachment {(self.file_name or self.type)[:60]}: {damage}")
         return Attachment(self.file_name, self.type, self.id, self.decoded())
 
 
@@ -778,16 +776,13 @@ class _Tree:
         """Opens a multipart; returns what is a leaf, or must be taken for one."""
         if not part.type.startswith("multipart/"):
             return part
-        if not part.boundary:
-            part.warnings.add(f"{part.type[:60]} without a boundary: its parts were not read")
+        if part.boundary and len(self.open) < MAX_NESTING:
+            self.levels[part.boundary] = len(self.open)
+            self.open.append(part)
             return None
-        if len(self.open) >= MAX_NESTING:
-            part.warnings.add(f"multiparts nested over {MAX_NESTING} deep: deeper ones were not "
-                              "read")
-            return part
-        self.levels[part.boundary] = len(self.open)
-        self.open.append(part)
-        return None
+        reason = f"nested over {MAX_NESTING} deep" if part.boundary else "without a boundary"
+        part.warnings.add(f"{part.type[:60]} {reason}: its parts were not read")
+        return part if part.boundary else None
 
     def delimiter(self, line: bytes) -> Optional[Tuple[int, bool]]:
         """(index of the multipart, whether this ends it) of a line that begins with "--" and then
@@ -807,10 +802,10 @@ class _Tree:
         blank = _BLANK_LINE.search(octets, start, end + 1)
         return blank.span() if blank else (end, min(end + 1, limit))
 
-    def close(self, level: int, is_close: bool, warnings: _Warnings) -> None:
+    def close(self, level: int, is_close: bool) -> None:
         """Ends the multiparts inside one whose delimiter has come; with `is_close` that, too."""
         if level + 1 < len(self.open):
-            warnings.add("multipart without its final boundary")
+            self.open[0].warnings.add("multipart without its final boundary")
         del self.open[level + (not is_close):]
         self.levels = {part.boundary: index for index, part in enumerate(self.open)}
 
@@ -833,7 +828,7 @@ def leaves(octets: bytes, start: int, root: Part) -> Iterator[Part]:
             leaf.octets = octets[body:end - (octets[end - 1:end + 1] == b"\r\n")]
             yield leaf
             leaf = None
-        tree.close(*found, warnings)
+        tree.close(*found)
         if not tree.open:
             return
         if found[1]:
@@ -1632,69 +1627,58 @@ _STRAY_FIELDS = re.compile(
     rb"(?:bcc|content-(?:type|transfer-encoding)|message-id|mime-version):", re.I)
 
 
-def _check_fields(header: Header):
+def _check_header(header: Header, mail: "Mail") -> Iterator[str]:
     """What RFC 5322 and MIME ask of a mail's header fields and these do not do."""
-    names, first, add = [name.lower() for name, _ in header.fields], header.first, (
-        header.warnings.add)
-    for name in ("From", "Date", "Message-ID"):
-        if name.lower() not in first:
-            add(f"no {name} field")
+    names, first = [name.lower() for name, _ in header.fields], header.first
+    yield from (f"no {name} field" for name in ("From", "Date", "Message-ID")
+                if name.lower() not in first)
     if len(names) > len(first):
-        for name in _ONCE:
-            if names.count(name) > 1:
-                add(f"{names.count(name)} {name.title()} fields: one is allowed")
+        yield from (f"{names.count(name)} {name.title()} fields: one is allowed"
+                    for name in _ONCE if names.count(name) > 1)
     if "date" in first and not any(
             is_date(value) for name, value in header.fields if name.lower() == "date"):
-        add("Date field that is no date")
+        yield "Date field that is no date"
     if "message-id" in first and not _MESSAGE_ID.fullmatch(first["message-id"]):
-        add(f"Message-ID {first['message-id'][:60]!r} is none: expected <unique@domain>")
+        yield f"Message-ID {first['message-id'][:60]!r} is none: expected <unique@domain>"
     if "bcc" in first:
-        add("Bcc field: every recipient can read it")
+        yield "Bcc field: every recipient can read it"
     if "content-type" in first and "mime-version" not in first:
-        add("Content-Type without MIME-Version")
+        yield "Content-Type without MIME-Version"
+    if "from" in first and not mail.from_:
+        yield "From field without an address"
+    for field, found in (("From", mail.from_), ("To", mail.to), ("Cc", mail.cc),
+                         ("Reply-To", mail.reply_to)):
+        lost = next((name or box for name, box in found if "@" not in box), "")
+        if lost:
+            yield (f"{field} names {lost[:60]!r} without an address: a name with a comma needs "
+                   "quotes")
 
 
-def _check_addresses(mail: "Mail", warnings: _Warnings):
-    """Mailboxes without an address."""
-    if not mail.from_ and any(name.lower() == "from" for name, _ in mail.headers):
-        warnings.add("From field without an address")
-    for field in ("from", "to", "cc", "reply-to"):
-        for name, box in getattr(mail, field.replace("from", "from_").replace("-", "_")):
-            if "@" not in box:
-                warnings.add(f"{field.title()} names {(name or box)[:60]!r} without an address: a "
-                             "name with a comma needs quotes")
-                break
-
-
-def _check_octets(octets: bytes, block: bytes, start: int, envelope: Envelope,
-                  warnings: _Warnings):
+def _check_octets(octets: bytes, block: bytes, start: int, envelope: Envelope) -> Iterator[str]:
     """What RFC 5321 and 5322 ask of the octets of a mail and these do not do; `block` is its
     header block, its body begins at `start`."""
-    if not block.isascii():
-        if not envelope.utf8:
-            warnings.add("raw 8-bit octets in the header block: only SMTPUTF8 mail may have them")
-        elif "\ufffd" in block.decode("utf-8", "replace"):
-            warnings.add("raw 8-bit octets in the header block that are no UTF-8")
+    if not block.isascii() and not envelope.utf8:
+        yield "raw 8-bit octets in the header block: only SMTPUTF8 mail may have them"
+    elif "\ufffd" in block.decode("utf-8", "replace"):
+        yield "raw 8-bit octets in the header block that are no UTF-8"
     junk = _JUNK_LINE.search(block, 0, MAX_HEADER)
     if junk:
-        warnings.add("header line that is no field: "
-                     f"{junk[0][:60].decode('ascii', 'replace').rstrip()!r}")
+        yield f"header line that is no field: {junk[0][:60].decode('ascii', 'replace').rstrip()!r}"
     if _STRAY_FIELDS.match(octets, start, start + 4_000):
-        warnings.add("the body begins with header fields: an empty line ended the header early")
+        yield "the body begins with header fields: an empty line ended the header early"
     if not envelope.eight_bit and not (octets[start:] if envelope.utf8 else octets).isascii():
-        warnings.add("8-bit octets, but BODY=8BITMIME was not announced")
+        yield "8-bit octets, but BODY=8BITMIME was not announced"
     ends = octets.count(b"\r\n")
     if octets.count(b"\n") > ends:
-        warnings.add("bare LF: a line that does not end in CRLF")
+        yield "bare LF: a line that does not end in CRLF"
     if octets.count(b"\r") > ends:
-        warnings.add("bare CR: a CR without LF")
+        yield "bare CR: a CR without LF"
     at = 0
     while at + MAX_LINE < len(octets):
-        end = octets.rfind(b"\n", at, at + MAX_LINE + 2)
-        if end < 0:
-            warnings.add(f"line over {MAX_LINE} octets (RFC 5322 2.1.1)")
+        at = octets.rfind(b"\n", at, at + MAX_LINE + 2) + 1
+        if not at:
+            yield f"line over {MAX_LINE} octets (RFC 5322 2.1.1)"
             break
-        at = end + 1
 
 
 class Mail:
@@ -1745,9 +1729,9 @@ class Mail:
         self.subject, self.message_id = header.text("subject"), header.text("message-id")
         self.from_, self.to, self.cc, self.reply_to = map(
             header.addresses, ("from", "to", "cc", "reply-to"))
-        _check_fields(header)
-        _check_addresses(self, warnings)
-        _check_octets(self.octets, block, start, self.envelope, warnings)
+        for wrong in itertools.chain(_check_header(header, self), _check_octets(
+                self.octets, block, start, self.envelope)):
+            warnings.add(wrong)
         texts, htmls, self.attachments = [], [], []
         for part in leaves(self.octets, start, Part(header)):
             if part.is_body():

@@ -982,7 +982,7 @@ def nested(depth):
 # mail: the warning
 BOUNDED = {
     "multiparts in multiparts":
-        (nested(3000), "multiparts nested over 200 deep: deeper ones were not read"),
+        (nested(3000), "multipart/mixed nested over 200 deep: its parts were not read"),
     "parts": (b"Content-Type: multipart/mixed; boundary=a\r\n\r\n" + b"--a\r\n\r\n" * 5000,
               "more than 1000 parts: the rest was not read"),
     "fields": (b"X: y\r\n" * 5000, "more than 2000 header fields: the rest was not read"),
