@@ -5191,11 +5191,15 @@ class Call:
         if "application/json" not in self.request.headers.get("accept", ""):
             return Response(body=view.address.encode("utf-8") + b"\n",
                             type="text/plain; charset=utf-8")
-        host, _, port = self.policy.smtp.rpartition(":")
-        if host in ("0.0.0.0", "[::]"):      # all addresses: the one that the client knows
-            host = re.sub(r":[0-9]*$", "", self.request.headers.get("host", host))
         return {"address": view.address, "expires": iso_time(view.expires),
-                "server": DEFAULT_SERVER, "smtp": f"{host}:{port}"}
+                "server": DEFAULT_SERVER, "smtp": self._smtp()}
+
+    def _smtp(self) -> str:
+        """Where mail is to be sent, as this client knows the host."""
+        host, _, port = self.policy.smtp.rpartition(":")
+        if host in ("0.0.0.0", "[::]"):
+            host = re.sub(r":[0-9]*$", "", self.request.headers.get("host", host))
+        return f"{host}:{port}"
 
     def _mail_of(self, address, least, timeout, count, nothing, after, **filters: str):
         """Mail of an inbox that matches, when there is as much as is wanted.  ApiError tells what
@@ -5312,7 +5316,7 @@ class Call:
         store, policy, limits = self.store, self.policy, self.store.limits
         return {"status": "stopping" if store.closed else "ok", "version": __version__,
                 "uptime": round(store.wall() - store.started, 3), **store.counters(),
-                "smtp": policy.smtp, "domain": store.domain, "ttl": limits.ttl,
+                "smtp": self._smtp(), "domain": store.domain, "ttl": limits.ttl,
                 "max_size": limits.max_size, "rate": limits.rate, "hosted": policy.hosted,
                 "strict": store.strict, "api_key": bool(policy.api_key),
                 **({} if policy.hosted else policy.state())}
@@ -7576,51 +7580,23 @@ PAGE_HTML = r"""<!doctype html>
 </head>
 <body data-pane="list">
 <a id="skip" href="#rows">To the messages</a>
-<svg hidden>
-  <symbol id="i-mail" viewBox="0 0 16 16"><path d="M1.5 3h13v10h-13zM2 4l6 5 6-5"/></symbol>
-  <symbol id="i-plus" viewBox="0 0 16 16"><path d="M8 2.5v11M2.5 8h11"/></symbol>
-  <symbol id="i-copy" viewBox="0 0 16 16"><path d="M5.5 5.5H14V14H5.5zM10.5 3V2H2v8.5h1"/></symbol>
-  <symbol id="i-open" viewBox="0 0 16 16">
-    <path d="M6 3H3v10h10v-3M9 2.5h4.5V7m0-4.5-6 6"/></symbol>
-  <symbol id="i-load" viewBox="0 0 16 16">
-    <path d="M8 2v8M4.5 7 8 10.5 11.5 7M2.5 13.5h11"/></symbol>
-  <symbol id="i-bin" viewBox="0 0 16 16">
-    <path d="M2 4h12M6 4V2h4v2M3.5 4l.8 10h7.4l.8-10"/></symbol>
-  <symbol id="i-clip" viewBox="0 0 16 16">
-    <path d="m13.5 7.3-5.6 5.6a3.4 3.4 0 0 1-4.8-4.8L9 2.2a2.3 2.3 0 0 1 3.2 3.2l-5.8
-      5.8a1.1 1.1 0 0 1-1.6-1.6L10 4.5"/></symbol>
-  <symbol id="i-warn" viewBox="0 0 16 16"><path d="M8 2l6.5 12h-13zM8 6v4m0 1v1.5"/></symbol>
-  <symbol id="i-back" viewBox="0 0 16 16"><path d="M10 2.5 4.5 8l5.5 5.5"/></symbol>
-  <symbol id="i-more" viewBox="0 0 16 16"><path d="M2 8h2m3 0h2m3 0h2"/></symbol>
-  <symbol id="i-dot" viewBox="0 0 16 16">
-    <path d="M10 3H1.5v10h13V7.5M2 4l6 5 2.5-2"/><circle cx="13" cy="3.5" r="1.5"/></symbol>
-  <symbol id="i-theme" viewBox="0 0 16 16"><circle cx="8" cy="8" r="6"/>
-    <path fill="currentColor" d="M8 2a6 6 0 0 1 0 12z"/></symbol>
-</svg>
 <header class="line">
-  <h1><a class="line" href="./" data-inside title="All mail, and how to send some">
-    <svg class="icon" aria-hidden="true"><use href="#i-mail"/></svg>mailtest</a></h1>
-  <span id="status" class="soft line" data-testid="status" role="status"
-    data-state="connecting">connecting</span>
+  <h1><a class="line" href="./" data-icon="mail" data-inside title="All mail">mailtest</a></h1>
+  <span id="status" class="soft line" data-testid="status" role="status">connecting</span>
   <button id="smtp" class="quiet mono" title="Copy the SMTP address"></button>
-  <form id="find" role="search"><input id="search" data-testid="search" type="search"
+  <div id="find" role="search"><input id="search" data-testid="search" type="search"
     placeholder="Search or address" aria-label="Search messages" aria-keyshortcuts="/"
-    title="Search (/)" autocomplete="off" spellcheck="false"></form>
-  <button id="acquire" data-testid="acquire" class="primary"
-    title="Acquire a temporary address and copy it (a)">
-    <svg class="icon" aria-hidden="true"><use href="#i-plus"/></svg>address
-  </button>
-  <button id="theme" class="square" aria-label="Light or dark">
-    <svg class="icon" aria-hidden="true"><use href="#i-theme"/></svg>
-  </button>
-  <a id="help" data-testid="help" class="square" data-inside href="?message=help"
+    title="Search (/)" autocomplete="off" spellcheck="false"></div>
+  <button id="acquire" class="primary" data-testid="acquire" data-icon="plus"
+    title="Acquire a temporary address and copy it (a)">address</button>
+  <button id="theme" class="square" data-icon="theme" aria-label="Light or dark"></button>
+  <a id="help" class="square" data-testid="help" data-inside href="?message=help"
     aria-label="Help" title="How to send, search and type (?)">?</a>
 </header>
-<section id="refused" class="line" data-testid="refused" aria-label="Refused session" hidden>
-  <svg class="icon" aria-hidden="true"><use href="#i-warn"/></svg>
-  <a data-inside href="?message=sessions" class="grow"></a>
-  <button class="square" aria-label="Dismiss" title="Dismiss">&times;</button>
-</section>
+<aside id="refused" data-testid="refused" aria-label="Refused session" hidden>
+  <a class="line refusal" data-inside></a>
+</aside>
+<main>
 <nav id="inboxes" aria-label="Inboxes">
   <div id="all"></div>
   <h2>Acquired</h2>
@@ -7633,9 +7609,9 @@ PAGE_HTML = r"""<!doctype html>
   <div id="bar" class="line wrap"></div>
   <div id="nothing" role="status"></div>
   <div id="rows" role="listbox" tabindex="0" aria-label="Messages, newest first"></div>
-  <p id="older"></p>
 </section>
-<main id="message" tabindex="-1" aria-label="Message"></main>
+<section id="message" aria-label="Message"></section>
+</main>
 <div id="toast" class="line" role="status" hidden>
   <span class="cut"></span><button data-testid="undo" hidden>Undo</button>
 </div>
@@ -7660,6 +7636,7 @@ PAGE_CSS = r"""/* Colours: text 4.5:1 and more on every background it stands on,
 /* Base */
 * { box-sizing: border-box; margin: 0; scrollbar-width: thin; }
 [hidden] { display: none !important; }
+main { display: contents; }
 body {
   display: grid; grid-template: "head head head" auto "strip strip strip" auto
     "side list main" minmax(0, 1fr) / 232px minmax(330px, 27vw) minmax(0, 1fr);
@@ -7682,12 +7659,11 @@ button, .button, .square {
 button, .button, .box, #search {
   border: var(--edge); border-radius: 8px; background: var(--card);
 }
-button.primary { background: var(--accent); color: var(--card); }
-.square, .quiet, .chip button { border: 0; border-radius: 7px; background: none; }
+.square, .quiet, .chip button { border: 0; background: none; }
 .square { flex: none; width: 30px; height: 30px; padding: 0; color: var(--soft); }
-button:hover, .square:hover, .inbox:hover { background: var(--sunk); }
-button.primary:hover { background: var(--text); }
-input[type=search] { width: 100%; height: 32px; padding: 0 11px; }
+:is(button, .button, .square, .inbox):hover { background: var(--sunk); }
+button.primary { background: var(--accent); color: var(--card); }
+#search { width: 100%; height: 32px; padding: 0 11px; }
 ::placeholder { color: var(--soft); opacity: 1; }
 :focus { outline: none; }
 :focus-visible, label:has(:focus-visible) {
@@ -7700,17 +7676,15 @@ summary, label { cursor: pointer; }
 
 /* Header */
 header { grid-area: head; padding: 8px 14px; border-bottom: var(--edge); background: var(--card); }
-h1 { font-size: 15px; }
-h1 a { color: inherit; text-decoration: none; }
+h1 a { color: inherit; font-size: 15px; text-decoration: none; }
 h1 .icon { width: 20px; height: 20px; color: var(--accent); }
 #status::before, .unread::before {
   content: ""; width: 8px; height: 8px; border-radius: 50%; background: gray;
 }
 #status[data-state=live]::before { background: light-dark(#15803d, #4ade80); }
-#status:is([data-state=reconnecting], [data-state=waiting]) { color: var(--bad); }
 #find { flex: 1; max-width: 480px; min-width: 90px; margin-left: auto; }
-#refused { grid-area: strip; padding: 2px 14px; border-bottom: var(--edge); }
-#refused *, .refusal { color: var(--bad); font-weight: 600; }
+#refused { grid-area: strip; padding: 6px 14px; border-bottom: var(--edge); }
+.refusal, #status:is([data-state=reconnecting], [data-state=waiting]) { color: var(--bad); }
 
 /* Inboxes */
 #inboxes { grid-area: side; overflow: auto; padding: 10px 8px; border-right: var(--edge); }
@@ -7731,26 +7705,26 @@ label:has(:checked) { color: var(--accent); font-weight: 550; }
 #bar h2 { flex: 1; font-size: 13.5px; }
 .menu { position: relative; }
 .menu div {
-  position: absolute; z-index: 2; right: 0; display: grid; gap: 6px; width: max-content;
-  max-width: 300px; padding: 10px; box-shadow: 0 6px 24px #0003;
+  position: absolute; z-index: 2; right: 0; display: grid; gap: 6px; width: 220px;
+  padding: 10px; box-shadow: 0 6px 24px #0003;
 }
 #rows { flex: 1; overflow: hidden auto; }
 #rows:has([aria-selected=true]) { outline: none; }
+#rows:focus-visible [aria-selected=true] { box-shadow: inset 0 0 0 2px var(--accent); }
 .row {
   position: relative; display: block; padding: 9px 14px 9px 26px; border-bottom: var(--edge);
   color: inherit; text-decoration: none; content-visibility: auto;
   contain-intrinsic-height: 79px;
 }
 .row:hover { background: var(--back); }
-#rows:focus-visible [aria-selected=true] { box-shadow: inset 0 0 0 2px var(--accent); }
 .row .line { height: 20px; white-space: nowrap; }
+.row .icon { width: 13px; height: 13px; }
 .unread::before { position: absolute; left: 10px; top: 15px; background: var(--accent); }
 .unread .subject { font-weight: 600; }
-.row .icon { width: 13px; height: 13px; }
-.warning { color: var(--warn); }
+.warning, .notice, .notice summary { color: var(--warn); }
 .code { font: 600 12.5px/18px var(--mono); letter-spacing: .04em; }
-#nothing, #older { padding: 20px 24px; text-align: center; color: var(--soft); }
-:is(#nothing, #older, #gone, .chips):empty { display: none; }
+#nothing { padding: 20px 24px; text-align: center; color: var(--soft); }
+:is(#nothing, #gone, .chips):empty { display: none; }
 
 /* Message */
 #message { grid-area: main; display: flex; flex-direction: column; min-width: 0; overflow: auto; }
@@ -7759,8 +7733,6 @@ label:has(:checked) { color: var(--accent); font-weight: 550; }
 .back { display: none; }
 .parties, .meta { gap: 0 14px; }
 .meta button { min-height: 0; padding: 0; border: 0; background: none; }
-.notice, .notice summary { color: var(--warn); }
-.notice ul { padding-left: 22px; }
 .chip { max-width: 100%; gap: 0; }
 .chip > button { min-width: 0; }
 .chip span, .file .cut { max-width: 260px; }
@@ -7781,7 +7753,7 @@ label:has(:disabled) { color: light-dark(#9aa2ac, #596371); cursor: default; }
 #panel[data-tab=preview] { display: flex; flex-direction: column; min-height: 50vh; padding: 0; }
 .tools { padding: 4px 20px; font-size: 12.5px; }
 .tools label { position: relative; padding: 3px 6px; border-radius: 7px; }
-.tools input { vertical-align: middle; margin: 0; }
+.tools input { vertical-align: middle; }
 .away { display: none; color: var(--accent); }
 .tools:has(+ .stage iframe:focus) .away { display: inline; }
 .stage { flex: 1; display: grid; overflow: auto; background: var(--sunk); }
@@ -7790,17 +7762,16 @@ iframe { justify-self: center; width: 100%; height: 100%; border: 0; background:
 .block { position: relative; margin: 6px 0 10px; }
 .block pre { overflow-x: auto; padding: 10px 46px 12px 12px; white-space: pre; }
 .block button { position: absolute; right: 7px; top: 6px; background: var(--card); }
-.links > *, .pairs > * { padding: 5px 0; border-bottom: var(--edge); }
-#panel input { max-width: 320px; margin-bottom: 10px; }
-.pairs { display: grid; grid-template-columns: minmax(90px, auto) minmax(0, 1fr); gap: 0 20px; }
+.links > *, .pairs > *, #sessions > * { padding: 5px 0; border-bottom: var(--edge); }
+.pairs { display: grid; grid-template-columns: minmax(90px, auto) minmax(0, 1fr); }
+.pairs dt { padding-right: 20px; }
 
 /* Manual and sessions */
 .sheet { width: 100%; max-width: 800px; margin: 0 auto; padding: 30px 28px 48px; }
 .sheet h3 { margin: 24px 0 6px; font-size: 13.5px; }
-.sheet > p, .sheet > .wrap { margin: 12px 0; color: var(--soft); }
-.places > div { flex: 1 1 150px; padding: 9px 8px 5px 14px; color: var(--text); }
+.sheet > p, .sheet > .wrap { margin: 12px 0; }
+.places > div { flex: 1 1 150px; padding: 9px 8px 5px 14px; }
 .places > div:last-child { flex-basis: 260px; }
-#sessions > * { padding: 6px 0; border-bottom: var(--edge); }
 #toast {
   position: fixed; z-index: 3; left: 50%; bottom: 22px; transform: translateX(-50%);
   max-width: calc(100vw - 24px); padding: 9px 16px; border-radius: 9px; background: var(--text);
@@ -7814,7 +7785,7 @@ iframe { justify-self: center; width: 100%; height: 100%; border: 0; background:
     grid-template: "head head" auto "strip strip" auto "side side" auto
       "list main" minmax(0, 1fr) / minmax(280px, 38vw) minmax(0, 1fr);
   }
-  #inboxes, #inboxes div { display: flex; gap: 2px; }
+  #inboxes, #inboxes div { flex: none; display: flex; gap: 2px; }
   #inboxes { padding: 5px 10px; border-bottom: var(--edge); }
   #inboxes h2 { display: none; }
   .inbox, #inboxes #more { flex: none; padding: 4px 8px; }
@@ -7844,8 +7815,8 @@ iframe { justify-self: center; width: 100%; height: 100%; border: 0; background:
 }
 @media print {
   body, #message, #panel[data-tab=preview], .stage { display: block; height: auto; }
-  body > :not(main), #refused, .square, .tabs, .tools, button { display: none !important; }
-  body > main { display: block !important; }
+  body > :not(main), #inboxes, #list, .square, .tabs, .tools, button { display: none !important; }
+  body #message { display: block; }
   iframe { height: calc(100vh * var(--pages)); }
 }
 """
@@ -7857,32 +7828,32 @@ PAGE_JS = r""""use strict";
 // URL.  What comes from a mail enters the document as text or as the value of an attribute, never
 // as markup; its HTML is shown by the server alone, in a sandboxed frame.
 
-// ---- State -----------------------------------------------------------------
+// -- State
 
-const PAGE = 100, MOST = 1000;       // messages that are listed at first, and at last
-const INBOXES = 100;                 // inboxes that are shown
-const UNDO = 5000;                   // milliseconds in which a deletion can be taken back
-const SHOWN = 400000;                // characters of a body or a source that are shown
+const PAGE = 100;  // messages that are listed at first, and more at the end of the list
+const INBOXES = 100;  // inboxes that are shown
+const UNDO = 5000;  // milliseconds in which a deletion can be taken back
+const SHOWN = 400000;  // characters of a body or a source that are shown
 
 const VIEW = {q: "", inbox: "", message: "", tab: "preview", width: "100%", scheme: "light"};
-let view = VIEW;                     // what the URL says, VIEW where it says nothing
+let view = VIEW;  // what the URL says, VIEW where it says nothing
 
 const state = {
-  health: null,                      // of GET healthz; null until it answered
-  own: null,                         // whether only inboxes acquired here may be read
-  inboxes: new Map(),                // address in lower case -> inbox, those of late mail first
-  items: [],                         // summaries, newest first
-  count: PAGE,                       // how many are asked for
-  total: null,                       // how many there are; null while that is not known
-  problem: "",                       // why it is not
-  pause: 0,                          // time before which nothing is asked
-  newest: "",                        // when the newest message came
+  health: null,  // of GET healthz
+  own: null,  // whether only inboxes acquired here may be read
+  inboxes: new Map(),  // address in lower case -> inbox
+  items: [],  // summaries, newest first
+  count: PAGE,  // how many are asked for
+  total: null,  // how many there are; null while that is not known
+  problem: "",  // why it is not
+  pause: 0,  // time before which nothing is asked
+  newest: "",  // when the newest message came
   sessions: [],
-  message: null,                     // the whole of it
-  absent: "",                        // why there is none
-  revealed: null,                    // the row that was scrolled into sight
-  remote: false,                     // the preview may load from elsewhere
-  deleted: new Map(),                // id -> timer: to be deleted unless that is undone
+  message: null,  // the whole of it
+  gone: "",  // why there is none, or none any more
+  revealed: null,  // the row that was scrolled into sight
+  remote: false,  // the preview may load from elsewhere
+  deleted: new Map(),  // id -> timer: to be deleted unless that is undone
 };
 
 function urlOf(changes) {
@@ -7898,43 +7869,42 @@ function go(changes, replace = false) {
 }
 
 function moved() {
-  const before = view, words = new URLSearchParams(location.search);
-  view = Object.fromEntries(Object.entries(VIEW).map(
-    ([name, usual]) => [name, words.get(name) || usual]));
+  const before = view;
+  view = {...VIEW, ...Object.fromEntries(new URLSearchParams(location.search))};
   if (before.q !== view.q || before.inbox !== view.inbox) {
     Object.assign(state, {total: null, problem: "", items: [], count: PAGE, newest: ""});
     refresh();
   }
   if (before.message !== view.message) {
-    Object.assign(state, {message: null, absent: "", remote: false});
+    Object.assign(state, {message: null, gone: "", remote: false});
     loadMessage();
   }
   if ($("search").value.trim() !== view.q) $("search").value = view.q;
   render();
 }
 
-function recall(name, otherwise) {
+/** What this browser keeps for the page: own (addresses), signedIn, theme. */
+function recall() {
   try {
-    return JSON.parse(localStorage.getItem("mailtest." + name)) || otherwise;
-  } catch {                          // storage is switched off, or holds something else
-    return otherwise;
+    return {own: [], ...JSON.parse(localStorage.mailtest)};
+  } catch {  // there is nothing yet, or storage is switched off
+    return {own: []};
   }
 }
 
-function remember(name, value) {
+function remember(changes) {
   try {
-    localStorage.setItem("mailtest." + name, JSON.stringify(value));
+    localStorage.mailtest = JSON.stringify({...recall(), ...changes});
   } catch { /* then for this visit only */ }
 }
 
-// ---- Document --------------------------------------------------------------
+// -- Document
 
 const $ = (id) => document.getElementById(id);
 const sleep = (milliseconds) => new Promise((done) => setTimeout(done, milliseconds));
 const narrow = matchMedia("(max-width: 699px)"), dark = matchMedia("(prefers-color-scheme: dark)");
 
-/** A new element of "tag.class@testid".  Attributes may come first, `on...` are listeners; what
-    is false is left out. */
+/** A new element of "tag.class@testid".  Attributes may come first; what is false is left out. */
 function h(name, ...children) {
   const [, tag, classes, testid] = /^(\w+)([^@]*)@?(.*)$/.exec(name);
   const node = document.createElement(tag);
@@ -7942,7 +7912,7 @@ function h(name, ...children) {
   if (testid) node.dataset.testid = testid;
   const given = children[0] && children[0].constructor === Object ? children.shift() : {};
   for (const [key, value] of Object.entries(given)) {
-    if (key.startsWith("on")) node[key] = value;
+    if (typeof value === "function") node[key] = value;
     else if (value !== false) node.setAttribute(key, value);
   }
   node.append(...children.flat(9).filter((child) => child || child === 0));
@@ -7968,14 +7938,24 @@ function each(parent, items, key, make, update = () => {}) {
   });
 }
 
-/** One of the symbols in page.html. */
+const ICONS = {  // paths in a square of 16
+  mail: "M1.5 3h13v10h-13zM2 4l6 5 6-5", plus: "M8 2.5v11M2.5 8h11",
+  copy: "M5.5 5.5H14V14H5.5zM10.5 3V2H2v8.5h1", open: "M6 3H3v10h10v-3M9 2.5h4.5V7m0-4.5-6 6",
+  load: "M8 2v8M4.5 7 8 10.5 11.5 7M2.5 13.5h11", back: "M10 2.5 4.5 8l5.5 5.5",
+  bin: "M2 4h12M6 4V2h4v2M3.5 4l.8 10h7.4l.8-10", warn: "M8 2l6.5 12h-13zM8 6v4m0 1v1.5",
+  clip: "m13.5 7.3-5.6 5.6a3.4 3.4 0 0 1-4.8-4.8L9 2.2a2.3 2.3 0 0 1 3.2 3.2l-5.8 5.8",
+  more: "M2 8h2m3 0h2m3 0h2", dot: "M10 3H1.5v10h13V7.5M2 4l6 5 2.5-2M13 2.5v2m-1-1h2",
+  theme: "M8 2a6 6 0 1 0 0 12A6 6 0 1 0 8 2v12",
+};
+
 function icon(name) {
-  const [svg, use] = ["svg", "use"].map((tag) => document.createElementNS(
+  const [svg, path] = ["svg", "path"].map((tag) => document.createElementNS(
     "http://www.w3.org/2000/svg", tag));
-  use.setAttribute("href", "#i-" + name);
-  svg.setAttribute("class", "icon");
-  svg.setAttribute("aria-hidden", "true");
-  svg.append(use);
+  svg.classList.add("icon");
+  svg.setAttribute("viewBox", "0 0 16 16");
+  svg.ariaHidden = "true";
+  path.setAttribute("d", ICONS[name]);
+  svg.append(path);
   return svg;
 }
 
@@ -8020,7 +8000,7 @@ function toast(text, undoable = false) {
 async function copy(text, what = text) {
   try {
     await navigator.clipboard.writeText(text);
-  } catch {                          // there is no clipboard without HTTPS or localhost
+  } catch {  // there is no clipboard without HTTPS or localhost
     const focused = document.activeElement, area = h("textarea.heard", text);
     document.body.append(area);
     area.select();
@@ -8033,7 +8013,7 @@ async function copy(text, what = text) {
 
 const copier = (text, what) => tool("copy", "Copy " + what, {onclick: () => copy(text, what)});
 
-// ---- Words -----------------------------------------------------------------
+// -- Words
 
 const party = ({email, phone}) => email || phone || "";
 const nameOf = (address) => address.name || party(address);
@@ -8041,10 +8021,8 @@ const plural = (count, noun) => `${count.toLocaleString("en")} ${noun}${count ==
 
 /** The local time of day, before today with the date; to minutes (16), to milliseconds (23). */
 function clock(iso, end = 16) {
-  const [then, now] = [new Date(iso), new Date()].map((time) => new Date(
-    time - 60000 * time.getTimezoneOffset()).toISOString());
-  return (then.slice(0, 10) === now.slice(0, 10) ? "" : then.slice(5, 10) + " ")
-    + then.slice(11, end);
+  const [then, now] = [new Date(iso), new Date()].map((time) => time.toLocaleString("sv"));
+  return (then + iso.slice(19, 23)).slice(then.slice(0, 10) === now.slice(0, 10) ? 11 : 5, end);
 }
 
 function duration(seconds) {
@@ -8052,28 +8030,20 @@ function duration(seconds) {
   return `${Math.round(seconds / per)} ${unit}`;
 }
 
-/** How far a time is from now. */
-const apart = (iso) => duration(Math.abs(Date.parse(iso) - Date.now()) / 1000);
-
-/** That, kept up to date by tick(). */
-const timer = (iso, title) => h("time", {"data-at": iso, title}, apart(iso));
-
 function size(octets) {
   const [per, unit] = octets < 1e3 ? [1, "B"] : octets < 1e6 ? [1e3, "kB"] : [1e6, "MB"];
   return `${Number((octets / per).toFixed(1))} ${unit}`;
 }
 
-/** The URL of the API as programs need it. */
-const base = () => new URL(".", location).href.slice(0, -1);
+// -- Asking
 
-/** Host and port for mail as seen from here: a catcher for all hosts calls itself 127.0.0.1. */
-function smtpAddress() {
-  const [, host, port] = /^(.*):(\d+)$/.exec(state.health.smtp);
-  const local = /^(127\.|localhost$|\[::1\])/;
-  return [local.test(host) && !local.test(location.hostname) ? location.hostname : host, port];
-}
+const apiUrl = (id) => "api/messages/" + encodeURIComponent(id);
+const viewUrl = (id, what) => `v1/messages/${encodeURIComponent(id)}/${what}`;
+const own = () => (state.own ? recall().own : []);
+const blind = () => state.own && !own().length;  // nothing may be asked for
 
-// ---- Asking ----------------------------------------------------------------
+/** Parameters that limit a request to these inboxes, or to nothing. */
+const only = (addresses) => new URLSearchParams(addresses.map((address) => ["inbox", address]));
 
 /** The JSON of an answer, `total` from its header.  A refusal is an Error with status and retry
     (seconds); without an answer it has no status. */
@@ -8085,7 +8055,7 @@ async function ask(path, options) {
     {status, retry: Number(headers.get("Retry-After"))});
 }
 
-/** Changes something in the catcher; null if that could not be, which is said. */
+/** Changes something in the catcher.  If that could not be it says so, and the answer is null. */
 async function change(path, options) {
   try {
     return await ask(path, options);
@@ -8097,14 +8067,6 @@ async function change(path, options) {
   }
 }
 
-const apiUrl = (id) => "api/messages/" + encodeURIComponent(id);
-const viewUrl = (id, what) => `v1/messages/${encodeURIComponent(id)}/${what}`;
-const own = () => (state.own ? recall("own", []) : []);
-const blind = () => state.own && !own().length;      // nothing may be asked for
-
-/** Parameters that limit a request to these inboxes, or to nothing. */
-const only = (addresses) => new URLSearchParams(addresses.map((address) => ["inbox", address]));
-
 /** The list as the view wants it.  A search may not be typed to its end: an open quotation is
     closed, a lone `from:` left out. */
 async function loadList() {
@@ -8112,31 +8074,33 @@ async function loadList() {
   const words = encodeURIComponent(closed.replace(/(^|\s)-?(\w+:)?(?=\s|$)/g, "$1").trim());
   const {items, total} = blind() ? {items: [], total: 0} : await ask("api/messages?server=mailtest"
     + `&itemsPerPage=${state.count}&q=${words}&` + only(inbox ? [inbox] : own()));
-  if (q === view.q && inbox === view.inbox) {
-    Object.assign(state, {items, total: Number(total ?? state.health.messages)});
+  if (q !== view.q || inbox !== view.inbox) return;
+  Object.assign(state, {items, total: Number(total ?? state.health.messages)});
+}
+
+const recount = throttled(async () => {
+  const before = recall().own;
+  try {
+    const {items} = blind() ? {items: []} : await ask("v1/inboxes?" + only(own()));
+    items.sort((one, other) => (one.expires < other.expires ? 1 : -1));     // of late mail first
+    state.inboxes = new Map(items.map((item) => [item.address.toLowerCase(), item]));
+    const ended = before.filter((address) => !state.inboxes.has(address.toLowerCase()));
+    remember({own: recall().own.filter((address) => !ended.includes(address))});
+    render();
+  } catch (error) {
+    trouble(error);
   }
-}
-
-const recount = throttled(() => loadInboxes().then(render, trouble));
-
-async function loadInboxes() {
-  const before = recall("own", []);
-  const {items} = blind() ? {items: []} : await ask("v1/inboxes?" + only(own()));
-  items.sort((one, other) => (one.expires < other.expires ? 1 : -1));
-  state.inboxes = new Map(items.map((item) => [item.address.toLowerCase(), item]));
-  const ended = before.filter((address) => !state.inboxes.has(address.toLowerCase()));
-  remember("own", recall("own", []).filter((address) => !ended.includes(address)));
-}
+});
 
 async function loadSessions() {
-  if (!state.own) state.sessions = (await ask("v1/sessions")).items;
+  if (!state.own) state.sessions = (await ask("v1/sessions").catch(() => state.sessions)).items;
   render();
 }
 
 /** Whether only inboxes acquired here may be read.  It is one request, so that the browser asks
     for the API key once. */
 async function limited({hosted, api_key: key}) {
-  if (hosted && !recall("signed-in") || !key) return hosted;
+  if (hosted && !recall().signedIn || !key) return hosted;
   return ask("api/messages?server=mailtest&itemsPerPage=1").then(() => false, (error) => {
     if (error.status === 401 || error.status === 403) return true;
     throw error;
@@ -8150,11 +8114,12 @@ const refresh = throttled(async () => {
     state.health = await ask("healthz");
     if (state.own === null) {
       state.own = await limited(state.health);
-      loadSessions().catch(() => {});
+      loadSessions();
     }
-    recount();                       // it may take longer than the rest
+    recount();  // it may take longer than the rest
     await loadList();
-    if (state.message) await ask(apiUrl(view.message), {method: "HEAD"}).catch(gone);
+    if (state.sessions[0] && failed(state.sessions[0])) loadSessions();
+    if (state.message) await ask(apiUrl(view.message), {method: "HEAD"}).catch(lose);
     state.problem = "";
   } catch (error) {
     trouble(error);
@@ -8168,9 +8133,9 @@ const refresh = throttled(async () => {
 function trouble({status, message, retry}) {
   state.problem = status ? message : "mailtest does not answer; trying again";
   state.pause = retry ? Date.now() + 1000 * retry : 0;
-  if (status === 400) Object.assign(state, {total: 0, items: []});           // a search word
-  else if (state.own && (status === 401 || status === 403)) remember("own", []);   // all unknown
-  else setStatus(status === 429 ? "waiting" : "reconnecting", state.problem);
+  if (status === 400) Object.assign(state, {total: null, items: []});  // a search word
+  else if (state.own && (status === 401 || status === 403)) remember({own: []});  // all unknown
+  else setStatus(status === 429 ? "waiting" : "reconnecting");
 }
 
 /** The message that the URL names; after a moment, as it may be one of many leafed through. */
@@ -8178,25 +8143,22 @@ async function loadMessage() {
   const id = view.message;
   await sleep(30);
   if (!id || SHEETS[id] || id !== view.message) return;
-  try {
-    const message = await ask(apiUrl(id));
-    if (id !== view.message) return;
+  const message = await ask(apiUrl(id)).catch((error) => id === view.message && lose(error));
+  if (id === view.message) {
     state.message = message;
-    ask(viewUrl(id, "seen"), {method: "PUT"}).catch(() => {});
-  } catch (error) {
-    if (id === view.message) gone(error);
+    if (message) ask(viewUrl(id, "seen"), {method: "PUT"}).catch(() => {});
   }
   render();
 }
 
-function gone({status, message}) {
-  state.absent = status === 404 ? "This message is gone from the catcher: deleted or expired"
+function lose({status, message}) {
+  state.gone = status === 404 ? "This message is gone from the catcher: deleted or expired"
     : `This message could not be read: ${message}`;
 }
 
-// ---- Live ------------------------------------------------------------------
+// -- Live
 
-let source = null, followed = "", seconds = 0;
+let source = null, followed = "";
 
 const live = () => source && source.readyState !== EventSource.CLOSED;
 
@@ -8208,21 +8170,20 @@ function follow() {
   if (source) source.close();
   source = path ? new EventSource(path) : null;
   followed = path;
-  if (!path) return setStatus("ready", "Acquire an address to receive mail");
+  if (!path) return setStatus("ready");
   source.onopen = () => {
     setStatus("live");
     refresh();
   };
-  source.onerror = () => (live() ? setStatus("reconnecting", "No connection to mailtest")
-    : setStatus("polling", "There is no event stream: asking every few seconds"));
+  source.onerror = () => setStatus(live() ? "reconnecting" : "polling");
   for (const kind of ["message", "deleted", "emptied", "inbox", "expired", "seen", "reset"]) {
     source.addEventListener(kind, refresh);
   }
-  source.addEventListener("session", () => loadSessions().catch(() => {}));
+  source.addEventListener("session", loadSessions);
 }
 
-function setStatus(text, title = "New mail appears by itself") {
-  Object.assign($("status"), {textContent: text, title}).dataset.state = text;
+function setStatus(text) {
+  $("status").textContent = $("status").dataset.state = text;
 }
 
 /** Tells screen readers of new mail. */
@@ -8234,16 +8195,7 @@ function announce() {
     `New message from ${newest.from.map(nameOf).join(", ")}: ${newest.subject}`;
 }
 
-/** Each second: times, and what is to be asked without a stream. */
-function tick() {
-  seconds += 1;
-  for (const node of document.querySelectorAll("[data-at]")) {
-    node.textContent = apart(node.dataset.at);
-  }
-  if (!live() && seconds % (document.hidden || state.own ? 10 : 3) === 0) refresh();
-}
-
-// ---- Inboxes ---------------------------------------------------------------
+// -- Inboxes
 
 function render() {
   if (state.health) {
@@ -8260,67 +8212,63 @@ async function acquire() {
   if (!address) return;
   state.inboxes.set(address.toLowerCase(), {address, expires, acquired: true, failures: [],
     message_count: 0, unseen: 0});
-  remember("own", [address, ...recall("own", [])].slice(0, 50));
+  remember({own: [address, ...recall().own].slice(0, 50)});
   go({inbox: address.toLowerCase(), message: "", q: ""});
   copy(address);
 }
 
-const remaining = ({acquired, expires}) => acquired && timer(expires, "until its mail is gone");
-
 function renderInboxes() {
   const all = [...state.inboxes.values()], {messages, unseen} = state.health;
-  const some = all.slice(0, INBOXES), more = all.length - some.length;
   const sum = (name) => all.reduce((total, inbox) => total + inbox[name], 0);
   const whole = {address: "", message_count: state.own ? sum("message_count") : messages,
     unseen: state.own ? sum("unseen") : unseen};
-  const entries = (id, inboxes) => each($(id), inboxes, "address", inboxEntry,
-    (node, {message_count: count, unseen: fresh}) => fill(node.lastChild, [fresh, count], () => [
-      h(fresh ? "b" : "span", fresh || count),
-      h("span.heard", fresh ? ` unread of ${count}` : " messages, all read")]));
-  entries("all", [whole]);
-  entries("acquired", some.filter(({acquired}) => acquired));
-  entries("others", some.filter(({acquired}) => !acquired));
+  const some = all.slice(0, INBOXES), more = all.length - some.length;
+  for (const [id, inboxes] of [["all", [whole]], ["acquired", some.filter((one) => one.acquired)],
+    ["others", some.filter((one) => !one.acquired)]]) {
+    each($(id), inboxes, "address", inboxEntry, updateEntry);
+  }
   choose("inbox", view.inbox);
   $("more").textContent = more ? `${more.toLocaleString("en")} more: search with to:` : "";
   document.title = whole.unseen ? `(${whole.unseen}) mailtest` : "mailtest";
   setFavicon(whole.unseen);
 }
 
-const inboxEntry = (inbox) => choice(".inbox.line@inbox", "inbox", inbox.address.toLowerCase(),
-  inbox.address || "All mail", ({target}) => go({inbox: target.value}),
-  h("bdi.grow.cut", inbox.address.replace("@" + state.health.domain, "") || "All mail"),
-  remaining(inbox), h("span.count"));
+const inboxEntry = ({address, acquired, expires}) => choice(".inbox.line@inbox", "inbox",
+  address.toLowerCase(), address || "All mail", ({target}) => go({inbox: target.value}),
+  h("bdi.grow.cut", address.replace("@" + state.health.domain, "") || "All mail"),
+  acquired && h("time", "until " + clock(expires)), h("span.count"));
+
+const updateEntry = (node, {message_count: all, unseen}) => fill(node.lastChild, [all, unseen],
+  () => [h(unseen ? "b" : "span", unseen || all),
+    h("span.heard", unseen ? ` unread of ${all}` : " messages, all read")]);
 
 /** What stands above the list: whose mail it is, and what can be done with it. */
 function renderBar() {
   const inbox = state.inboxes.get(view.inbox) || {address: view.inbox, failures: []};
   const {address, failures, attempts, acquired, expires} = inbox;
+  const button = (name, question, path, after) => h("button", {onclick: async () => {
+    if (confirm(question) && await change(path, {method: "DELETE"})) after();
+  }}, name);
   fill($("bar"), [address, acquired && expires, failures, attempts], () => [
     h("h2.line@address", h("bdi", address || "All mail"),
       address && copier(address, "the address")),
-    remaining(inbox), h("small@hits", {id: "hits", role: "status"}), h("details.menu@menu",
+    acquired && h("time", "until " + clock(expires)),
+    h("small@hits", {id: "hits", role: "status"}), h("details.menu@menu",
       h("summary.square", {"aria-label": "Menu", title: "Menu"}, icon("more")),
-      h("div.box",
-        (address || !state.own) && h("button", {onclick: () => drop(
-          `Delete all mail to ${address || "everyone"}?`, address
-            ? `v1/inboxes/${encodeURIComponent(address)}/messages`
-            : "api/messages?server=mailtest")}, "Empty"),
-        address && h("button", {onclick: () => drop(`End ${address} and delete its mail?`,
-          "v1/get/" + encodeURIComponent(address), () => go({inbox: ""}, true))}, "End"),
-        sessionsLink(),
-        failures.length > 0 && h("p", `Failures to play, in ${plural(attempts, "attempt")}:`),
-        failures.map(({fail, answered, left}) => h("p", h("code", fail),
-          ` answered ${answered} times, ${left} left`))))]);
+      h("div.box", (address || !state.own) && button("Empty",
+        `Delete all mail to ${address || "everyone"}? There is no undo.`, address
+          ? `v1/inboxes/${encodeURIComponent(address)}/messages`
+          : "api/messages?server=mailtest", refresh),
+      address && button("End", `End ${address} and delete its mail?`,
+        "v1/get/" + encodeURIComponent(address), () => go({inbox: ""}, true)), sessionsLink(),
+      failures.length > 0 && h("p", `Failures to play, in ${plural(attempts, "attempt")}:`),
+      failures.map(({fail, answered, left}) => h("p", h("code", fail),
+        ` answered ${answered} times, ${left} left`))))]);
   $("hits").textContent = state.total === null ? ""
     : plural(state.total, view.q ? "hit" : "message");
 }
 
-/** Deletes mail for good. */
-async function drop(question, path, then = () => {}) {
-  if (confirm(question + " There is no undo.") && await change(path, {method: "DELETE"})) then();
-}
-
-// ---- List ------------------------------------------------------------------
+// -- List
 
 const listed = () => state.items.filter(({id}) => !state.deleted.has(id));
 
@@ -8328,16 +8276,14 @@ function renderList() {
   each($("rows"), state.items, "id", row, (node, {id, seen}) => {
     node.href = urlOf({message: id});
     node.hidden = state.deleted.has(id);
-    node.setAttribute("aria-selected", id === view.message);
+    node.ariaSelected = String(id === view.message);
     node.classList.toggle("unread", !seen);
     node.firstChild.textContent = seen ? "" : "unread, ";
   });
-  const selected = $("row-" + view.message), more = state.total - state.items.length;
+  const selected = $("row-" + view.message);
   $("rows").setAttribute("aria-activedescendant", selected ? selected.id : "");
   if (selected && selected !== state.revealed) selected.scrollIntoView({block: "nearest"});
   state.revealed = selected;
-  $("older").textContent = more > 0 && state.items.length >= MOST
-    ? `${more.toLocaleString("en")} older ones: search for them` : "";
   renderNothing();
 }
 
@@ -8349,8 +8295,7 @@ function row(item) {
     "data-inside": ""}, h("span.heard"),
   h("div.line", h("small.grow.cut", h("bdi", item.from.map(nameOf).join(", ") || "(no sender)"),
     " \u2192 ", h("bdi", to.length ? nameOf(to[0]) : "(nobody)"),
-    to.length > 1 && ` +${to.length - 1}`),
-  h("time", {title: clock(item.received, 23)}, clock(item.received))),
+    to.length > 1 && ` +${to.length - 1}`), h("time", clock(item.received))),
   h("div.line", h("span.subject.grow.cut", {dir: "auto"}, item.subject || "(no subject)"),
     h("small", size(item.size))),
   h("div.line.soft", item.code && h("span.code", item.code), fact(item.links, "link", "open"),
@@ -8360,12 +8305,11 @@ function row(item) {
 
 /** Why there is no row: only what is known is said. */
 function renderNothing() {
-  const text = state.total ? "" : state.problem ? state.problem
-    : state.total === null ? "Asking\u2026" : view.q ? `Nothing matches \u201c${view.q}\u201d`
+  const text = state.total ? "" : state.problem || (state.total === null ? "Asking\u2026"
+    : view.q ? `Nothing matches \u201c${view.q}\u201d`
       : view.inbox ? "No mail for this address yet"
-        : state.own ? "No mail to an address acquired here" : "No mail yet";
-  fill($("nothing"), [text, view.q, state.own], () => [text && h("p", text),
-    text && view.q && h("button", {onclick: () => go({q: ""})}, "Clear the search"),
+        : state.own ? "No mail to an address acquired here" : "No mail yet");
+  fill($("nothing"), [text, state.own], () => [text && h("p", text),
     state.own && !state.health.hosted && [h("p@signed-out", "You are not signed in: only mail to "
       + "addresses acquired here is shown"), signIn()]]);
 }
@@ -8379,7 +8323,7 @@ function move(step) {
   if (next) go({message: next.id}, view.message !== "");
 }
 
-// ---- Message ---------------------------------------------------------------
+// -- Message
 
 /** Back to the list, and to the manual beside it. */
 function back() {
@@ -8392,15 +8336,14 @@ const heading = (text, ...tools) => h("div.line", tool("back", "Back to the list
   {onclick: back}, ".back"), h("h2.grow", {dir: "auto"}, text), tools);
 
 function renderMain() {
-  const {message, absent} = state, main = $("message"), {message: id} = view;
+  const {message, gone} = state, main = $("message"), {message: id} = view;
   document.body.dataset.pane = id ? "message" : "list";
   if (message) {
     fill(main, message.id, () => mail(message));
-    $("gone").textContent = absent;
+    $("gone").textContent = gone;
     renderPanel(message);
   } else if (id && !SHEETS[id]) {
-    fill(main, [id, absent], () => absent && h("div.sheet", heading("No message"),
-      h("p", absent)));
+    fill(main, [id, gone], () => gone && h("div.sheet", heading("No message"), h("p", gone)));
   } else if (state.health) (SHEETS[id] || SHEETS.help)(main);
 }
 
@@ -8415,8 +8358,7 @@ function mail(message) {
     tool("dot", "Mark unread (m)", {onclick: unread}),
     tool("load", "Download as .eml", {href: viewUrl(id, "source"), download: id + ".eml"}),
     !state.own && tool("bin", "Delete (Del)", {onclick: remove}, "@delete")),
-  partiesOf(message), metaOf(message),
-  h("p.notice", {id: "gone", role: "alert"}),
+  partiesOf(message), metaOf(message), h("p.notice", {id: "gone", role: "alert"}),
   warnings.length > 0 && folded(".notice", plural(warnings.length, "warning"), false,
     h("ul", warnings.map((warning) => h("li", warning)))),
   h("div.line.wrap.chips", chipsOf(message)),
@@ -8434,12 +8376,10 @@ function partiesOf(message) {
   const line = (label, texts) => texts.length > 0 && h("div", h("span.soft", label + " "),
     few(texts.slice(0, 4)), texts.length > 4 && folded("", `and ${texts.length - 4} more`, false,
       few(texts.slice(4))));
-  const named = (label, parties) => line(label, parties.map((one) => (one.name
-    ? `${one.name} <${party(one)}>` : party(one))));
-  return h("div.line.wrap.parties", named("From", message.from), named("To", message.to),
-    named("Cc", message.cc), named("Bcc", message.bcc),
-    line("Reply to", fields(message, "reply-to")),
-    line("Unsubscribe", fields(message, "list-unsubscribe")));
+  return h("div.line.wrap.parties", ["From", "To", "Cc", "Bcc"].map((label) => line(label,
+    message[label.toLowerCase()].map((one) => (one.name ? `${one.name} <${party(one)}>`
+      : party(one))))), line("Reply to", fields(message, "reply-to")),
+  line("Unsubscribe", fields(message, "list-unsubscribe")));
 }
 
 function metaOf(message) {
@@ -8447,33 +8387,32 @@ function metaOf(message) {
   const {mailFrom, rcptTo, client, tls, user} = metadata;
   const text = (addresses) => addresses.map(party).sort().join().toLowerCase();
   const differs = mailFrom !== null && (text(from) !== mailFrom.toLowerCase()
-    || text(rcptTo) !== text([...to, ...cc]));   // the envelope, from the header fields
-  return h("div.line.wrap.soft.meta", h("span", `${clock(received, 23)} (`, timer(received, ""),
-    " ago)"),
-  Math.abs(Date.parse(date) - Date.parse(received)) > 60000 && h("span", "Date field: " + date),
-  h("span", size(message.size)),
-  client && h("span", `from ${client}${tls ? " over TLS" : ""}${user ? ` as ${user}` : ""}`),
-  differs && h("span", "envelope ", h("bdi", mailFrom || "<>"), " \u2192 ",
-    h("bdi", rcptTo.slice(0, 3).map(party).join(", ")),
-    rcptTo.length > 3 && ` and ${rcptTo.length - 3} more`),
-  h("button", {title: "Copy the id", onclick: () => copy(id, "the id")}, "id " + id));
+    || text(rcptTo) !== text([...to, ...cc]));  // the envelope, from the header fields
+  return h("div.line.wrap.soft.meta",
+    h("span", clock(received, 23)),
+    Math.abs(Date.parse(date) - Date.parse(received)) > 60000 && h("span", "Date field: " + date),
+    h("span", size(message.size)),
+    client && h("span", `from ${client}${tls ? " over TLS" : ""}${user ? ` as ${user}` : ""}`),
+    differs && h("span", "envelope ", h("bdi", mailFrom || "<>"), " \u2192 ",
+      h("bdi", rcptTo.slice(0, 3).map(party).join(", ")),
+      rcptTo.length > 3 && ` and ${rcptTo.length - 3} more`),
+    h("button", {title: "Copy the id", onclick: () => copy(id, "the id")}, "id " + id));
 }
 
 const codesOf = ({text, html}) => [...new Set([...text.codes, ...html.codes].map(
   ({value}) => value))];
 const linksOf = ({text, html}) => (html.links.length ? html : text).links;
 
-/** The code and the first links, the host too if the text of a link does not show it. */
+/** The codes and the first links, the host too if the text of a link does not show it. */
 function chipsOf(message) {
-  const links = linksOf(message).filter(({href}) => !href.startsWith("#")).slice(0, 3);
-  return [codesOf(message).slice(0, 3).map((code) => h("span.chip.box.line", h("button@chip-code",
-    {title: "Copy the code (y)", onclick: () => copy(code)}, "code ", h("b.code", code),
-    icon("copy")))),
-  links.map(({href, text}) => {
+  const chip = (kind, text, what, ...shown) => h("button@chip-" + kind, {title: "Copy " + text,
+    onclick: () => copy(text, what)}, shown, icon("copy"));
+  return [codesOf(message).slice(0, 3).map((code) => h("span.chip.box.line",
+    chip("code", code, code, "code ", h("b.code", code)))),
+  linksOf(message).filter(({href}) => !href.startsWith("#")).slice(0, 3).map(({href, text}) => {
     const [, host] = /^\w+:\/+(?:[^/?#]*@)?([^/?#]+)/.exec(href) || [];
-    return h("span.chip.box.line", h("button@chip-link", {title: "Copy " + href,
-      onclick: () => copy(href, "the link")}, h("span", {dir: "auto"}, text || href),
-    host && text && !text.includes(host) && h("small", host), icon("copy")), opener(href));
+    return h("span.chip.box.line", chip("link", href, "the link", h("span", {dir: "auto"},
+      text || href), host && text && !text.includes(host) && h("small", host)), opener(href));
   })];
 }
 
@@ -8490,11 +8429,8 @@ function fileOf({id, fileName, contentId, contentType, length}) {
     h("div.grow", h("div.cut", name), h("div.soft.cut", `${contentType} \u00b7 ${size(length)}`)));
 }
 
-function unread() {
-  if (!state.message) return;
-  change(viewUrl(view.message, "seen"), {method: "DELETE"});
-  toast("Marked as unread");
-}
+const unread = () => state.message
+  && change(viewUrl(view.message, "seen"), {method: "DELETE"});
 
 /** Deletes the message that is shown, after a moment for second thoughts. */
 function remove() {
@@ -8524,7 +8460,7 @@ async function removeNow(id) {
   render();
 }
 
-// ---- Tabs ------------------------------------------------------------------
+// -- Tabs
 
 const pre = (text, id, attributes = {}) => h("pre", attributes, text.slice(0, SHOWN),
   text.length > SHOWN && h("a", {href: viewUrl(id, "source")}, "\n\n\u2026 The whole source"));
@@ -8533,9 +8469,9 @@ const pre = (text, id, attributes = {}) => h("pre", attributes, text.slice(0, SH
 const REMOTE = /((src|srcset|background|poster)\s*=|url\()\s*["']?\s*(https?:)?\/\/|<link\b/i;
 
 function showPreview({id, html, text}) {
-  const src = viewUrl(id, "preview?remote=" + Number(state.remote));
-  const frame = h("iframe@preview-frame", {title: "The HTML of the message", src,
-    sandbox: "allow-popups allow-popups-to-escape-sandbox", referrerpolicy: "no-referrer"});
+  const frame = h("iframe@preview-frame", {title: "The HTML of the message",
+    src: viewUrl(id, "preview?remote=" + Number(state.remote)), referrerpolicy: "no-referrer",
+    sandbox: "allow-popups allow-popups-to-escape-sandbox"});
   // Nobody can ask a sandboxed document how long it is: on paper it gets room for its text.
   frame.style.setProperty("--pages", Math.ceil(((text.body || html.body).length + 1) / 3000));
   const load = () => {
@@ -8549,24 +8485,15 @@ function showPreview({id, html, text}) {
   h("label", h("input", {type: "checkbox", id: "scheme", onchange: ({target}) => go(
     {scheme: target.checked ? "dark" : "light"}, true)}), " Dark"),
   ["320", "375", "768", "100%"].map((width) => choice("", "width", width, "Width",
-    () => go({width}, true), width)),
-  tool("open", "Open it in a tab of its own", {href: src, target: "_blank", rel: "noopener"})),
-  h("div.stage", frame)];
+    () => go({width}, true), width))), h("div.stage", frame)];
 }
 
 const showLinks = (message) => h("div.links", linksOf(message).map(({href, text}) => h("div.line",
   h("div.grow", h("div", {dir: "auto"}, text), h("code.soft", href)), copier(href, "the link"),
   opener(href))));
 
-function showHeaders({metadata}) {
-  const found = h("dl.pairs"), filter = h("input", {type: "search", "aria-label": "Filter",
-    placeholder: "Filter header fields"});
-  filter.oninput = () => found.replaceChildren(...metadata.headers.filter(
-    ({field, value}) => `${field}: ${value}`.toLowerCase().includes(filter.value.toLowerCase())
-  ).flatMap(({field, value}) => [h("dt", field), h("dd", {dir: "auto"}, value)]));
-  filter.oninput();
-  return [filter, found];
-}
+const pairs = (lines) => h("dl.pairs", lines.map(([term, text]) => [h("dt", term),
+  h("dd", {dir: "auto"}, text)]));
 
 function showSource({id}) {
   const node = h("div@source", "\u2026");
@@ -8585,6 +8512,9 @@ const transcript = (lines) => h("pre", lines.map((line) => h(/^C:/.test(line) ? 
 /** Text to copy as it stands. */
 const block = (text) => h("div.block", h("pre.box", {tabindex: 0}, text), copier(text, "this"));
 
+/** The URL of the API as programs need it. */
+const base = () => new URL(".", location).href.slice(0, -1);
+
 function showJson(message) {
   const curl = (path) => block(`curl -s '${base()}/${path.replaceAll("'", "%27")}'`);
   const {email} = message.metadata.rcptTo[0] || {}, subject = encodeURIComponent(message.subject);
@@ -8593,13 +8523,14 @@ function showJson(message) {
     h("div@json", pre(JSON.stringify(message, null, 2), message.id))];
 }
 
-const TABS = {                       // label, noun of what it needs, that, how it is shown
+const TABS = {  // label, noun of what it needs, that, how it is shown
   preview: ["Preview", "HTML part", ({html}) => html.body, showPreview],
   text: ["Text", "text part", ({text}) => text.body,
     ({text, id}) => pre(text.body, id, {class: "letter", dir: "auto"})],
   html: ["HTML", "HTML part", ({html}) => html.body, ({html, id}) => pre(html.body, id)],
-  links: ["Links", "link", (message) => linksOf(message).length, showLinks],
-  headers: ["Headers", "header field", ({metadata}) => metadata.headers.length, showHeaders],
+  links: ["Links", "links", (message) => linksOf(message).length, showLinks],
+  headers: ["Headers", "header fields", ({metadata}) => metadata.headers.length,
+    ({metadata}) => pairs(metadata.headers.map(({field, value}) => [field, value]))],
   source: ["Source", "source", () => true, showSource],
   smtp: ["SMTP", "SMTP session", ({session}) => session[0], ({session}) => transcript(session)],
   json: ["JSON", "JSON", () => true, showJson],
@@ -8609,17 +8540,16 @@ const missing = (name) => !TABS[name][2](state.message) && "This message has no 
 
 const tabsOf = (message) => h("div.tabs", {role: "radiogroup", "aria-label": "Parts"},
   Object.entries(TABS).map(([name, [label, , holds]], index) => {
-    const tab = choice("@tab-" + name, "tab", name, missing(name) || `${label} (${index + 1})`,
-      () => go({tab: name}, true), label, holds(message) > 0 && holds(message) !== true
-        && h("small", " ", holds(message)));
-    tab.firstChild.disabled = missing(name);
+    const held = holds(message), tab = choice("@tab-" + name, "tab", name, missing(name)
+      || `${label} (${index + 1})`, () => go({tab: name}, true), label,
+    Number.isInteger(held) && held > 0 && h("small", " ", held));
+    tab.firstChild.disabled = !held;
     return tab;
   }));
 
 function chooseTab(name) {
-  if (!state.message) return;
-  if (missing(name)) toast(missing(name));
-  else go({tab: name}, true);
+  if (!state.message) return null;
+  return missing(name) ? toast(missing(name)) : go({tab: name}, true);
 }
 
 /** The chosen tab, or the first that holds something. */
@@ -8632,15 +8562,15 @@ function renderPanel(message) {
   fill(panel, [message.id, name, state.remote], () => TABS[name][3](message));
   const frame = panel.querySelector("iframe");
   if (!frame) return;
-  choose("width", view.width);       // without loading it anew
+  choose("width", view.width);  // without loading it anew
   $("scheme").checked = view.scheme === "dark";
   frame.style.width = view.width.replace(/\d$/, "$&px");
   frame.style.colorScheme = view.scheme;
 }
 
-// ---- Manual and sessions ---------------------------------------------------
+// -- Manual and sessions
 
-const SHEETS = {                     // what may stand in the place of a message
+const SHEETS = {  // what may stand in the place of a message
   help: (main) => {
     const {smtp, hosted, strict} = state.health;
     fill(main, [smtp, hosted, strict, state.own, view.inbox, state.inboxes.size], manual);
@@ -8661,127 +8591,98 @@ const failed = ({refused, messages, ending}) => refused || !messages && ending !
 
 /** What became of a session. */
 function outcome({refused, ending, transcript: lines, messages}) {
-  const [first = refused] = lines.filter((line) => REFUSAL.test(line));      // the cause of others
+  const [first = refused] = lines.filter((line) => REFUSAL.test(line));  // the cause of others
   if (refused) return "was refused: " + first.replace("S: ", "");
   return messages ? `brought ${plural(messages, "message")}` : `ended without mail: ${ending}`;
 }
 
-const HELP = {
-  Search: `word "two words"  in subject, addresses and bodies
-from: to: subject: body:  a part of that field
-has:attachment  also code, link, html, text, warning
--word -has:link  not that`,
-  Keyboard: `j k  or arrows: next and previous message
-Enter  into the message
-Esc  back
-1 to 8  the tabs of the message
-y  copy the code
-m  mark as unread
-Del  delete the message
-u  undo that, within 5 seconds
-/  search
-a  acquire an address and copy it
-?  this help`,
-};
+const HELP = [["word \"two words\"", "in subject, addresses and bodies"],
+  ["from: to: cc: bcc:", "a part of a name or address"],
+  ["subject: body: header: file: id: user:", "a part of that"],
+  ["has:attachment", "also code, link, html, text, warning"], ["-word -has:link", "not that"],
+  ["j k or arrows", "next and previous message"], ["Enter", "into the message"], ["Esc", "back"],
+  ["1 to 8", "the tabs of the message"], ["y", "copy the code"], ["m", "mark as unread"],
+  ["Del", "delete the message"], ["u", "undo that, within 5 seconds"], ["/", "search"],
+  ["a", "acquire an address and copy it"], ["?", "this help"]];
 
 /** How to use this catcher; it names the inbox that is chosen. */
 function manual() {
-  const [host, port] = smtpAddress(), {ttl, strict, hosted, rate, max_size: most} = state.health;
-  const {address} = state.inboxes.get(view.inbox) || {}, url = base();
+  const {ttl, strict, hosted, rate, smtp, max_size: most, version} = state.health, url = base();
+  const {address} = state.inboxes.get(view.inbox) || {}, [, host, port] = /(.*):(.*)/.exec(smtp);
   const place = (term, text) => text && h("div.box", h("dt", term), h("dd.line",
     h("span.mono.grow", text), copier(text, term)));
+  const sample = () => change("api/messages?server=mailtest", {method: "POST", body:
+    JSON.stringify({to: address || "jane@example.com", from: "Acme <noreply@acme.example>"})});
   return h("div.sheet@empty", heading(hosted ? "Test your outbound mail" : "Send mail here"),
-    h("p", `What is sent to this SMTP server, to ${strict ? "an acquired" : "any"} address, `
-      + `appears here at once and goes no further. After ${duration(ttl)} it is deleted.`),
-    hosted && h("p", `Free, and without registration: mail of up to ${size(most)}`
-      + `${rate ? `, ${plural(rate, "request")} a minute` : ""}. Who knows an address can read `
-      + "its mail: nothing secret, please."),
+    h("p", `Mail to ${strict ? "an acquired" : "any"} address appears here at once and goes no `
+      + `further. After ${duration(ttl)} it is deleted.`),
+    hosted && h("p", `Up to ${size(most)} a mail${rate ? `, ${plural(rate, "request")} a minute`
+      : ""}. Who knows an address can read its mail: nothing secret, please.`),
     h("dl.line.wrap.places", place("Address", address), place("SMTP host", host),
       place("SMTP port", port), place("HTTP API", url)),
-    h("div.line.wrap", !state.own && h("button.primary@sample", {onclick: sendSample},
+    h("div.line.wrap", !state.own && h("button.primary@sample", {onclick: sample},
       "Send me a sample mail"), h("button", {onclick: acquire}, icon("plus"),
       "Acquire an address"), signIn(), sessionsLink()),
     h("h3", "In a shell: acquire an address, send to it, wait for what arrives"),
     block(`to=$(curl -s ${url}/v1/acquire)
 printf 'Subject: Hello\\n\\nIt works\\n' | curl -s --crlf -T - \\
-  --mail-from me@example.com --mail-rcpt "$to" smtp://${host}:${port}
+  --mail-from me@example.com --mail-rcpt "$to" smtp://${smtp}
 curl -s "${url}/v1/get/$to?timeout=10"`),
     h("h3", "In Python"), block(`import smtplib
 with smtplib.SMTP("${host}", ${port}) as smtp:
     smtp.sendmail("me@example.com", "${address || (strict ? "an acquired address"
     : "jane@example.com")}", "Subject: Hello\\n\\nIt works")`),
-    Object.entries(HELP).map(([title, lines]) => [h("h3", title), h("dl.pairs", lines.split("\n")
-      .map((line) => line.split("  ")).map(([term, text]) => [h("dt", h("code", term)),
-        h("dd", text)]))]), h("p", `mailtest ${state.health.version}`));
+    h("h3", "Search"), pairs(HELP.slice(0, 5)), h("h3", "Keyboard"), pairs(HELP.slice(5)),
+    h("p", `mailtest ${version}`));
 }
 
 /** Who has the API key sees all mail; the browser asks for it. */
 const signIn = () => state.own && state.health.api_key && h("button@sign-in", {onclick: () => {
-  remember("signed-in", true);
+  remember({signedIn: true});
   location.reload();
 }}, "Show all mail (API key)");
 
-/** The API's own sample, to the shown inbox. */
-function sendSample() {
-  const {address = "jane@example.com"} = state.inboxes.get(view.inbox) || {};
-  change("api/messages?server=mailtest", {method: "POST", body: JSON.stringify(
-    {to: address, from: "Acme <noreply@acme.example>"})});
-}
-
-// ---- Header ----------------------------------------------------------------
+// -- Header
 
 function renderHeader() {
-  const smtp = smtpAddress().join(":"), session = state.sessions.find(failed);
-  const [, link, dismiss] = $("refused").children;
+  const {smtp} = state.health, [session] = state.sessions, strip = $("refused");
   fill($("smtp"), smtp, () => ["smtp " + smtp, icon("copy")]);
   $("smtp").onclick = () => copy(smtp);
   $("help").href = urlOf({message: "help"});
-  $("refused").hidden = !session || recall("dismissed", "") >= session.started;
-  if (!session) return;
-  link.href = urlOf({message: "sessions"});
-  link.textContent = `The SMTP session of ${clock(session.started, 19)} ${outcome(session)}`;
-  dismiss.onclick = () => {
-    remember("dismissed", session.started);
-    render();
-  };
+  strip.hidden = !session || !failed(session);
+  strip.firstElementChild.href = urlOf({message: "sessions"});
+  if (session) {
+    fill(strip.firstElementChild, session.number, () => [icon("warn"), "The last SMTP session, of "
+      + `${clock(session.started, 19)}, ${outcome(session)}`]);
+  }
 }
 
 function setFavicon(unseen) {
-  const badge = unseen ? '<circle cx="22" cy="10" r="10" fill="#d92d20"/><text x="22" y="15" '
-    + 'fill="#fff" font-family="sans-serif" font-size="13" text-anchor="middle">'
-    + `${Math.min(99, unseen)}</text>` : "";
-  document.querySelector("link[rel=icon]").href = "data:image/svg+xml," + encodeURIComponent(
-    '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 32 32"><rect x="2" y="6" width="28" '
-    + 'height="20" rx="4" fill="#2f5fd0"/><path d="m5 10 11 8 11-8" fill="none" stroke="#fff" '
-    + `stroke-width="2.5"/>${badge}</svg>`);
+  document.querySelector("link[rel=icon]").href = unseen ? "data:image/svg+xml,"
+    + encodeURIComponent('<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 32 32"><circle '
+    + 'cx="16" cy="16" r="16" fill="#d92d20"/><text x="16" y="23" fill="#fff" font-size="20" '
+    + `text-anchor="middle">${Math.min(99, unseen)}</text></svg>`) : "favicon.ico";
 }
 
 /** Light or dark, as the system has it unless something else was chosen. */
 function renderTheme() {
-  const usual = dark.matches ? "dark" : "light", theme = recall("theme", usual);
+  const theme = recall().theme || (dark.matches ? "dark" : "light");
   const other = theme === "dark" ? "light" : "dark";
   document.documentElement.dataset.theme = theme;
   $("theme").title = `Switch to ${other} colours`;
   $("theme").onclick = () => {
-    remember("theme", other === usual ? null : other);
+    remember({theme: other});
     renderTheme();
   };
 }
 
-// ---- Keys and clicks -------------------------------------------------------
+// -- Keys and clicks
 
 const toList = () => $("rows").focus({preventScroll: true});
 
 function copyCode() {
   const [code] = state.message ? codesOf(state.message) : [];
-  if (code) copy(code);
-  else toast("This message has no code");
-}
-
-/** From the list into the message. */
-function enter() {
-  if (!view.message) move(0);
-  if ($("panel")) $("panel").focus();
+  return code ? copy(code) : toast("There is no code");
 }
 
 /** One step back: from the message to the list, from there to the manual. */
@@ -8794,20 +8695,18 @@ function escape() {
 const KEYS = {j: () => move(1), k: () => move(-1), a: acquire, u: undo, y: copyCode, m: unread,
   "/": () => $("search").select(), "?": () => go({message: "help"}), Delete: remove,
   Escape: escape};
-Object.keys(TABS).forEach((name, index) => {
-  KEYS[index + 1] = () => chooseTab(name);
-});
-const LIST_KEYS = {ArrowDown: KEYS.j, ArrowUp: KEYS.k, Enter: enter, Home: () => move(-MOST),
-  End: () => move(MOST), PageDown: () => move(8), PageUp: () => move(-8), ...KEYS};
-const SEARCH_KEYS = {ArrowDown: () => move(0), Escape: () => (go({q: ""}), toList())};
+Object.keys(TABS).forEach((name, index) => { KEYS[index + 1] = () => chooseTab(name); });
+const LIST_KEYS = {ArrowDown: KEYS.j, ArrowUp: KEYS.k, Home: () => move(-1000),
+  End: () => move(1000), Enter: () => ($("panel") ? $("panel").focus() : move(0)), ...KEYS};
+const SEARCH_KEYS = {ArrowDown: () => move(0), Enter: () => move(0),
+  Escape: () => (go({q: ""}), toList())};
 
 function pressed(event) {
   const {target, key} = event;
   if (event.ctrlKey || event.metaKey || event.altKey) return;
   const keys = target === $("search") ? SEARCH_KEYS
-    : target.type === "search" ? {Escape: toList}
-      : [document.body, $("rows")].includes(target) ? LIST_KEYS : KEYS;
-  if (!Object.prototype.hasOwnProperty.call(keys, key)) return;
+    : [document.body, $("rows")].includes(target) ? LIST_KEYS : KEYS;
+  if (!Object.hasOwn(keys, key)) return;
   event.preventDefault();
   keys[key]();
 }
@@ -8820,7 +8719,7 @@ function clicked(event) {
   const link = event.target.closest("a[data-inside]");
   if (!link || event.ctrlKey || event.metaKey || event.shiftKey) return;
   event.preventDefault();
-  if (link.role) toList();           // a row
+  if (link.role) toList();  // a row
   history.pushState(!view.message, "", link.href);
   moved();
 }
@@ -8836,20 +8735,17 @@ document.onvisibilitychange = () => {
 dark.onchange = renderTheme;
 $("rows").onscroll = ({target: {scrollTop, clientHeight, scrollHeight}}) => {
   if (state.items.length < state.count || scrollHeight - scrollTop > 2 * clientHeight) return;
-  state.count = Math.min(MOST, state.count + PAGE);
+  state.count = Math.min(1000, state.count + PAGE);
   refresh();
 };
 $("search").oninput = () => {
   const q = $("search").value.trim();
   go({q}, view.q !== "" && q !== "");
 };
-$("find").onsubmit = (event) => {
-  event.preventDefault();
-  move(0);
-};
 $("acquire").onclick = acquire;
 $("toast").lastElementChild.onclick = undo;
-setInterval(tick, 1000);
+document.querySelectorAll("[data-icon]").forEach((node) => node.prepend(icon(node.dataset.icon)));
+setInterval(() => live() || refresh(), 5000);
 renderTheme();
 moved();
 refresh();
