@@ -22,7 +22,7 @@ The sections, each of which uses only those above it:
     Search         which messages a request means
     Store          inboxes, messages, events: everything that threads share
     SMTP session   commands in, replies out; no sockets
-    Network        listening, connections, one thread that waits, a pool for what may block; TLS
+    Network        listening, connections, one thread that waits, others for what may block; TLS
     SMTP server    drives sessions over connections
     HTTP API       requests in, responses out; no sockets
     HTTP server    drives the API over connections
@@ -35,9 +35,9 @@ The way of a mail, from the socket to whoever waits for it:
     Listener._round         waits for sockets; SmtpServer.ready takes a turn with each that spoke
     Session.receive         octets in, replies out: mail data, or the next line, and the next ...
     Session._take_line      finds the Command in COMMANDS and runs it; it may raise Refuse, Drop
-    Session._take_data      gathers octets up to the lone dot; Session._deliver makes a Message
+    Session._take_data      gathers octets up to the lone dot; Session._finish makes a Message
     Store.deliver           with the lock: numbers it, files it under its inboxes, wakes who waits
-    HttpHandler.handle_one_request    in a thread of the pool: reads a request into a Request
+    HttpHandler.handle_one_request    in a thread of its own: reads a request into a Request
     answer                  finds the Route in ROUTES, checks access and parameters, runs it
     collect                 waits with Store.messages until enough messages match
     Message.read            the octets once more, as a Mail: what JSON, searches, tests look at
@@ -172,7 +172,6 @@ class Limits(NamedTuple):
     # Network
     connections: int = 1_000          # at once, for each port
     connections_per_client: int = 600 # of one client address
-    workers_idle: int = 8             # threads that wait for a connection
     backlog: int = 1_024              # connections the system queues; 5 cost seconds
     stop_time: float = 3.0            # seconds that a stop waits for mail data to end
 
@@ -2937,8 +2936,7 @@ def command(syntax: str, phases: str = "new idle mail rcpt",
             read: Callable[[str], Any] = str) -> Callable:
     """Makes a method the command that the syntax begins with; its HELP and its 503 follow.
 
-    `read` looks at nothing but the argument, and what it returns never changes: lines that come
-    again are read once.
+    `read` looks at nothing but the argument, and what it returns never changes: see read_line().
     """
     def register(run: Callable[["Session", Any], Optional[bytes]]) -> Callable:
         COMMANDS[syntax.split()[0].encode()] = Command(syntax, phases, read, run)
@@ -2994,21 +2992,12 @@ def _check_ascii(path: str, utf8: bool) -> None:
                                    f"got {_seen(path)}")
 
 
-class MailArgument(NamedTuple):
-    """What MAIL says."""
-
-    path: str
-    eight_bit: bool                      # BODY=8BITMIME
-    utf8: bool                           # SMTPUTF8
-    size: int                            # SIZE, in octets
-
-
-def read_mail(argument: str) -> MailArgument:
-    """What stands behind MAIL."""
+def read_mail(argument: str) -> Tuple[str, bool, bool, int]:
+    """What MAIL says: the reverse-path, whether BODY=8BITMIME, whether SMTPUTF8, SIZE."""
     match = _MAIL.fullmatch(argument)
     if not match:
         raise Refuse(501, "5.5.4", f"Expected MAIL FROM:<address>, got 'MAIL' {_seen(argument)}")
-    path, given = match.group(1) or "", _path_parameters(match.group(2))
+    path, given = match[1] or "", _path_parameters(match[2])
     utf8 = "SMTPUTF8" in given
     if given.pop("SMTPUTF8", None) is not None:
         raise Refuse(501, "5.5.4", "Expected SMTPUTF8 without a value")
@@ -3023,19 +3012,18 @@ def read_mail(argument: str) -> MailArgument:
     _check_known(given, "SIZE, BODY, SMTPUTF8 or AUTH")
     local, _, domain = path.rpartition("@")
     if domain and local and not _is_domain(domain):      # an empty one is a real client's
-        raise Refuse(501, "5.1.7", "Expected a domain or address literal, got "
-                                   f"{_seen(domain)}")
+        raise Refuse(501, "5.1.7", f"Expected a domain or address literal, got {_seen(domain)}")
     _check_ascii(path, utf8)
-    return MailArgument(path, body == "8BITMIME", utf8, int(size))
+    return path, body == "8BITMIME", utf8, int(size)
 
 
 def read_rcpt(argument: str) -> str:
     """The forward-path that stands behind RCPT."""
     match = _RCPT.fullmatch(argument)
-    if not match or not match.group(1):
+    if not match or not match[1]:
         raise Refuse(501, "5.5.4", f"Expected RCPT TO:<address>, got 'RCPT' {_seen(argument)}")
-    path, parameters = match.groups()
-    _check_known(_path_parameters(parameters), "none")
+    path = match[1]
+    _check_known(_path_parameters(match[2]), "none")
     _, at, domain = path.rpartition("@")
     if at and not _is_domain(domain) or not at and path.lower() != "postmaster":
         raise Refuse(501, "5.1.3", f"Expected local-part@domain, got {_seen(path)}")
@@ -3046,18 +3034,16 @@ def read_rcpt(argument: str) -> str:
 # no initial one), yields challenges, and returns the user and a function that says whether a
 # password is the one that was proved.
 
-def _unbase64(text: str) -> bytes:
+def _unbase64(octets: bytes) -> bytes:
     try:
-        return base64.b64decode(text.encode("ascii"), validate=True)
-    except ValueError:                   # not base64, or not ASCII
+        return base64.b64decode(octets, validate=True)
+    except ValueError:
         raise Refuse(501, "5.5.2", "Expected base64") from None
 
 
 def _plain(response: Optional[bytes]) -> Iterator[bytes]:
     """RFC 4616: authorization identity NUL user NUL password."""
-    if response is None:
-        response = yield b""
-    parts = response.split(b"\0")
+    parts = ((yield b"") if response is None else response).split(b"\0")
     if len(parts) != 3 or not parts[1]:
         raise Refuse(501, "5.5.2", "Expected base64 of [identity] NUL user NUL password")
     return parts[1], lambda password: same(parts[2], password.encode())
@@ -3085,9 +3071,8 @@ def _cram_md5(response: Optional[bytes]) -> Iterator[bytes]:
 
 def _xoauth2(response: Optional[bytes]) -> Iterator[bytes]:
     """Google's and Microsoft's mechanism; the token is taken for a password."""
-    if response is None:
-        response = yield b""
-    match = re.fullmatch(rb"user=([^\1]+)\1auth=Bearer ([^\1]*)\1\1", response, re.I)
+    match = re.fullmatch(rb"user=([^\1]+)\1auth=Bearer ([^\1]*)\1\1",
+                         (yield b"") if response is None else response, re.I)
     if not match:
         raise Refuse(501, "5.5.2", "Expected base64 of user=USER ^A auth=Bearer TOKEN ^A ^A")
     return match[1], lambda password: same(match[2], password.encode())
@@ -3104,6 +3089,34 @@ def _without_secret(line: bytes) -> bytes:
     known = len(words) > 1 and words[1].decode("ascii", "replace").upper() in MECHANISMS
     shown = words[:2] if known else words[:1]
     return b" ".join(shown + [b"********"] * (len(words) > len(shown)))
+
+
+# Lines.  What some reader takes for a line's end is among the forbidden: controls, U+2028, U+2029.
+
+_FORBIDDEN = re.compile(rb"[\x00-\x1f\x7f]|\xc2[\x80-\x9f]|\xe2\x80[\xa8\xa9]")
+_NO_CONTROL = "Expected no control character, NUL, bare CR or bare LF in a command"
+_HTTP = re.compile(rb"[A-Z]{3,20} (?:/|https?:)|Host:", re.I)
+_OBSOLETE = frozenset((b"EXPN", b"TURN", b"ETRN", b"ATRN", b"SEND", b"SOML", b"SAML"))
+
+
+@functools.lru_cache(maxsize=1_000)      # senders repeat themselves: 10 % of the mail a second
+def read_line(line: bytes) -> Tuple[Command, Any]:
+    """The command that a line gives, and what its argument means, or the Refuse that it deserves:
+    that is said once it is known whether the command may come now.  KeyError: it is no command."""
+    verb, _, rest = line.partition(b" ")
+    found = COMMANDS[verb.upper()]
+    if _FORBIDDEN.search(line):
+        raise KeyError
+    try:
+        argument = rest.decode("utf-8")
+        if " " not in found.syntax and argument.strip():
+            raise Refuse(501, "5.5.4", f"Expected {found.syntax} alone, got {_seen(argument)} "
+                                       "after it")
+        return found, found.read(argument)
+    except UnicodeDecodeError:           # RFC 6531 3.1: what is not ASCII is UTF-8
+        return found, Refuse(501, "5.5.2", "Expected ASCII or UTF-8")
+    except Refuse as refusal:
+        return found, refusal.with_traceback(None)
 
 
 # Mail data
@@ -3125,11 +3138,6 @@ def _end_of_data(data: bytearray, start: int) -> Tuple[int, bool]:
     return data.find(_END, start), True
 
 
-def _without_stuffing(octets: bytes) -> bytes:
-    """Mail data as it was before the client doubled leading dots (RFC 5321 4.5.2)."""
-    return octets[octets.startswith(b"."):].replace(b"\r\n.", b"\r\n")
-
-
 def _too_large(limits: Limits) -> Refuse:
     return Refuse(552, "5.3.4", f"Message too large: expected at most {limits.max_size} octets "
                                 "(--max-size)")
@@ -3138,11 +3146,13 @@ def _too_large(limits: Limits) -> Refuse:
 class Transaction:
     """A mail transaction (RFC 5321 3.3): from MAIL until the message is in, RSET or EHLO."""
 
-    __slots__ = ("mail", "forward_paths", "data", "by_chunks", "has_dots", "size", "reserved",
-                 "refusal")
+    __slots__ = ("reverse_path", "eight_bit", "utf8", "forward_paths", "data", "by_chunks",
+                 "has_dots", "size", "reserved", "refusal")
 
-    def __init__(self, mail: MailArgument):
-        self.mail = mail
+    def __init__(self, reverse_path: str, eight_bit: bool, utf8: bool):
+        self.reverse_path = reverse_path
+        self.eight_bit = eight_bit
+        self.utf8 = utf8
         self.forward_paths: List[str] = []
         self.data: Optional[bytearray] = None        # of DATA, behind a CRLF; or of BDAT
         self.by_chunks = False           # BDAT
@@ -3152,49 +3162,14 @@ class Transaction:
         self.refusal: Optional[Refuse] = None        # from then on octets are counted, not kept
 
 
-_FORBIDDEN = re.compile(rb"[\x00-\x1f\x7f]"                          # what some reader takes for
-                        rb"|\xc2[\x80-\x9f]|\xe2\x80[\xa8\xa9]")     # a line's end is among them
-_NO_CONTROL = "Expected no control character, NUL, bare CR or bare LF in a command"
-_HTTP = re.compile(rb"[A-Z]{3,20} (?:/|https?:)|Host:", re.I)
-_OBSOLETE = frozenset((b"EXPN", b"TURN", b"ETRN", b"ATRN", b"SEND", b"SOML", b"SAML"))
-
-
-_KNOWN_LINES: Dict[bytes, Tuple[Command, Any, bytes]] = {}     # see Session._read()
-_KNOWN_LENGTH = 256                      # octets of such a line at most
-
-
-def _read_argument(found: Command, octets: bytes) -> Any:
-    """What the octets behind a verb mean, or the Refuse that they deserve: that is said once it is
-    known whether the command may be given at all."""
-    try:
-        argument = octets.decode("utf-8")
-        if " " not in found.syntax and argument.strip():
-            raise Refuse(501, "5.5.4", f"Expected {found.syntax} alone, got {_seen(argument)} "
-                                       "after it")
-        return found.read(argument)
-    except UnicodeDecodeError:           # RFC 6531 3.1: what is not ASCII is UTF-8
-        return Refuse(501, "5.5.2", "Expected ASCII or UTF-8")
-    except Refuse as refusal:
-        return refusal.with_traceback(None)
-
-
-def _escaped(line: bytes) -> bytes:
-    """A line for the transcript that stays one line there."""
-    return _FORBIDDEN.sub(lambda match: "".join(map(r"\x%02x".__mod__, match[0])).encode(), line)
-
-
 class Session:
     """One SMTP session.
 
-    receive() takes octets however they were cut, and returns what to send back.  If it is then
-    `halted`, look at `pause` (wait for so many seconds before you send, then call resume()),
-    `wants_tls` (start TLS, then call tls_started()) and `ended` (close the connection).
+    receive() takes octets however they were cut, and returns what to send back.  Then look at
+    `pause` (wait for so many seconds before you send, then call resume()), `wants_tls` (send,
+    start TLS, call tls_started()) and `ended` (send, close the connection): while one of them is
+    set nothing is taken.
     """
-
-    __slots__ = ("store", "policy", "client", "tls", "helo", "user", "transaction", "ended",
-                 "cut_off", "wants_tls", "pause", "_paused", "_buffer", "_skips_line",
-                 "_exchange", "_chunk", "_chunk_refusal", "_secret_next", "_bad", "_started",
-                 "_accepted", "_refused", "_opening", "_lines", "_past")
 
     def __init__(self, store: Store, policy: SmtpPolicy = SmtpPolicy(), client: str = "",
                  tls: bool = False):
@@ -3217,7 +3192,6 @@ class Session:
         self._chunk_refusal: Optional[Refuse] = None
         self._secret_next = False        # what comes may be a secret, though it is no response
         self._bad = 0                    # commands that were none
-        # For the records
         self._started = store.client_seen = store.wall()
         self._accepted = 0
         self._refused = ""
@@ -3225,8 +3199,6 @@ class Session:
         self._lines: List[bytes] = []                # since the latest one, and in between
         self._past: "collections.deque[bytes]" = collections.deque(
             maxlen=store.limits.transcript_lines)    # so many of these
-
-    # -- facts
 
     @property
     def phase(self) -> str:
@@ -3238,13 +3210,7 @@ class Session:
     @property
     def in_data(self) -> bool:
         """Mail data is arriving: a stop should wait for its end."""
-        transaction = self.transaction   # once: the thread that stops the server asks, too
-        return transaction is not None and transaction.data is not None
-
-    @property
-    def halted(self) -> bool:
-        """Nothing more is taken for now."""
-        return self.ended or self.wants_tls or self.pause > 0
+        return self.transaction is not None and self.transaction.data is not None
 
     # -- what the server calls
 
@@ -3257,14 +3223,13 @@ class Session:
         replies: List[bytes] = []
         self._buffer = self._buffer + octets if self._buffer else octets
         while self._buffer and not (self.ended or self.wants_tls or self.pause):
-            transaction = self.transaction
             try:
                 if self._chunk is not None:
                     said = self._take_chunk()
-                elif transaction is None or transaction.data is None or transaction.by_chunks:
-                    said = self._take_line()
-                else:
+                elif self.in_data and not self.transaction.by_chunks:
                     said = self._take_data()
+                else:
+                    said = self._take_line()
             except Refuse as refusal:
                 said = refusal.reply
                 refusal.__traceback__ = None         # it may be kept, and would lead to itself
@@ -3309,21 +3274,20 @@ class Session:
         self._reset()
         self._buffer = b""
         self._cut_part()
-        if is_probe:
-            return
-        transcript = (self._opening or b"") + b"".join(self._past) + b"".join(self._lines)
-        self.store.add_session(SessionRecord(
-            0, self.client, self.helo, self.user, self.tls, self._started,
-            self.store.wall(), self._accepted, self._refused, how, transcript))
+        if not is_probe:
+            transcript = (self._opening or b"") + b"".join(self._past) + b"".join(self._lines)
+            self.store.add_session(SessionRecord(
+                0, self.client, self.helo, self.user, self.tls, self._started,
+                self.store.wall(), self._accepted, self._refused, how, transcript))
 
     def _is_probe(self, how: str) -> bool:
         """A load balancer looked whether we are alive: nothing but EHLO and QUIT came."""
-        verbs = [line[3:7].upper() for line in self._lines if line.startswith(b"C: ")]
+        verbs = {line[3:7].upper() for line in self._lines if line.startswith(b"C: ")}
         if how == "quit":
-            return set(verbs) <= {b"EHLO", b"HELO", b"QUIT"}
+            return verbs <= {b"EHLO", b"HELO", b"QUIT"}
         return how in ("left without QUIT", BROKE) and not verbs and not self._buffer
 
-    # -- octets to commands: what takes them returns the reply, b"" for none, None if it needs more
+    # -- lines.  What takes octets returns the reply, b"" for none, None if it needs more of them.
 
     def _take_line(self) -> Optional[bytes]:
         """Takes one line.
@@ -3332,38 +3296,22 @@ class Session:
         another server reads as one line is two here.
         """
         buffer = self._buffer
-        read = _KNOWN_LINES.get(buffer) if len(buffer) <= _KNOWN_LENGTH else None
-        if read is not None and self._exchange is None and not self._skips_line:
-            self._buffer = b""           # as a rule: one line, and not a new one
-        else:
-            end = buffer.find(b"\r\n")
-            if not self.helo and buffer.startswith(b"\x16\x03"):
-                raise Drop("spoke TLS at once: use STARTTLS, or the port of --smtps")
-            if self._skips_line:
-                self._skips_line = end < 0
-                self._buffer = b"\r" * buffer.endswith(b"\r") if end < 0 else buffer[end + 2:]
-                return None if end < 0 else b""
-            if end > 510 or end < 0:
-                self._check_length(len(buffer) if end < 0 else end + 2)
-            if end < 0:
-                self._await_line()
-                return None
-            line, self._buffer = buffer[:end + 2], buffer[end + 2:]
-            if self._exchange is not None:
-                self._lines.append(b"C: ********\r\n")
-                return self._respond(line[:-2])
-            read = _KNOWN_LINES.get(line) or self._read(line)
-        found, argument, noted = read
-        self._secret_next = False
-        phase = self.phase
-        if phase == "idle" and found is COMMANDS[b"MAIL"]:
-            self._begin_part()
-        self._lines.append(noted)
-        if phase not in found.phases:
-            raise self._out_of_order(found.phases)
-        if isinstance(argument, Refuse):
-            raise argument
-        return found.run(self, argument)
+        end = buffer.find(b"\r\n")
+        if not self.helo and buffer.startswith(b"\x16\x03"):
+            raise Drop("spoke TLS at once: use STARTTLS, or the port of --smtps")
+        if self._skips_line:
+            self._skips_line = end < 0
+            self._buffer = b"\r" * buffer.endswith(b"\r") if end < 0 else buffer[end + 2:]
+            return None if end < 0 else b""
+        if end > 510 or end < 0:
+            self._check_length(len(buffer) if end < 0 else end + 2)
+        if end >= 0:
+            self._buffer = buffer[end + 2:]
+            return self._obey(buffer[:end])
+        if buffer.endswith(b"\n") and self._exchange is None:
+            self._skips_line, self._buffer = True, b""         # nc and telnet wait for a reply to
+            raise self._not_a_command(buffer)        # a bare LF; the line goes on to its CRLF
+        return None
 
     def _check_length(self, octets: int) -> None:
         """Refuses a line that is too long as soon as it is; the rest of it is skipped."""
@@ -3378,58 +3326,54 @@ class Session:
             raise Refuse(500, "5.5.6" if secret else "5.5.2",        # RFC 4954 4, 6
                          f"Line too long: expected at most {most} octets with CRLF")
 
-    def _await_line(self) -> None:
-        """Looks at a line without its end yet: one with a bare LF is refused at once, since nc
-        and telnet wait for a reply to it; the line goes on to its CRLF."""
-        if self._buffer.endswith(b"\n") and self._exchange is None:
-            self._skips_line = True
-            line, self._buffer = self._buffer, b""
-            raise self._not_a_command(line, line.partition(b" ")[0].upper())
+    def _obey(self, line: bytes) -> Optional[bytes]:
+        """Does what a whole line says."""
+        if self._exchange is not None:
+            self._lines.append(b"C: ********\r\n")
+            return self._respond(line)
+        plain = len(line) <= 256 and line[:4].upper() != b"AUTH"
+        try:                             # what is long is not kept, and a secret never
+            found, argument = (read_line if plain else read_line.__wrapped__)(line)
+        except KeyError:
+            raise self._not_a_command(line) from None
+        self._secret_next = False
+        phase = self.phase
+        if phase == "idle" and found is COMMANDS[b"MAIL"]:
+            self._begin_part()
+        if plain:
+            self._lines.append(b"C: %b\r\n" % line)
+        else:
+            self._note(_without_secret(line) if found is COMMANDS[b"AUTH"] else line)
+        if phase not in found.phases:
+            raise self._out_of_order(found.phases)
+        if isinstance(argument, Refuse):
+            raise argument
+        return found.run(self, argument)
 
-    def _read(self, octets: bytes) -> Tuple[Command, Any, bytes]:
-        """What a whole line says: the command, its argument or why that is refused, and what the
-        transcript has.  That is kept for the next time, since senders repeat themselves: 20 % of
-        the mail a second on connections that are kept."""
-        line = octets[:-2]
-        verb, _, rest = line.partition(b" ")
-        found = COMMANDS.get(verb.upper())
-        if found is None or _FORBIDDEN.search(line):
-            raise self._not_a_command(line, verb.upper())
-        secret = found is COMMANDS[b"AUTH"]
-        noted = self._short(_without_secret(line) if secret else line)
-        read = found, _read_argument(found, rest), noted
-        if not secret and len(octets) <= _KNOWN_LENGTH:
-            if len(_KNOWN_LINES) >= 1_000:
-                _KNOWN_LINES.clear()
-            _KNOWN_LINES[octets] = read
-        return read
-
-    def _not_a_command(self, line: bytes, verb: bytes) -> Refuse:
-        known = verb in COMMANDS
-        secret = not known and self._secret_next     # a password after a failed AUTH
+    def _not_a_command(self, line: bytes) -> Refuse:
+        verb = line.partition(b" ")[0].upper()
+        secret = self._secret_next and verb not in COMMANDS    # a password after a failed AUTH
         self._secret_next = False
         hidden = secret or b"AUTH" in line[:20].upper()
-        self._lines.append(self._short(_without_secret(line) if hidden else _escaped(line)))
-        if not known:
+        self._note(_without_secret(line) if hidden else _FORBIDDEN.sub(       # one line stays one
+            lambda match: "".join(map(r"\x%02x".__mod__, match[0])).encode(), line))
+        if verb not in COMMANDS:
             self._refuse_http(line)
+        self._bad += 1
+        if self._bad > self.store.limits.bad_commands:
+            raise Drop("too many bad commands", reply(421, "4.7.0", "Too many bad commands"))
         if _FORBIDDEN.search(line):
-            return self._bad_command(500, "5.5.2", _NO_CONTROL)
+            return Refuse(500, "5.5.2", _NO_CONTROL)
         if verb in _OBSOLETE:
-            return self._bad_command(502, "5.5.1", f"{verb.decode()} is not implemented")
+            return Refuse(502, "5.5.1", f"{verb.decode()} is not implemented")
         shown = "'********'" if secret else _seen(verb.decode("utf-8", "backslashreplace"))
-        return self._bad_command(500, "5.5.2", f"Unknown command {shown}: HELP lists them")
+        return Refuse(500, "5.5.2", f"Unknown command {shown}: HELP lists them")
 
     def _refuse_http(self, line: bytes) -> None:
         """Ends the session of a browser: a foreign page may post to this port what looks like
         commands."""
         if _HTTP.match(line):
             raise Drop("spoke HTTP", reply(421, "4.7.0", "This is SMTP, not HTTP"))
-
-    def _bad_command(self, code: int, status: str, text: str) -> Refuse:
-        self._bad += 1
-        if self._bad > self.store.limits.bad_commands:
-            raise Drop("too many bad commands", reply(421, "4.7.0", "Too many bad commands"))
-        return Refuse(code, status, text)
 
     def _out_of_order(self, phases: str) -> Refuse:
         return Refuse(503, "5.5.1", (
@@ -3446,17 +3390,17 @@ class Session:
         data, before = transaction.data, len(transaction.data)
         data += self._buffer
         end, has_dots = _end_of_data(data, max(0, before - 4))
-        if has_dots:
-            transaction.has_dots = True
+        transaction.has_dots = transaction.has_dots or has_dots
         if end < 0:
             self._buffer = b""
             self._count(len(data) - before)
             return None
         self._buffer = bytes(data[end + 5:])
         transaction.size += end + 2 - before         # the CRLF belongs to the last line
-        del data[end + 2:], data[:2]                 # the second moves nothing
-        octets = bytes(data)
-        return self._finish(_without_stuffing(octets) if transaction.has_dots else octets)
+        if transaction.has_dots:         # RFC 5321 4.5.2: the client doubled leading dots
+            return self._finish(bytes(data[:end + 2].replace(b"\r\n.", b"\r\n")[2:]))
+        del data[end + 2:], data[:2]
+        return self._finish(bytes(data))
 
     def _take_chunk(self) -> Optional[bytes]:
         """Takes octets of a BDAT chunk (RFC 3030 2), also of one that is refused."""
@@ -3483,21 +3427,18 @@ class Session:
         """Counts mail data that arrived, and keeps no more of it once it is too much."""
         transaction, limits = self.transaction, self.store.limits
         transaction.size += octets
-        if transaction.refusal is None:
-            if transaction.size > limits.max_size * 4 // 3 + 5:      # dots, and what ends it
-                transaction.refusal = _too_large(limits)
-            elif transaction.size > transaction.reserved + limits.reserve_step:
-                self._reserve(transaction)
+        uncounted = transaction.size - transaction.reserved
+        if transaction.refusal is None and uncounted > limits.reserve_step:
+            try:
+                self.store.reserve(uncounted)
+                transaction.reserved += uncounted
+            except Full as full:
+                transaction.refusal = Refuse(452, "4.3.1", f"Out of memory: {full}")
+        if transaction.size > limits.max_size * 4 // 3 + 5:    # no longer dots, and what ends it
+            transaction.refusal = _too_large(limits)
         if transaction.refusal is not None:
             del transaction.data[:-4]    # what CRLF.CRLF may begin with
             self._release()
-
-    def _reserve(self, transaction: Transaction) -> None:
-        try:
-            self.store.reserve(transaction.size - transaction.reserved)
-            transaction.reserved = transaction.size
-        except Full as full:
-            transaction.refusal = Refuse(452, "4.3.1", f"Out of memory: {full}")
 
     def _release(self) -> None:
         if self.transaction is not None and self.transaction.reserved:
@@ -3508,8 +3449,7 @@ class Session:
         """Ends the transaction: the message is stored before its 250 is made."""
         transaction, dialogue = self.transaction, b"".join(self._lines)
         self._lines.append(b"C: (%d octets of mail data)\r\n" % transaction.size)
-        if transaction.reserved:
-            self._release()              # from here on the message itself is counted
+        self._release()                  # from here on the message itself is counted
         try:
             if transaction.refusal is not None:
                 raise transaction.refusal
@@ -3517,19 +3457,17 @@ class Session:
                 raise _too_large(self.store.limits)
             for path in transaction.forward_paths if self.store.scripts else ():
                 self._follow_script("data", path)
-            return self._deliver(transaction, octets, dialogue)
+            id = new_id()
+            self.store.deliver(Message(id, octets, Envelope(
+                transaction.reverse_path, tuple(transaction.forward_paths), self.helo, self.client,
+                self.user, self.tls, transaction.eight_bit, transaction.utf8),
+                session=(self._opening, dialogue)))
+            self._accepted += 1
+            return b"250 2.0.0 Ok: queued as %b\r\n" % id.encode()
         except Full as full:
             raise Refuse(452, "4.3.1", f"Not stored: {full}") from None
         finally:
             self._reset()
-
-    def _deliver(self, transaction: Transaction, octets: bytes, dialogue: bytes) -> bytes:
-        id, mail = new_id(), transaction.mail
-        self.store.deliver(Message(id, octets, Envelope(
-            mail.path, tuple(transaction.forward_paths), self.helo, self.client, self.user,
-            self.tls, mail.eight_bit, mail.utf8), session=(self._opening, dialogue)))
-        self._accepted += 1
-        return b"250 2.0.0 Ok: queued as %b\r\n" % id.encode()
 
     # -- commands
 
@@ -3555,28 +3493,30 @@ class Session:
 
     @command("MAIL FROM:<reverse-path> [SIZE=n] [BODY=7BIT|8BITMIME] [SMTPUTF8] [AUTH=mailbox]",
              phases="idle", read=read_mail)
-    def _mail(self, mail: MailArgument) -> bytes:
+    def _mail(self, said: Tuple[str, bool, bool, int]) -> bytes:
         if self.policy.require:
             self._check_required("tls", "auth")
+        path, eight_bit, utf8, size = said
         most = self.store.limits.max_size
-        if mail.size > most:
+        if size > most:
             raise Refuse(552, "5.3.4", f"Message too large: expected at most {most} octets, "
-                                       f"got SIZE={mail.size}")
-        if self.store.scripts and mail.path:
-            self._follow_script("mail", mail.path)
-        self.transaction = Transaction(mail)
+                                       f"got SIZE={size}")
+        if self.store.scripts and path:
+            self._follow_script("mail", path)
+        self.transaction = Transaction(path, eight_bit, utf8)
         return b"250 2.1.0 Ok\r\n"
 
     def _check_required(self, *kinds: str) -> None:
-        for kind, is_there, text in (("tls", self.tls, "Send STARTTLS first"),       # RFC 3207 4
-                                     ("auth", self.user, "Authenticate first")):     # 4954 6
-            if kind in kinds and kind in self.policy.require and not is_there:
-                raise Refuse(530, "5.7.0", f"{text} (--require {kind})")
+        there = {"tls": self.tls, "auth": self.user}
+        for kind in kinds:               # RFC 3207 4, RFC 4954 6
+            if kind in self.policy.require and not there[kind]:
+                raise Refuse(530, "5.7.0", f"Send {'STARTTLS' if kind == 'tls' else 'AUTH'} first "
+                                           f"(--require {kind})")
 
     @command("RCPT TO:<forward-path>", phases="mail rcpt", read=read_rcpt)
     def _rcpt(self, path: str) -> bytes:
         paths = self.transaction.forward_paths
-        _check_ascii(path, self.transaction.mail.utf8)
+        _check_ascii(path, self.transaction.utf8)
         if len(paths) >= self.store.limits.recipients:
             raise Refuse(452, "4.5.3", f"Too many recipients: expected at most "
                                        f"{self.store.limits.recipients}")
@@ -3596,11 +3536,10 @@ class Session:
         if failure.code < 0:
             raise Drop(f"dropped by fail={failure.text}")
         if failure.code:
-            kind = failure.code // 100
-            raise Refuse(failure.code, f"{kind}.0.0", f"Scripted: fail={failure.text}")
-        left = self.store.limits.script_delay - self._paused         # of the whole session
-        delay = min(failure.delay, left)
-        self._paused += delay
+            raise Refuse(failure.code, f"{failure.code // 100}.0.0",
+                         f"Scripted: fail={failure.text}")
+        delay = min(failure.delay, self.store.limits.script_delay - self._paused)
+        self._paused += delay            # all of a session's together are bounded
         self.pause += delay
 
     @command("DATA", phases="rcpt")
@@ -3659,41 +3598,37 @@ class Session:
 
     @command("AUTH mechanism [initial-response]", phases="idle")
     def _auth(self, argument: str) -> bytes:
+        self._check_required("tls")
         name, _, initial = argument.strip().partition(" ")
         mechanism = MECHANISMS.get(name.upper())
-        self._check_required("tls")
         if not name:
             raise Refuse(501, "5.5.4", "Expected AUTH mechanism")
         if mechanism is None:            # not quoted: it may be a secret without its mechanism
             raise Refuse(504, "5.5.4", f"Unknown mechanism: expected {', '.join(MECHANISMS)}")
         if self.user:
             raise Refuse(503, "5.5.1", "Already authenticated")
-        response = _unbase64("" if initial == "=" else initial) if initial else None
-        self._exchange = mechanism(response)
-        return self._advance(None)
+        response = _unbase64(b"" if initial == "=" else initial.encode()) if initial else None
+        exchange = mechanism(response)
+        return self._advance(exchange, None)
 
     def _respond(self, line: bytes) -> bytes:
         """Takes a line that answers a challenge."""
-        try:
-            if line == b"*":             # RFC 4954 4
-                raise Refuse(501, "5.7.0", "Authentication cancelled")
-            return self._advance(_unbase64(line.decode("ascii", "replace")))
-        except Refuse:
-            self._exchange = None
-            self._secret_next = line != b"*"         # a client that did not look may send the rest
-            raise
+        exchange, self._exchange = self._exchange, None
+        if line == b"*":                 # RFC 4954 4
+            raise Refuse(501, "5.7.0", "Authentication cancelled")
+        self._secret_next = True         # if this fails: a client may send the rest all the same
+        said = self._advance(exchange, _unbase64(line))
+        self._secret_next = False
+        return said
 
-    def _advance(self, response: Optional[bytes]) -> bytes:
-        """Hands a response to the exchange; its next challenge, or how it ended."""
+    def _advance(self, exchange: Any, response: Optional[bytes]) -> bytes:
+        """Hands a response to an exchange; its next challenge, or how it ended."""
         try:
-            challenge = self._exchange.send(response)
+            challenge = exchange.send(response)
+            self._exchange = exchange
             return reply(334, "", base64.b64encode(challenge).decode())
         except StopIteration as stop:
-            self._exchange = None
             octets, proves = stop.value
-        except Refuse:
-            self._exchange = None
-            raise
         user, users = octets.decode("utf-8", "replace"), self.policy.users
         if users and not (user in users and proves(users[user])):
             raise Refuse(535, "5.7.8", "Expected a user and password of --auth")
@@ -3712,16 +3647,17 @@ class Session:
         remembered: what comes after follows from it."""
         if said:
             several = said[3] == 45      # a hyphen
-            noted = said.replace(b"\r\n", b"\r\nS: ")[:-3] if several else said
-            self._lines.append(b"S: " + noted)
+            self._lines.append(b"S: " + (
+                said.replace(b"\r\n", b"\r\nS: ")[:-3] if several else said))
             if said[0] >= 52 and not self._refused:          # 4 or 5
                 self._refused = said[:200].decode("ascii").rstrip()
         return said
 
-    def _short(self, line: bytes) -> bytes:
-        """What the transcript has of a client's line."""
+    def _note(self, line: bytes) -> None:
+        """Adds a client's line, or its begin."""
         longest = self.store.limits.transcript_line
-        return b"C: %b\r\n" % (line if len(line) <= longest else line[:longest] + b"...")
+        self._lines.append(b"C: %b\r\n" % (
+            line if len(line) <= longest else line[:longest] + b"..."))
 
     def _cut_part(self) -> None:
         """Keeps the transcript since the latest MAIL within bounds."""
@@ -3740,7 +3676,7 @@ class Session:
 
 # ---- Network ---------------------------------------------------------------
 # One thread for each port waits for what its connections say.  What may block
-# gets a thread of a pool: TLS handshakes, HTTP requests, mail that is saved.
+# gets a thread for as long: TLS handshakes, HTTP connections, slow goodbyes.
 
 class Hangup(Exception):
     """The peer is gone."""
@@ -3748,6 +3684,9 @@ class Hangup(Exception):
 
 class Silence(Hangup):
     """The peer said nothing, or read nothing, for too long; or just now, if nobody waits."""
+
+
+_NOT_NOW = (BlockingIOError, socket.timeout, ssl.SSLWantReadError, ssl.SSLWantWriteError)
 
 
 class Connection:
@@ -3780,7 +3719,7 @@ class Connection:
         """What arrived, b"" at the end of it."""
         try:
             return self.socket.recv(most)
-        except (BlockingIOError, socket.timeout, ssl.SSLWantReadError, ssl.SSLWantWriteError):
+        except _NOT_NOW:
             raise Silence("was silent for too long") from None
         except OSError:                  # reset, shut down, or a TLS failure
             raise Hangup(BROKE) from None
@@ -3790,7 +3729,7 @@ class Connection:
         try:
             for octets in parts:
                 self.socket.sendall(octets)
-        except (BlockingIOError, socket.timeout, ssl.SSLWantWriteError):
+        except _NOT_NOW:
             raise Silence("did not read for too long") from None
         except OSError:
             raise Hangup(BROKE) from None
@@ -3801,7 +3740,7 @@ class Connection:
             if self.unsent:
                 sent = self.socket.send(self.unsent)
                 self.unsent = self.unsent[sent:]
-        except (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError):
+        except _NOT_NOW:
             pass
         except OSError:
             raise Hangup(BROKE) from None
@@ -3822,30 +3761,20 @@ class Connection:
         A peer that closed but its sending side still reads.  The `probe` tells: who reads no
         more answers it with a reset.
         """
-        first = self._peek()
-        if first is None or isinstance(self.socket, ssl.SSLSocket) and first == b"\x15":
-            return True                  # the latter: TLS says that it ends
-        if first == b"" and probe:
-            try:
-                if not self._was_probed:
-                    self._was_probed = True
-                    self.socket.send(probe)
-                socket.socket.send(self.socket, b"")         # fails once the reset is here: on
-            except OSError:                          # this machine at once, else the next time
-                return True
-        return False
-
-    def _peek(self) -> Optional[bytes]:
-        """The first octet that waits, below TLS; b"" at the end, b"?" if none does, None after a
-        reset."""
         seconds = self.socket.gettimeout()
-        try:
+        try:                             # of the octets below TLS, if there is TLS
             self.socket.settimeout(0)
-            return socket.socket.recv(self.socket, 1, socket.MSG_PEEK)
+            first = socket.socket.recv(self.socket, 1, socket.MSG_PEEK)
+            if first == b"" and probe and not self._was_probed:
+                self._was_probed = True
+                self.socket.send(probe)
+            if first == b"" and probe:   # fails once the reset is here: on this machine at once,
+                socket.socket.send(self.socket, b"")           # else the next time
+            return isinstance(self.socket, ssl.SSLSocket) and first == b"\x15"     # TLS ends
         except BlockingIOError:
-            return b"?"
+            return False
         except (OSError, ValueError):    # closed
-            return None
+            return True
         finally:
             self.set_timeout(seconds)
 
@@ -3877,61 +3806,6 @@ class Connection:
         self.socket.close()
 
 
-class Pool:
-    """Threads for jobs that may block: an idle one takes the next job, else there is a new one.
-
-    They are daemons, which concurrent.futures has not: no peer keeps the program from ending.
-    """
-
-    def __init__(self, name: str, spare: int):
-        self._name = name
-        self._spare = spare              # threads that stay when they are idle
-        self._jobs: "queue.SimpleQueue[Any]" = queue.SimpleQueue()
-        self._guard = threading.Lock()   # of the two below
-        self._idle = 0
-        self._threads: "set[threading.Thread]" = set()
-
-    def submit(self, job: Callable[..., None], *arguments: Any) -> None:
-        """Lets a thread do it; RuntimeError if there is none and the system gives none."""
-        with self._guard:
-            if self._idle:
-                self._idle -= 1
-            else:
-                thread = threading.Thread(target=self._work, name=self._name, daemon=True)
-                thread.start()
-                self._threads.add(thread)
-        self._jobs.put((job, arguments))
-
-    def _work(self) -> None:
-        while True:
-            job, arguments = self._jobs.get()
-            if job is None:
-                return
-            job(*arguments)
-            with self._guard:
-                if self._idle >= self._spare:
-                    self._threads.discard(threading.current_thread())
-                    return
-                self._idle += 1
-
-    def stop(self, until: float) -> None:
-        """Ends the threads; waits for them until then, by the monotonic clock."""
-        with self._guard:
-            threads = list(self._threads)
-        for _ in threads:
-            self._jobs.put((None, ()))
-        for thread in threads:
-            thread.join(max(0.0, until - time.monotonic()))
-
-
-def _hosts(host: str) -> Tuple[str, ...]:
-    """The addresses that a name stands for: both loopbacks, all there are, or itself."""
-    if host == "localhost":
-        return "127.0.0.1", "::1"
-    host = host[1:-1] if host[:1] == "[" else host
-    return ("::",) if host in ("*", "") else (host,)
-
-
 def _bind(host: str, port: int, backlog: int) -> socket.socket:
     """A listening socket.  OSError says which address could not be had."""
     if host == "::" and not socket.has_dualstack_ipv6():     # all addresses, as far as there are
@@ -3957,41 +3831,44 @@ def _bind(host: str, port: int, backlog: int) -> socket.socket:
 
 
 def bind(host: str, port: int, backlog: int) -> List[socket.socket]:
-    """Listening sockets at every address of the host, all with one port number; 0: a free one."""
-    first, *others = _hosts(host)
-    for tries in range(20, 0, -1):
-        sockets = [_bind(first, port, backlog)]
+    """Listening sockets with one port number, 0: a free one.  "localhost" means both loopbacks,
+    since clients take either; "*" and "::" every address of both families."""
+    host = host[1:-1] if host[:1] == "[" else host
+    names = ["127.0.0.1", "::1"] if host == "localhost" else ["::" if host in ("*", "") else host]
+    for tries in range(20):
+        sockets: List[socket.socket] = []
         try:
-            for other in others:
-                sockets.append(_bind(other, sockets[0].getsockname()[1], backlog))
-            return sockets
+            for name in names:
+                number = sockets[0].getsockname()[1] if sockets else port
+                sockets.append(_bind(name, number, backlog))
         except OSError as error:
-            if error.errno != errno.EADDRINUSE:      # this machine has no IPv6
-                return sockets
-            sockets[0].close()
-            if port or tries == 1:
+            if sockets and error.errno != errno.EADDRINUSE:
+                break                    # this machine has no IPv6
+            for sock in sockets:
+                sock.close()
+            if port or not sockets or tries == 19:
                 raise
-    raise AssertionError("not reached")
+        else:
+            break
+    return sockets
 
 
 def allow_descriptors(count: int) -> None:
     """Raises the bound of open files to `count`, as far as the system lets a program do that."""
-    try:
+    with contextlib.suppress(ImportError, OSError, ValueError):    # Windows; other bounds
         import resource
         soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
         wanted = count if hard == resource.RLIM_INFINITY else min(count, hard)
         if soft != resource.RLIM_INFINITY and soft < wanted:
             resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
-    except (ImportError, OSError, ValueError):       # Windows; a system with other bounds
-        pass
 
 
 class Listener:
     """Accepts the connections of one port, and ends them.
 
-    One thread waits for all that happens.  By default a connection gets a thread of the pool at
-    once, which runs serve() to its end; a protocol that takes turns overrides accepted(),
-    ready() and between().
+    One thread waits for all that happens.  By default a connection gets a thread of its own, which
+    runs serve() to its end; a protocol that takes turns overrides accepted(), ready() and
+    between().
     """
 
     refusal = b""                        # sent to those that there is no room for
@@ -4000,9 +3877,10 @@ class Listener:
         self.name = name
         self.limits = limits
         self.stopping = threading.Event()
-        self._guard = threading.Condition()        # guards the counts; never held with another
+        self._guard = threading.Condition()          # of the three below; held with no other
         self._clients: "collections.Counter[str]" = collections.Counter()
         self._connections: "set[Connection]" = set()
+        self._threads: "set[threading.Thread]" = set()
         self._most = limits.connections if hasattr(select, "poll") else (
             min(limits.connections, 500))            # Windows: select() takes 512 sockets
         self._complained: Dict[str, float] = {}      # what was logged, and when
@@ -4014,8 +3892,7 @@ class Listener:
         for sock in (*self._sockets, self._woken):
             self._selector.register(sock, selectors.EVENT_READ)
         self._now = 0.0                  # the monotonic clock, when this round began
-        self._pool = Pool(name, limits.workers_idle)
-        self._thread = threading.Thread(target=self._run, name=name, daemon=True)
+        self._waits = threading.Thread(target=self._run, name=name, daemon=True)
 
     # -- what a protocol does
 
@@ -4026,10 +3903,7 @@ class Listener:
     def accepted(self, connection: Connection) -> None:
         """A connection is there."""
         connection.socket.setblocking(True)
-        try:
-            self._pool.submit(self._serve, connection)
-        except RuntimeError:
-            self.complain("the system gives no more threads")
+        if not self.begin(self._serve, connection):
             connection.unsent = self.refusal
             with contextlib.suppress(Hangup):
                 connection.send_some()
@@ -4055,7 +3929,7 @@ class Listener:
         """Begins to accept."""
         allow_descriptors(4 * self.limits.connections + 200)   # four ports at most
         try:
-            self._thread.start()
+            self._waits.start()
         except RuntimeError:
             raise OSError(errno.EAGAIN, "the system gives no thread") from None
 
@@ -4069,26 +3943,42 @@ class Listener:
         until = time.monotonic() + self.limits.stop_time
         self.stopping.set()
         self.wake()
-        if self._thread.ident is not None:
-            self._thread.join(self.limits.stop_time)
+        if self._waits.ident is not None:
+            self._waits.join(self.limits.stop_time)
         for deadline, how in ((until, socket.SHUT_RD), (until + 1.0, socket.SHUT_RDWR)):
             while self._connections and time.monotonic() < deadline:
                 for connection in self._open_now():  # a thread that only cannot read says why
                     connection.shut(how)
                 with self._guard:
                     self._guard.wait_for(lambda: not self._connections, 0.02)
-        self._pool.stop(until + 1.0)
+        for thread in list(self._threads):
+            thread.join(max(0.0, until + 1.0 - time.monotonic()))
         for sock in (*self._sockets, self._waker, self._woken):
             sock.close()
         self._selector.close()
-        if self._spare >= 0:
-            os.close(self._spare)
-            self._spare = -1
+        self._give_up_spare()
 
-    # -- the thread that waits
+    # -- threads
+
+    def begin(self, job: Callable[[Connection], None], connection: Connection) -> bool:
+        """Lets a thread do what may block; False if the system gives none."""
+        def work() -> None:
+            job(connection)
+            with self._guard:
+                self._threads.discard(thread)
+        thread = threading.Thread(target=work, name=self.name, daemon=True)
+        with self._guard:
+            self._threads.add(thread)
+        try:
+            thread.start()
+            return True
+        except RuntimeError:
+            self._threads.discard(thread)
+            self.complain("the system gives no more threads")
+            return False
 
     def wake(self) -> None:
-        """Makes the thread look around."""
+        """Makes the thread that waits look around."""
         with contextlib.suppress(OSError):           # stopped already
             self._waker.send(b"!")
 
@@ -4138,9 +4028,7 @@ class Listener:
 
     def _refuse_without_descriptor(self, listening: socket.socket) -> None:
         """Gives up a spare descriptor, so that the client hears why it is not served."""
-        if self._spare >= 0:
-            os.close(self._spare)
-            self._spare = -1
+        self._give_up_spare()
         with contextlib.suppress(OSError):
             sock, _ = listening.accept()
             with sock:
@@ -4152,12 +4040,19 @@ class Listener:
         except OSError:                  # somebody was faster: others will end
             self.stopping.wait(0.01)
 
+    def _give_up_spare(self) -> None:
+        if self._spare >= 0:
+            os.close(self._spare)
+            self._spare = -1
+
     def complain(self, text: str, error: Optional[Exception] = None) -> None:
         """Logs a fault, once a minute at most."""
         if self._now > self._complained.get(text, -60.0) + 60.0:
             self._complained[text] = self._now
             with contextlib.suppress(ImportError, OSError):  # no descriptor is left even for this
                 log_error("%s: %s", self.name, text, trace=error or False)
+
+    # -- connections
 
     def _admit(self, connection: Connection) -> bool:
         """Counts a connection, or refuses it."""
@@ -4266,15 +4161,14 @@ def make_certificate(folder: str, names: Iterable[str]) -> Tuple[str, str]:
 
 _COMMAND_OCTETS = 1_024                  # taken in a turn, so that no flood of commands holds up
 _DATA_OCTETS = 65_536                    # others: 170 of them are 0.5 ms
-_LINGER = 0.5                            # seconds, see Connection.linger()
 
 
 class SmtpServer(Listener):
     """SMTP on one port.  With `implicit`, TLS begins before the greeting (RFC 8314 3.3).
 
     A connection is watched for what it says or, when it did not read all of an answer, for room
-    to send; or it is lent to a thread; or it is in `_due`: its scripted pause, or the time in
-    which its last octets are taken, ends then.
+    to send; or a thread has it; or it is in `_pauses`, with the time at which its scripted delay
+    ends.
     """
 
     refusal = reply(421, "4.7.0", "Too many connections: try again later")
@@ -4287,7 +4181,7 @@ class SmtpServer(Listener):
         self._tls = tls
         self._implicit = implicit
         self._speaking: List[Connection] = []        # with something to send in this round
-        self._due: Dict[Connection, float] = {}
+        self._pauses: Dict[Connection, float] = {}
         self._returned: "collections.deque[Any]" = collections.deque()     # by threads
         self._next_sweep = 0.0
         self._stop_at = float("inf")     # then no mail data is waited for
@@ -4308,21 +4202,18 @@ class SmtpServer(Listener):
 
     def ready(self, connection: Connection) -> None:
         """One turn of a connection that said something, or can be sent to."""
-        connection.active = self._now
-        session = connection.session
+        connection.active, session = self._now, connection.session
         if connection.unsent:
             self._speaking.append(connection)
-        elif session.ended:
-            self._take_rest(connection)
-        else:
-            try:
-                octets = connection.receive(
-                    _DATA_OCTETS if session.in_data or session.tls else _COMMAND_OCTETS)
-                if not octets:
-                    raise Hangup("left without QUIT")
-                self._say(connection, session.receive(octets))
-            except Exception as error:   # the edge of a thread: the next client is served
-                self._fail(connection, error)
+            return
+        try:
+            octets = connection.receive(
+                _DATA_OCTETS if session.in_data or session.tls else _COMMAND_OCTETS)
+            if not octets:
+                raise Hangup("left without QUIT")
+            self._say(connection, session.receive(octets))
+        except Exception as error:       # the edge of a thread: the next client is served
+            self._fail(connection, error)
 
     def _fail(self, connection: Connection, error: Exception) -> None:
         """What went wrong in a step of a connection ends it, and no other."""
@@ -4336,11 +4227,11 @@ class SmtpServer(Listener):
                                            "error says more")
 
     def _say(self, connection: Connection, replies: bytes) -> None:
-        """Sends replies at the end of the round, after a scripted pause if there is one."""
+        """Sends replies at the end of the round, after a scripted delay if there is one."""
         connection.unsent += replies
         if connection.session.pause:
             self.watch(connection, 0)
-            self._due[connection] = self._now + connection.session.pause
+            self._pauses[connection] = self._now + connection.session.pause
         else:
             self._speaking.append(connection)
 
@@ -4355,43 +4246,26 @@ class SmtpServer(Listener):
         elif not session.ended:
             self.watch(connection, selectors.EVENT_READ)
         elif session.cut_off:
-            connection.shut(socket.SHUT_WR)
-            self._due[connection] = self._now + _LINGER
-            self.watch(connection, selectors.EVENT_READ)
+            self._lend(connection, self._linger)
         else:
             self.close(connection, "")
-
-    def _take_rest(self, connection: Connection) -> None:
-        """Takes what arrives after the end, see Connection.linger()."""
-        try:
-            if connection.receive():
-                return
-        except Silence:
-            return
-        except Hangup:
-            pass
-        self.close(connection, "")
 
     # -- what may block
 
     def _lend(self, connection: Connection, job: Callable[[Connection], bytes]) -> None:
         """Lets a thread take a step of a connection, which nobody else touches meanwhile."""
         self.watch(connection, 0)
-        try:
-            self._pool.submit(self._do, connection, job)
-        except RuntimeError:
-            self.complain("the system gives no more threads")
-            self._end(connection, "4.3.2", "No thread could be had: try again later")
 
-    def _do(self, connection: Connection, job: Callable[[Connection], bytes]) -> None:
-        """The step, by a thread; the listener's deals with what came of it."""
-        outcome: Any = b""
-        try:
-            outcome = job(connection)
-        except Exception as error:       # the listener's thread knows what to do about it
-            outcome = error
-        self._returned.append((connection, outcome))
-        self.wake()
+        def work(connection: Connection) -> None:
+            outcome: Any
+            try:
+                outcome = job(connection)
+            except Exception as error:   # the thread that waits knows what to do about it
+                outcome = error
+            self._returned.append((connection, outcome))
+            self.wake()
+        if not self.begin(work, connection):
+            self._end(connection, "4.3.2", "No thread could be had: try again later")
 
     def _shake_hands(self, connection: Connection) -> bytes:
         connection.start_tls(self._tls)
@@ -4400,6 +4274,10 @@ class SmtpServer(Listener):
             connection.session.tls_started()
             return b""
         return connection.session.greet()
+
+    def _linger(self, connection: Connection) -> bytes:
+        connection.linger()
+        raise Hangup("quit")
 
     # -- between the rounds
 
@@ -4411,7 +4289,7 @@ class SmtpServer(Listener):
                 self._fail(connection, outcome)
             else:
                 self._say(connection, outcome)
-        if self._due:
+        if self._pauses:
             self._end_pauses()
         speaking, self._speaking = self._speaking, []
         for connection in speaking:
@@ -4421,20 +4299,18 @@ class SmtpServer(Listener):
                 self.close(connection, str(hangup))
         if self._now >= self._next_sweep or self.stopping.is_set():
             self._sweep()
-        return max(0.0, min(self._next_sweep, *self._due.values(), self._now + 60.0) - self._now)
+        return max(0.0, min(self._next_sweep, *self._pauses.values(), self._now + 60.0)
+                   - self._now)
 
     def _end_pauses(self) -> None:
-        at_once = self.stopping.is_set()
-        for connection in [each for each, due in self._due.items() if due <= self._now or at_once]:
-            del self._due[connection]
-            session = connection.session
-            try:
-                if not session.pause:    # it had its time for the last octets
-                    raise Hangup("quit")
-                connection.send_some()   # before what follows pauses again
-                self._say(connection, session.resume())
-            except Exception as error:
-                self._fail(connection, error)
+        for connection, end in list(self._pauses.items()):
+            if end <= self._now or self.stopping.is_set():
+                del self._pauses[connection]
+                try:
+                    connection.send_some()           # before what follows pauses again
+                    self._say(connection, connection.session.resume())
+                except Exception as error:
+                    self._fail(connection, error)
 
     def _sweep(self) -> None:
         """Ends the connections that are silent for too long, or meet the stop."""
@@ -4443,9 +4319,9 @@ class SmtpServer(Listener):
         self._next_sweep = self._now + (0.02 if self.stopping.is_set() else pace)
         for connection in self._open_now():
             session = connection.session
-            if connection in self._due:
+            if connection in self._pauses:
                 if connection.is_gone():
-                    del self._due[connection]
+                    del self._pauses[connection]
                     self.close(connection, BROKE)
             elif self.stopping.is_set() and (late or not session.in_data):
                 if connection.events:
@@ -4473,8 +4349,7 @@ class SmtpServer(Listener):
 
     def closed(self, connection: Connection, why: str) -> None:
         """Makes the session end in the records too."""
-        if connection.session is not None:
-            connection.session.end(why or "quit")
+        connection.session.end(why or "quit")
 
 
 # ---- HTTP API --------------------------------------------------------------

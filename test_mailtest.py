@@ -3750,7 +3750,7 @@ def smtp_server(policy=mailtest.SmtpPolicy(), tls=None, implicit=False, host="12
     finally:
         server.stop()
     assert server.connection_count() == 0
-    assert not any(thread.is_alive() for thread in (server._thread, *server._pool._threads))
+    assert not any(thread.is_alive() for thread in (server._waits, *server._threads))
 
 
 TRANSACTION = b"MAIL FROM:<a@client.example>\r\nRCPT TO:<b@mailtest.example>\r\nDATA\r\n"
@@ -3795,7 +3795,7 @@ def test_standard_library_sends_a_mail():
 def test_two_hundred_connections_are_served_by_few_threads():
     with smtp_server() as (server, store), contextlib.ExitStack() as stack:
         clients = [stack.enter_context(SmtpClient(server)).begin() for _ in range(200)]
-        assert (server.connection_count(), server._pool._threads) == (200, set())
+        assert (server.connection_count(), server._threads) == (200, set())
         for client in clients:
             client.say(TRANSACTION)
         for client in clients:
@@ -9210,7 +9210,7 @@ def test_sendmail_counts_a_mail_as_taken_whatever_quit_says(monkeypatch, standin
     def broken(session, argument):
         said.append("QUIT")
         raise mailtest.Refuse(421, "4.3.2", "Shutting down")
-    monkeypatch.setattr(mailtest, "_KNOWN_LINES", {})
+    mailtest.read_line.cache_clear()
     monkeypatch.setitem(mailtest.COMMANDS, b"QUIT",
                         mailtest.COMMANDS[b"QUIT"]._replace(run=broken))
     status, err, messages = standin(["b@x.example"], spelled("WHOLE||x|"))
