@@ -86,7 +86,7 @@ import urllib.parse
 from typing import Any, Callable, Dict, Iterable, Iterator, List, NamedTuple, Optional, Sequence, \
     Tuple, Union
 
-__version__ = "1.0.0"
+__version__ = "1.1.0"
 __all__ = ["Mailtest", "Inbox", "Mail", "NoMail", "Limits"]
 
 
