@@ -4449,22 +4449,6 @@ def test_lists_are_never_null_and_objects_never_absent(octets):
     assert isinstance(item["attachments"], int) and item["summary"]
 
 
-def test_mail_without_html_has_an_object_with_a_null_body():
-    _, api = api_on_clock()
-    message = delivered(api.store, "a@x.example", octets=mail())
-    assert got(api, f"/api/messages/{message.id}")["html"] == {
-        "body": None, "links": [], "codes": [], "images": []}
-
-
-def test_url_of_an_attachment_is_the_one_that_each_client_can_reach():
-    _, api = api_on_clock()
-    message = whole(api)
-    for host in ("localhost:8080", "127.0.0.1"):
-        value = got(api, f"/api/messages/{message.id}", host=host)
-        assert value["attachments"][0]["url"] == (
-            f"http://{host}/api/files/attachments/{message.id}-0")
-
-
 # -- lists
 
 def shelf():
@@ -4517,7 +4501,10 @@ LISTS = {
 
 @pytest.mark.parametrize("query, expected", rows(LISTS))
 def test_list(query, expected):
-    assert subjects_of(got(shelf(), f"/api/messages?{query}")) == expected.split()
+    response = ask(shelf(), "GET", f"/api/messages?{query}")
+    assert (response.status, subjects_of(said(response)[1])) == (200, expected.split())
+    total = int(dict(response.headers)["X-Total-Count"])
+    assert total >= len(expected.split())
 
 
 def test_list_has_fifty_items_unless_asked_for_more():
@@ -4570,6 +4557,7 @@ def test_received_after(text, expected):
 A_TIME = "Expected receivedAfter to be a time such as 2026-01-31T12:00:00Z, got "
 A_PAGE = "Expected page to be a whole number from 0 to 10000000, got "
 A_SIZE = "Expected itemsPerPage to be a whole number from 1 to 1000, got "
+MANY = "Expected at most 100 parameters in percent-encoded UTF-8"
 BAD_LISTS = {
     "a word for a time": ("receivedAfter=yesterday", "receivedAfter", A_TIME + "'yesterday'"),
     "a month that is none": ("receivedAfter=2026-13-01", "receivedAfter", A_TIME + "'2026-13-01'"),
@@ -4578,22 +4566,16 @@ BAD_LISTS = {
     "an offset that is none": ("receivedAfter=2026-01-01T12:00%2B99:99", "receivedAfter",
                                A_TIME + "'2026-01-01T12:00+99:99'"),
     "a negative page": ("page=-1", "page", A_PAGE + "'-1'"),
-    "a word for a page": ("page=two", "page", A_PAGE + "'two'"),
     "half a page": ("page=1.5", "page", A_PAGE + "'1.5'"),
     "a page that is too far": ("page=10000001", "page", A_PAGE + "'10000001'"),
     "Arabic digits": ("page=%D9%A1", "page", A_PAGE + "'\u0661'"),
     "no items": ("itemsPerPage=0", "itemsPerPage", A_SIZE + "'0'"),
     "too many items": ("itemsPerPage=1001", "itemsPerPage", A_SIZE + "'1001'"),
-    "a direction that is none": ("dir=up", "dir",
-                                 "Expected dir to be Received or Sent, got 'up'"),
-    "octets that are not UTF-8": ("server=%ff", "", "Expected at most 100 parameters in "
-                                                    "percent-encoded UTF-8"),
-    "too many parameters": ("&".join(f"a{n}=1" for n in range(101)), "",
-                            "Expected at most 100 parameters in percent-encoded UTF-8"),
-    "a parameter twice": ("server=a&server=b", "server",
-                          "Expected server once, got it 2 times"),
+    "a direction that is none": ("dir=up", "dir", "Expected dir to be Received or Sent, got 'up'"),
+    "octets that are not UTF-8": ("server=%ff", "", MANY),
+    "too many parameters": ("&".join(f"a{n}=1" for n in range(101)), "", MANY),
+    "a parameter twice": ("server=a&server=b", "server", "Expected server once, got it 2 times"),
 }
-
 
 
 @pytest.mark.parametrize("query, field, text", rows(BAD_LISTS))
@@ -4602,6 +4584,42 @@ def test_bad_list_says_what_was_expected(query, field, text):
     assert said(ask(api, "GET", f"/api/messages?{query}")) == invalid(field, text)
     assert said(ask(api, "POST", f"/api/messages/search?{query}", {"body": "x"})) == (
         invalid(field, text))
+
+
+# what is required, or has bounds: request, field, text; {id} is a mail of nobody
+BAD_CALLS = {
+    "a wait that is too long": (
+        "POST", "/api/messages/search?timeout=60001", {"body": "x"}, "timeout",
+        "Expected timeout to be a whole number from 0 to 60000, got '60001'"),
+    "an unknown search word": ("GET", "/api/messages?q=colour:red", {}, "q", "colour"),
+    "deleting without a server": ("DELETE", "/api/messages", {}, "server",
+                                  "Expected server=ID: whose messages; mailtest means all"),
+    "deleting of an empty server": ("DELETE", "/api/messages?server=", {}, "server",
+                                    "Expected server=ID: whose messages; mailtest means all"),
+    "creating without a server": ("POST", "/api/messages", {}, "server",
+                                  "Expected server=ID: where to create the message"),
+    "a forward to nobody": ("POST", "/api/messages/{id}/forward", {"text": "t"}, "to",
+                            "Expected to: an address to send to"),
+    "a reply to nobody": ("POST", "/api/messages/{id}/reply", {"text": "t"}, "id",
+                          "Expected a message with From or Reply-To"),
+    "a server without a name": ("POST", "/api/servers", {"name": None}, "name",
+                                "Servers need a name"),
+    "a server of blanks": ("PUT", "/api/servers/mailtest", {"name": " "}, "name",
+                           "Servers need a name"),
+    "a long name": ("POST", "/api/servers", {"name": "x" * 201}, "name",
+                    "Expected name to be a string of at most 200 characters, got 'xxx"),
+    "a device without a name": ("POST", "/api/devices", {"sharedSecret": "GEZA"}, "name",
+                                "Devices need a name"),
+}
+
+
+@pytest.mark.parametrize("method, target, body, field, text", rows(BAD_CALLS))
+def test_bad_call_says_what_was_expected(method, target, body, field, text):
+    _, api = api_on_clock()
+    id = delivered(api.store, "a@x.example").id
+    status, value = said(ask(api, method, target.format(id=id), body))
+    assert (status, value) == invalid(field, value["message"])
+    assert text in value["message"] and api.store.message(id)
 
 
 # -- search
@@ -4617,29 +4635,17 @@ SEARCHED_LETTERS = (
 
 # criteria, which of the two letters match (the second is newer)
 SEARCHES = {
-    "part of the subject": ({"subject": "come to"}, "1"),
-    "subject in another case": ({"subject": "WELCOME"}, "1"),
-    "subject of none": ({"subject": "goodbye"}, ""),
-    "subject with an ellipsis": ({"subject": "shop \u2026"}, "1"),
-    "subject with an emoji": ({"subject": "Search with … and emoji 👨🏿‍🚒"}, ""),
-    "part of the text": ({"body": "stra\u00dfe"}, "1"),
-    "part of the HTML's source": ({"body": "class=\"FANCY"}, "2"),
-    "part of both bodies": ({"body": "this is a link"}, "2 1"),
-    "sender": ({"sentFrom": "ann@SENDER.example"}, "1"),
-    "part of the sender": ({"sentFrom": "sender.example"}, ""),
-    "recipient in To": ({"sentTo": "BOB@abcd1234.example"}, "2 1"),
-    "recipient in Cc": ({"sentTo": "carl@cc.example"}, "1"),
-    "recipient of the envelope alone": ({"sentTo": "hidden@bcc.example"}, "1"),
-    "part of the recipient": ({"sentTo": "bob"}, ""),
+    "the subject": ({"subject": "WELCOME"}, "1"), "text": ({"body": "stra\u00dfe"}, "1"),
+    "the HTML's source": ({"body": "class=\"FANCY"}, "2"),
+    "both bodies": ({"body": "this is a link"}, "2 1"),
+    "the sender": ({"sentFrom": "ann@SENDER.example"}, "1"),
+    "a recipient": ({"sentTo": "BOB@abcd1234.example"}, "2 1"),
     "all by default": ({"sentTo": "bob@abcd1234.example", "subject": "invoice"}, "2"),
     "ALL": ({"body": "link", "subject": "nope", "match": "ALL"}, ""),
-    "ANY": ({"body": "link", "subject": "nope", "match": "ANY"}, "2 1"),
-    "any in small letters": ({"sentFrom": "ann@sender.example", "subject": "x", "match": "any"},
-                             "1"),
+    "any in small letters": ({"body": "link", "subject": "nope", "match": "any"}, "2 1"),
     "an empty match is ALL": ({"body": "link", "subject": "nope", "match": ""}, ""),
-    "a null match is ALL": ({"body": "link", "subject": "nope", "match": None}, ""),
     "Python's nulls": ({"sentFrom": None, "sentTo": None, "subject": "invoice", "body": None,
-                        "match": "ALL"}, "2"),
+                        "match": None}, "2"),
     "Go's empty strings": ({"sentFrom": "", "sentTo": "", "subject": "invoice", "body": "",
                             "match": "ALL"}, "2"),
     ".NET's PascalCase, 0 is ALL": ({"SentFrom": None, "SentTo": "bob@abcd1234.example",
@@ -4647,8 +4653,8 @@ SEARCHES = {
     ".NET's PascalCase, 1 is ANY": ({"SentFrom": None, "SentTo": "bob@abcd1234.example",
                                      "Subject": "welcome", "Body": None, "Match": 1}, "2 1"),
     "unknown members are ignored": ({"subject": "invoice", "colour": [{}]}, "2"),
-    "a lone surrogate": ({"subject": "\ud800"}, ""),
-    "a NUL": ({"body": "\0"}, ""),
+    "a lone surrogate": ({"subject": "\ud800"}, ""), "a NUL": ({"body": "\0"}, ""),
+    "a byte order mark": (b'\xef\xbb\xbf{"subject":"invoice"}', "2"),
 }
 
 
@@ -4667,57 +4673,40 @@ def test_search(body, expected):
     assert (status, subjects_of(value)) == (200, [known[int(n) - 1] for n in expected.split()])
 
 
-@pytest.mark.parametrize("query, expected", rows({
-    "pages begin with 0": ("page=0&itemsPerPage=1", ["Invoice 7"]),
-    "the second page": ("page=1&itemsPerPage=1", ["Welcome to the Shop \u2026"]),
-    "after the last page": ("page=2&itemsPerPage=1", []),
-    "another server": ("server=other000", []),
-    "everything": ("server=mailtest", ["Invoice 7", "Welcome to the Shop \u2026"]),
-    "what was sent": ("dir=Sent", []),
-}))
-def test_search_in_pages(query, expected):
-    api, _ = letters()
-    found = said(ask(api, "POST", f"/api/messages/search?{query}", {"body": "link"}))
-    assert (found[0], subjects_of(found[1])) == (200, expected)
+NO_CRITERIA = invalid("sentFrom",
+                      "Expected at least one of sentFrom, sentTo, subject and body")
 
 
-NO_CRITERIA = invalid("sentFrom", "Expected at least one of sentFrom, sentTo, subject and body")
-NO_OBJECT = "Expected a JSON object in UTF-8 as the body, got "
+def no_json(shown):
+    return invalid("body", f"Expected a JSON object in UTF-8 as the body, got {shown!r}")
+
+
+def no_kind(name, expected, shown):
+    return invalid(name, f"Expected {name} to be {expected}, got {shown}")
+
+
 BAD_SEARCHES = {
-    "no body": (b"", NO_CRITERIA),
-    "an empty object": (b"{}", NO_CRITERIA),
+    "no body": (b"", NO_CRITERIA), "match alone": (b'{"match":"ANY"}', NO_CRITERIA),
     "nulls alone": (b'{"sentFrom":null,"sentTo":null,"subject":null,"body":null,"match":"ALL"}',
                     NO_CRITERIA),
     "empty strings alone": (b'{"sentFrom":"","sentTo":"","subject":"","body":""}', NO_CRITERIA),
-    "match alone": (b'{"match":"ANY"}', NO_CRITERIA),
-    "no JSON": (b"{", invalid("body", NO_OBJECT + "'{'")),
-    "a form": (b"subject=x", invalid("body", NO_OBJECT + "'subject=x'")),
-    "JSON and more": (b'{"body":"x"} y', invalid("body", NO_OBJECT + "'{\"body\":\"x\"} y'")),
-    "NaN": (b'{"subject":NaN}', invalid("body", NO_OBJECT + "'{\"subject\":NaN}'")),
-    "Latin-1": (b'{"subject":"\xe9"}', invalid("body", NO_OBJECT + "'{\"subject\":\"\ufffd\"}'")),
-    "UTF-16": (b"\xff\xfe{\0}\0", invalid("body", NO_OBJECT + r"'\ufffd\ufffd{\x00}\x00'"
-                                          .replace(r"\ufffd", "\ufffd"))),
-    "nesting without end": (b"[" * 100_000, invalid("body", NO_OBJECT + repr("[" * 60))),
-    "a list": (b"[]", invalid("the body", "Expected the body to be a JSON object, got a list")),
-    "null": (b"null", invalid("the body", "Expected the body to be a JSON object, got null")),
-    "a string": (b'"x"', invalid("the body", "Expected the body to be a JSON object, got 'x'")),
-    "a number for a subject": (b'{"subject":5}',
-                               invalid("subject", "Expected subject to be a string, got 5")),
-    "a list for a body": (b'{"body":["x"]}',
-                          invalid("body", "Expected body to be a string, got a list")),
-    "an object for a sender": (b'{"sentFrom":{}}',
-                               invalid("sentFrom", "Expected sentFrom to be a string, got an "
-                                                   "object")),
-    "truth for a recipient": (b'{"sentTo":true}',
-                              invalid("sentTo", "Expected sentTo to be a string, got true")),
+    "no JSON": (b"{", no_json("{")), "a form": (b"subject=x", no_json("subject=x")),
+    "JSON and more": (b'{"body":"x"} y', no_json('{"body":"x"} y')),
+    "NaN": (b'{"subject":NaN}', no_json('{"subject":NaN}')),
+    "Latin-1": (b'{"subject":"\xe9"}', no_json('{"subject":"\ufffd"}')),
+    "nesting without end": (b"[" * 100_000, no_json("[" * 60)),
+    "a list": (b"[]", no_kind("the body", "a JSON object", "a list")),
+    "null": (b"null", no_kind("the body", "a JSON object", "null")),
+    "a string": (b'"x"', no_kind("the body", "a JSON object", "'x'")),
+    "a number for a subject": (b'{"subject":5}', no_kind("subject", "a string", "5")),
+    "a list for a body": (b'{"body":["x"]}', no_kind("body", "a string", "a list")),
+    "an object for a sender": (b'{"sentFrom":{}}', no_kind("sentFrom", "a string", "an object")),
+    "truth for a recipient": (b'{"sentTo":true}', no_kind("sentTo", "a string", "true")),
     "a word for match": (b'{"subject":"x","match":"SOME"}',
-                         invalid("match", "Expected match to be ALL or ANY, got 'SOME'")),
-    "a number for match": (b'{"subject":"x","match":2}',
-                           invalid("match", "Expected match to be ALL or ANY, got 2")),
-    "truth for match": (b'{"subject":"x","match":true}',
-                        invalid("match", "Expected match to be ALL or ANY, got true")),
-    "a list for match": (b'{"subject":"x","match":[]}',
-                         invalid("match", "Expected match to be ALL or ANY, got a list")),
+                         no_kind("match", "ALL or ANY", "'SOME'")),
+    "a number for match": (b'{"subject":"x","match":2}', no_kind("match", "ALL or ANY", "2")),
+    "truth for match": (b'{"subject":"x","match":true}', no_kind("match", "ALL or ANY", "true")),
+    "a list for match": (b'{"subject":"x","match":[]}', no_kind("match", "ALL or ANY", "a list")),
 }
 
 
@@ -4734,12 +4723,6 @@ def test_deep_nesting_is_no_defect_at_any_depth():
     statuses = {ask(api, "POST", "/api/messages/search", b"[" * depth + b"]" * depth).status
                 for depth in range(500, 1_000)}
     assert statuses == {400}
-
-
-def test_byte_order_mark_before_json_is_ignored():
-    api, _ = letters()
-    found = said(ask(api, "POST", "/api/messages/search", b'\xef\xbb\xbf{"subject":"invoice"}'))
-    assert subjects_of(found[1]) == ["Invoice 7"]
 
 
 # -- waiting
@@ -4777,12 +4760,6 @@ def test_search_that_finds_nothing_is_answered_at_once_and_asks_to_come_back(tim
     response = ask(api, "POST", SEARCH, {"subject": "x"})
     assert said(response) == (200, {"items": []})
     assert (response.headers, clock.now) == ((("x-ms-delay", "1"),), NOVEMBER)
-
-
-def test_search_that_finds_something_does_not_ask_to_come_back(timed):
-    _, api, _ = timed
-    delivered(api.store, "a@abcd1234.example")
-    assert ask(api, "POST", SEARCH, {"subject": "x"}).headers == ()
 
 
 def test_polling_search_is_held_and_gets_its_mail_when_it_comes(timed):
@@ -4848,12 +4825,6 @@ def test_search_with_a_timeout_waits_for_a_later_page(timed):
     assert (subjects_of(said(found)[1]), clock.now) == (["x 1"], NOVEMBER + 3)
 
 
-def test_search_with_a_timeout_that_is_too_long_is_refused():
-    _, api = api_on_clock()
-    assert said(ask(api, "POST", SEARCH + "&timeout=60001", {"subject": "x"})) == invalid(
-        "timeout", "Expected timeout to be a whole number from 0 to 60000, got '60001'")
-
-
 @pytest.mark.parametrize("query", ["", "&timeout=1"])
 def test_search_is_answered_at_once_when_too_many_wait_and_told_to_pause(query):
     _, api = api_on_clock(limits={"waiters": 0})
@@ -4901,14 +4872,6 @@ def test_all_messages_of_a_server_are_deleted():
     assert ask(api, "DELETE", "/api/messages?server=nobody00").status == 204
     assert ask(api, "DELETE", "/api/messages?server=mailtest").status == 204
     assert subjects_of(got(api, "/api/messages")) == []
-
-
-@pytest.mark.parametrize("target", ["/api/messages", "/api/messages?server="])
-def test_deleting_everything_needs_the_name_of_a_server(target):
-    api = shelf()
-    assert said(ask(api, "DELETE", target)) == invalid(
-        "server", "Expected server=ID: whose messages; mailtest means all")
-    assert len(got(api, "/api/messages")["items"]) == 6
 
 
 # -- files
@@ -5212,23 +5175,13 @@ def test_no_line_end_gets_into_a_header_field(member, end):
     assert ask(api, "POST", CREATE, body).status == 400
 
 
-def test_message_without_a_server_is_not_created():
-    _, api = api_on_clock()
-    assert said(ask(api, "POST", "/api/messages", {})) == invalid(
-        "server", "Expected server=ID: where to create the message")
-
-
-def test_message_that_is_too_large_is_not_created():
+@pytest.mark.parametrize("send", [True, False])
+def test_message_that_is_too_large_is_not_created(send):
     _, api = api_on_clock(limits={"max_size": 1_000})
-    status, value = said(ask(api, "POST", CREATE, {"to": "a@b.example", "text": "x\n" * 500,
-                                                   "send": True}))
+    body = {"to": "a@b.example", "text": "x\n" * 500, "send": send}
+    status, value = said(ask(api, "POST", CREATE, body))
     assert (status, value["type"]) == (413, "Error")
     assert re.fullmatch("Expected a mail of at most 1000 octets, got 1[0-9]{3}", value["message"])
-
-
-def test_message_that_is_too_large_is_not_received_either():
-    _, api = api_on_clock(limits={"max_size": 1_000})
-    assert ask(api, "POST", CREATE, {"text": "x\n" * 500}).status == 413
 
 
 def test_forward_has_the_original_below_and_its_attachments():
@@ -5269,20 +5222,6 @@ def test_reply_goes_where_reply_to_says():
         ["c@d.example", "e@f.example"], "RE: hello")
 
 
-def test_reply_to_a_mail_of_nobody_is_refused():
-    _, api = api_on_clock()
-    id = delivered(api.store, "a@x.example").id
-    assert said(ask(api, "POST", f"/api/messages/{id}/reply", {"text": "t"})) == invalid(
-        "id", "Expected a message with From or Reply-To")
-
-
-def test_forward_to_nobody_is_refused():
-    _, api = api_on_clock()
-    id = delivered(api.store, "a@x.example").id
-    assert said(ask(api, "POST", f"/api/messages/{id}/forward", {"text": "t"}))[1]["errors"][0][
-        "field"] == "to"
-
-
 HOSTILE = {
     "a broken address literal": "From: a@[1.2\r\n",
     "a quote without end": "From: \"a <a@b.example>\r\n",
@@ -5298,21 +5237,13 @@ HOSTILE = {
 
 
 @pytest.mark.parametrize("action", ["reply", "forward"])
-@pytest.mark.parametrize("fields", [
-    pytest.param(fields, id=sentence) for sentence, fields in HOSTILE.items()
-    if sentence != "a broken address literal"])
+@pytest.mark.parametrize("fields", rows(HOSTILE))
 def test_hostile_mail_is_answered_and_forwarded_or_refused(fields, action):
     _, api = api_on_clock()
     id = delivered(api.store, "a@x.example",
                    octets=(fields + "\r\nx\r\n").encode("utf-8", "surrogateescape")).id
     body = {"text": "t", "to": "b@c.example"}
     assert ask(api, "POST", f"/api/messages/{id}/{action}", body).status in (200, 400)
-
-
-def test_mail_from_a_broken_address_literal_is_answered_or_refused():
-    _, api = api_on_clock()
-    id = delivered(api.store, "a@x.example", octets=b"From: a@[1.2\r\n\r\nx\r\n").id
-    assert ask(api, "POST", f"/api/messages/{id}/reply", {"text": "t"}).status in (200, 400)
 
 
 @pytest.mark.parametrize("disposition, fields", rows({
@@ -5355,15 +5286,6 @@ def test_servers_are_created_read_renamed_and_deleted():
     assert said(ask(api, "DELETE", f"/api/servers/{server['id']}")) == gone
     assert said(ask(api, "GET", f"/api/servers/{server['id']}/password")) == gone
     assert got(api, "/api/messages") == {"items": []}
-
-
-@pytest.mark.parametrize("body", [{}, {"name": None}, {"name": ""}, {"name": " "}])
-def test_server_needs_a_name(body):
-    _, api = api_on_clock()
-    response = ask(api, "POST", "/api/servers", body)
-    assert said(response) == invalid("name", "Servers need a name")
-    assert said(ask(api, "PUT", "/api/servers/mailtest", body)) == invalid(
-        "name", "Servers need a name")
 
 
 @pytest.mark.parametrize("password", ["", "correct horse"])
@@ -5436,12 +5358,6 @@ def test_devices_are_created_listed_and_deleted():
     assert got(api, "/api/devices") == {"items": []}
 
 
-def test_device_needs_a_name():
-    _, api = api_on_clock()
-    assert said(ask(api, "POST", "/api/devices", {"sharedSecret": SECRET})) == invalid(
-        "name", "Devices need a name")
-
-
 # -- usage, analysis, previews
 
 def test_usage_counts_what_was_accepted():
@@ -5507,17 +5423,6 @@ def test_deliverability_says_what_it_saw_and_what_was_not_checked():
             {"score": 0, "rule": "NOT_SCORED", "description": offline}]}}
 
 
-def test_deliverability_of_a_clean_mail():
-    _, api = api_on_clock()
-    octets = mail("x", "Grüße", "List-Unsubscribe: <https://x.example/u>\r\n"
-                                "Content-Type: text/plain; charset=utf-8\r\n")
-    id = delivered(api.store, "a@x.example", octets=octets).id
-    assert got(api, f"/api/analysis/deliverability/{id}")["content"] == {
-        "embed": False, "iframe": False, "object": False, "script": False, "form": False,
-        "shortUrls": False, "textSize": 8, "totalSize": len(octets), "missingAlt": False,
-        "missingListUnsubscribe": False}
-
-
 def test_previews_in_mail_clients_are_not_faked():
     _, api = api_on_clock()
     id = delivered(api.store, "a@x.example").id
@@ -5575,20 +5480,12 @@ def test_sms_is_stored_as_the_seed_shows_it_and_never_null():
         "seen": False, "inboxes": ["+491512"], "server": "mailtest"}
 
 
-@pytest.mark.parametrize("body, found", rows({
-    "sentTo a number": ({"sentTo": "+491512"}, 1), "sentFrom a number": ({"sentFrom": "+1500"}, 1),
-    "body": ({"body": "CODE"}, 1), "another number": ({"sentTo": "+4915"}, 0)}))
-def test_sms_is_searched(body, found):
+def test_sms_is_searched_and_read_in_the_inbox_of_its_number():
     _, api = api_on_clock()
-    ask(api, "POST", TWILIO, b"To=%2B491512&From=%2B1500&Body=code")
-    assert len(said(ask(api, "POST", "/api/messages/search", body))[1]["items"]) == found
-
-
-def test_sms_is_read_in_the_inbox_of_its_number():
-    _, api = api_on_clock()
-    ask(api, "POST", TWILIO, b"To=%2B491512&From=Shop&Body=hi")
-    value = got(api, "/v1/get/%2B491512")
-    assert (value["address"], value["messages"][0]["text"]["body"]) == ("+491512", "hi")
+    assert ask(api, "POST", TWILIO, b"To=%2B49&MessagingServiceSid=MG1&Body=code").status == 201
+    for body, found in (({"sentTo": "+49"}, 1), ({"sentFrom": "MG1"}, 1), ({"sentTo": "+4"}, 0)):
+        assert len(said(ask(api, "POST", "/api/messages/search", body))[1]["items"]) == found
+    assert got(api, "/v1/get/%2B49")["messages"][0]["text"]["body"] == "code"
 
 
 @pytest.mark.parametrize("form, field", rows({
@@ -5602,11 +5499,6 @@ def test_sms_that_lacks_something_is_refused_as_twilio_does(form, field):
     assert said(ask(api, "POST", TWILIO, form)) == (400, {
         "error": "bad_request", "detail": said_of[field],
         "code": {"To": 21604, "From": 21603, "Body": 21602}[field], "message": said_of[field]})
-
-
-def test_sms_from_a_messaging_service_needs_no_number():
-    _, api = api_on_clock()
-    assert ask(api, "POST", TWILIO, b"To=%2B49&MessagingServiceSid=MG1&Body=b").status == 201
 
 
 @pytest.mark.parametrize("to", ["a%0d%0ab", "%00", "x" * 101, "x" * 99 + "%20x", "+49"])
@@ -5632,12 +5524,6 @@ def test_mistyped_parameter_is_refused(target, detail):
     delivered(api.store, "a@x.example")
     assert said(ask(api, "GET", target)) == (400, {"error": "bad_request", "detail": detail})
     assert len(api.store.inboxes()) == 1             # and none was made
-
-
-def test_parameters_of_the_others_are_free():
-    _, api = api_on_clock()
-    assert ask(api, "GET", "/api/messages?server=x&x=1").status == 200
-    assert ask(api, "GET", "/healthz?x=1").status == 200
 
 
 @pytest.mark.parametrize("path", ["/v1/acquire", "/v1/register", "/acquire", "/aquire",
@@ -5718,29 +5604,15 @@ def test_inbox_request_gives_no_mail_of_others(address, query, timed):
     assert b"secret" not in response.body
 
 
-def test_inbox_of_an_address_that_begins_with_a_slash():
-    _, api = api_on_clock()
-    delivered(api.store, "/c=de/a=x@gateway.example")
-    assert got(api, "/v1/get/%2Fc=de%2Fa=x@gateway.example")["message_count"] == 1
-
-
 def test_expired_inbox_says_when_it_ended():
     clock, api = api_on_clock()
     address = api.store.acquire().address
     clock.now += 600
     expected = 404, {"error": "not_found", "detail": f"the inbox '{address.lower()}' expired at "
                      "2026-11-21T01:43:37.000000+00:00; acquire a new one"}
-    for path in (f"/v1/get/{address}", f"/v1/load/{address}", f"/{address}"):
+    for path in (f"/v1/get/{address}", f"/v1/load/{address}?timeout=10", f"/{address}"):
         assert said(ask(api, "GET", path)) == expected
     assert said(ask(api, "DELETE", f"/v1/get/{address}")) == expected
-
-
-def test_expired_inbox_says_when_it_ended_to_those_who_would_wait(timed):
-    clock, api, _ = timed
-    address = api.store.acquire().address
-    clock.now += 600
-    status, value = said(ask(api, "GET", f"/v1/get/{address}?timeout=10"))
-    assert (status, "expired at" in value["detail"]) == (404, True)
 
 
 def test_deleted_inbox_is_gone_with_its_mail():
@@ -5765,16 +5637,6 @@ def test_scripted_failures_are_acquired_and_counted():
     assert (value["attempts"], value["failures"]) == (1, [
         {"fail": "rcpt:451*2", "answered": 1, "left": 1},
         {"fail": "data:delay=0.5", "answered": 0, "left": 1}])
-
-
-@pytest.mark.parametrize("fail", ["", "rcpt", "rcpt:250", "ehlo:451", "rcpt:451*0"])
-def test_scripted_failure_that_is_none_is_refused(fail):
-    _, api = api_on_clock()
-    assert said(ask(api, "GET", f"/v1/acquire?fail={fail}")) == (400, {
-        "error": "bad_request", "detail": "expected fail=STAGE:ACTION[*TIMES] with a stage mail, "
-        "rcpt or data and an action 4xx, 5xx, drop or delay=SECONDS, such as fail=rcpt:451*2; "
-        f"got {fail!r}"})
-    assert api.store.inboxes() == []
 
 
 def test_inboxes_are_listed():
@@ -5897,20 +5759,6 @@ def test_wait_that_times_out_says_what_did_arrive(before, coming, query, seconds
     assert [item["subject"] for item in value["received"]] == received.split()
 
 
-def test_wait_that_times_out_says_what_was_expected(timed):
-    _, api, _ = timed
-    post_mail(api, "1")
-    assert said(ask(api, "GET", "/v1/get/a@x.example?timeout=2.5&count=2&subject=wanted"))[1][
-        "detail"] == ("Expected 2 messages for a@x.example of that kind, got 0 in 2.5 s; "
-                      "the inbox holds 1 in all")
-
-
-def test_wait_without_a_filter_says_nothing_of_matching(timed):
-    _, api, _ = timed
-    assert said(ask(api, "GET", "/v1/get/a@x.example?timeout=2.5"))[1]["detail"] == (
-        "Expected 1 message for a@x.example, got 0 in 2.5 s; the inbox holds 0 in all")
-
-
 @pytest.mark.parametrize("before, coming, query, seconds, expected", rows({
     "one is there": (["1"], [], "timeout=10&expect=0", 0, "1"),
     "one is there, and nobody waits": (["1"], [], "expect=0", 0, "1"),
@@ -5939,11 +5787,6 @@ def test_wait_for_an_inbox_that_does_not_exist_yet(timed):
         "address": "b@x.example", "expires": None, "message_count": 0, "messages": []})
 
 
-def test_strict_service_does_not_wait_for_an_inbox_that_cannot_appear(monkeypatch):
-    _, api = api_on_clock(strict=True)
-    assert said(ask(api, "GET", "/v1/get/b@x.example?timeout=60"))[0] == 404
-
-
 @pytest.mark.parametrize("query, detail", rows({
     "a word for seconds": ("timeout=soon", "timeout to be a number from 0 to 60, got 'soon'"),
     "too many seconds": ("timeout=60.1", "timeout to be a number from 0 to 60, got '60.1'"),
@@ -5959,14 +5802,6 @@ def test_bad_wait_says_what_was_expected(query, detail):
     post_mail(api, "1")
     assert said(ask(api, "GET", f"/v1/get/a@x.example?{query}")) == (
         400, {"error": "bad_request", "detail": f"Expected {detail}"})
-
-
-def test_after_a_message_that_is_gone_is_not_found():
-    _, api = api_on_clock()
-    post_mail(api, "1")
-    assert said(ask(api, "GET", "/v1/get/a@x.example?after=5d0f")) == (404, {
-        "error": "not_found",
-        "detail": "no message has the id '5d0f'; it may be deleted or expired"})
 
 
 def test_waits_are_bounded():
@@ -6154,7 +5989,8 @@ def test_hosted_service_lets_who_knows_an_address_read_it():
     _, api = api_on_clock(strict=True, hosted=True)
     address = ask(api, "GET", "/v1/acquire").body[:-1].decode()
     id = delivered(api.store, address, octets=EVERYTHING).id
-    assert got(api, f"/v1/get/{address}")["message_count"] == 1
+    part = got(api, f"/v1/get/{address}")["messages"][0]["attachments"][0]
+    assert part["url"] == f"http://localhost:8080/v1/attachments/{id}-0"
     for target in (f"/v1/messages/{id}/preview", f"/v1/messages/{id}/source",
                    f"/v1/attachments/{id}-0"):
         assert ask(api, "GET", target).status == 200
@@ -6194,13 +6030,7 @@ def test_host(host, status):
     _, api = api_on_clock(allow_hosts=("mail.example", ".corp.example"))
     for target in ("/", "/healthz", "/api/messages"):
         assert ask(api, "GET", target, host=host).status == status
-
-
-def test_host_that_is_refused_is_told_what_was_expected():
-    _, api = api_on_clock()
-    assert said(ask(api, "GET", "/v1/inboxes", host="evil.example")) == (421, {
-        "error": "misdirected", "detail": "Expected a Host field with an IP address, a local "
-        "name, or one that --allow-host names, got 'evil.example'"})
+    assert ask(api, "GET", "/healthz", host=host, tunnel=True).status == 200     # CONNECT checked
 
 
 def test_host_is_checked_before_anything_is_told():
@@ -6208,11 +6038,6 @@ def test_host_is_checked_before_anything_is_told():
     for method, target in (("GET", "/nope"), ("PUT", "/api/messages"), ("GET", "/api/messages"),
                            ("OPTIONS", "/"), ("GET", "/v1/acquire"), ("GET", "/v1/acquire")):
         assert ask(api, method, target, host="evil.example").status == 421
-
-
-def test_host_of_a_tunnel_was_checked_by_connect():
-    _, api = api_on_clock()
-    assert ask(api, "GET", "/api/servers", host="mailosaur.com", tunnel=True).status == 200
 
 
 ORIGINS = {
@@ -6266,6 +6091,33 @@ def test_foreign_origin_is_told_what_was_expected():
         "detail"].endswith("and Sec-Fetch-Site 'cross-site'")
 
 
+# request, status, error, what its detail has
+TOLD = {
+    "an unknown path": ("/nope?x=1", {}, 404, "not_found", "'/nope': see GET /openapi.json"),
+    "a foreign host": ("/v1/inboxes", {"host": "evil.example"}, 421, "misdirected",
+                       "Expected a Host field with an IP address, a local name, or one that "
+                       "--allow-host names, got 'evil.example'"),
+    "a message that is gone": ("/v1/get/a@x.example?after=5d0f", {}, 404, "not_found",
+                               "no message has the id '5d0f'; it may be deleted or expired"),
+    "no event": ("/v1/events", {"last_event_id": "1.5"}, 400, "bad_request",
+                 "Expected Last-Event-ID to be the number of an event, got '1.5'"),
+    "no script": ("/v1/acquire?fail=rcpt:250", {}, 400, "bad_request",
+                  "expected fail=STAGE:ACTION[*TIMES] with a stage mail, rcpt or data"),
+    "an empty script": ("/v1/acquire?fail=", {}, 400, "bad_request", "got ''"),
+    "a wait of several": ("/v1/get/a@x.example?count=2&subject=wanted", {}, 404, "empty",
+                          "Expected 2 messages for a@x.example of that kind, got 0 in 0 s; "
+                          "the inbox holds 1 in all"),
+}
+
+
+@pytest.mark.parametrize("target, fields, status, error, detail", rows(TOLD))
+def test_error_says_what_was_seen_and_expected(target, fields, status, error, detail):
+    _, api = api_on_clock()
+    delivered(api.store, "a@x.example")
+    found, value = said(ask(api, "GET", target, **fields))
+    assert (found, value["error"], detail in value["detail"]) == (status, error, True), value
+
+
 @pytest.mark.parametrize("target", [
     "/api/messages/{id}?_method=DELETE", "/api/messages/{id}/delete", "/delete/{id}",
     "/api/messages?server=x&_method=DELETE", "/clear"])
@@ -6306,12 +6158,6 @@ def test_method_that_is_not_allowed(path, allowed):
     assert value.get("detail", value.get("message")) == detail
 
 
-def test_head_makes_no_inbox():
-    _, api = api_on_clock()
-    assert ask(api, "HEAD", "/v1/acquire").status == 405
-    assert api.store.inboxes() == []
-
-
 @pytest.mark.parametrize("path, allowed", ALLOWED.items())
 def test_options_tell_the_methods_and_allow_no_cors(path, allowed):
     _, api = api_on_clock()
@@ -6331,12 +6177,6 @@ def test_unknown_path_is_not_found(target):
         assert (response.status, response.type) == (404, "application/json")
 
 
-def test_unknown_path_is_told_where_the_paths_are():
-    _, api = api_on_clock()
-    assert said(ask(api, "GET", "/nope?x=1")) == (404, {
-        "error": "not_found", "detail": "No endpoint '/nope': see GET /openapi.json"})
-
-
 @pytest.mark.parametrize("target", [
     "/v1/get/%", "/v1/get/%zz@x", "/v1/get/a%4", "/v1/get/%ff", "/v1/get/%c0%af",
     "/v1/get/%ed%a0%80"])
@@ -6353,12 +6193,6 @@ def test_control_characters_in_a_path_name_nothing(target):
     _, api = api_on_clock()
     response = ask(api, "GET", target)
     assert (response.status, response.headers) == (404, ())
-
-
-@pytest.mark.parametrize("target", ["/page.css/", "//"])
-def test_slash_at_the_end_of_a_file_is_forgiven_too(target):
-    _, api = api_on_clock()
-    assert ask(api, "GET", target).status == 200
 
 
 @pytest.mark.parametrize("path, kind", [
@@ -6535,18 +6369,6 @@ def test_description_has_every_member_of_a_message():
         "type": "integer"}
 
 
-def test_unknown_search_word_is_named_with_those_that_there_are():
-    _, api = api_on_clock()
-    status, value = said(ask(api, "GET", "/api/messages?q=colour:red"))
-    assert status == 400 and "colour" in value["message"] and "subject" in value["message"]
-
-
-def test_lists_say_how_many_messages_match():
-    for query, total in (("", "6"), ("itemsPerPage=1", "6"), ("q=subject:3", "1")):
-        assert ask(shelf(), "GET", f"/api/messages?{query}").headers == (
-            ("X-Total-Count", total),)
-
-
 def test_watch_awaits_the_next_call():
     clock, api = api_on_clock()
     address = api.store.acquire().address
@@ -6654,14 +6476,6 @@ def test_events_begin_now_unless_asked_for_more(waiting_store):
     assert re.findall("(?m)^id: (.*)$", follower.join_value()) == ["2"]
 
 
-@pytest.mark.parametrize("last", ["x", "-1", "1.5", "9" * 16, "\u0661"])
-def test_event_that_is_none_is_refused(last):
-    _, api = api_on_clock()
-    assert said(ask(api, "GET", "/v1/events", last_event_id=last)) == (400, {
-        "error": "bad_request",
-        "detail": f"Expected Last-Event-ID to be the number of an event, got {last!r}"})
-
-
 # -- preview
 
 def previewed(api, source, parts=(), query=""):
@@ -6746,34 +6560,10 @@ def test_preview_runs_nothing_and_loads_nothing_remote_unless_asked(query, sourc
                        "X-DNS-Prefetch-Control": "off"}
 
 
-def test_preview_of_a_mail_without_html_is_empty():
-    _, api = api_on_clock()
-    id = delivered(api.store, "a@x.example").id
-    assert ask(api, "GET", f"/v1/messages/{id}/preview").body.decode() == FRAME
-
-
 def test_preview_is_not_much_larger_than_a_mail_may_be():
     _, api = api_on_clock(limits={"max_size": 10_000})
     response = previewed(api, "<img src=cid:a>" * 1_000, [("a", "image/png", b"x" * 3_000)])
     assert [response.body.count(b"src=data:"), response.body.count(b"src=cid:")] == [3, 997]
-
-
-def with_file(name="a.txt"):
-    """A mail with one attachment."""
-    return (b"Subject: x\r\nContent-Type: multipart/mixed; boundary=b\r\n\r\n--b\r\n\r\n"
-            b"x\r\n--b\r\nContent-Type: text/x\r\nContent-Disposition: attachment; "
-            b"filename=" + name.encode() + b"\r\n\r\nx\r\n--b--\r\n")
-
-
-@pytest.mark.parametrize("hosted, folder", [(False, "/api/files/attachments/"),
-                                            (True, "/v1/attachments/")])
-def test_files_are_named_by_the_url_that_each_client_used(hosted, folder):
-    _, api = api_on_clock(hosted=hosted)
-    address = api.store.acquire().address
-    message = delivered(api.store, address, octets=with_file())
-    for host in ("127.0.0.1:8080", "localhost:9"):
-        value = got(api, f"/v1/get/{address}", host=host)["messages"][0]
-        assert value["attachments"][0]["url"] == f"http://{host}{folder}{message.id}-0"
 
 
 def test_event_streams_are_bounded():
@@ -7113,7 +6903,6 @@ RAW = {
     "a tunnel to no port": (request("CONNECT mailosaur.com HTTP/1.1"), [400], False),
     "a tunnel to a path": (request("CONNECT / HTTP/1.1"), [400], False),
 }
-
 
 
 @pytest.mark.parametrize("octets, expected, usable", rows(RAW))
@@ -10237,7 +10026,6 @@ def test_no_line_is_over_99_columns():
             if len(line) > 99] == []
 
 
-
 def test_only_the_command_line_prints():
     uses = [token.start[0] for token in tokenize.generate_tokens(io.StringIO(SOURCE).readline)
             if token.type == tokenize.NAME and token.string == "print"]
@@ -10250,7 +10038,6 @@ def test_only_the_command_line_reads_arguments_and_environment():
             if isinstance(node, ast.Attribute) and node.attr in ("argv", "environ", "getenv")]
     assert {attribute for _, attribute in uses} == {"argv", "environ"}
     assert {sections()[section_of(line)][0] for line, _ in uses} == {"Command line"}
-
 
 
 def test_all_names_what_there_is():
