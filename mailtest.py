@@ -2163,8 +2163,8 @@ class Store:
         self.number = 0                                        # of the latest event
         self._latest_time = 0.0                                # no two messages have one time
         self._ahead = wall() - clock()                         # of the clock that only grows
-        self._events: "collections.deque[Tuple[int, str, Dict[str, Any]]]" = (
-            collections.deque(maxlen=limits.events))
+        self._events: "collections.deque[Tuple[Event, Tuple[str, ...]]]" = (
+            collections.deque(maxlen=limits.events))           # each with its places
         self._forgotten = 0                                    # the latest event that is not kept
         self._sessions: "collections.deque[SessionRecord]" = collections.deque(
             maxlen=limits.sessions)
@@ -2172,7 +2172,7 @@ class Store:
         self._accepted: "collections.Counter[str]" = collections.Counter()     # by kind
         self._hours: "collections.Counter[Tuple[float, str]]" = collections.Counter()
         self._polls: "collections.OrderedDict[int, float]" = collections.OrderedDict()
-        self._requests: "collections.OrderedDict[str, collections.deque]" = (
+        self._requests: "collections.OrderedDict[str, List[float]]" = (
             collections.OrderedDict())                         # the last minute's, by client
         self._following = 0                                    # event streams
         self.client_seen = 0.0                                 # when the latest SMTP session began
@@ -2203,7 +2203,7 @@ class Store:
                 address = f"test-{_random_name(13)}@{self.domain}"
             inbox = self._open(address, True, failures)
             self._happened("inbox", {
-                "address": address, "expires": iso_time(self._when(inbox.expires))}, (inbox.name,))
+                "address": address, "expires": iso_time(self._when(inbox.expires))}, inbox.name)
             return self._view(inbox)
 
     def inbox(self, address: str) -> InboxView:
@@ -2231,7 +2231,7 @@ class Store:
             inbox = self._find(address)
             self._release(inbox)
             self._folders[inbox.name] = {}
-            self._happened("emptied", {"address": inbox.address}, (inbox.name,))
+            self._happened("emptied", {"address": inbox.address}, inbox.name)
         self._settle()
 
     def refusal(self, address: str) -> str:
@@ -2332,7 +2332,7 @@ class Store:
             message = self.message(id)
             if message.seen != seen:
                 message.seen = seen
-                self._happened("seen", {"id": message.id, "seen": seen}, tuple(message.inboxes))
+                self._happened("seen", {"id": message.id, "seen": seen}, *message.inboxes)
 
     def delete(self, id: str) -> None:
         """Ends one message, whoever holds it."""
@@ -2346,7 +2346,7 @@ class Store:
             self._released.append((message, name) for message in doomed
                                   for name in tuple(message.inboxes))
             self._due = 0.0
-            self._happened("emptied", {"server": server}, ())
+            self._happened("emptied", {"server": server})
         self._settle()
 
     def keep(self, message: Message, summary: bytes) -> None:
@@ -2426,7 +2426,7 @@ class Store:
             self._sessions.append(record._replace(number=self._session_count))
             if record.refused or (record.ending != "quit" and not record.accepted):
                 self._happened("session", {"number": self._session_count, "client": record.client,
-                                           "refused": record.refused, "ending": record.ending}, ())
+                                           "refused": record.refused, "ending": record.ending}, "")
 
     def sessions(self) -> List[SessionRecord]:
         """The finished sessions that are remembered, newest first."""
@@ -2453,16 +2453,12 @@ class Store:
             if not self.limits.rate:
                 return 0.0
             now = self._clock()
-            times = self._requests.setdefault(client, collections.deque())
-            self._requests.move_to_end(client)
-            while len(self._requests) > self.limits.rate_clients:
+            times = [time for time in self._requests.pop(client, ()) if time > now - 60]
+            wait = times[0] + 60 - now if len(times) >= self.limits.rate else 0.0
+            self._requests[client] = times if wait else times + [now]
+            if len(self._requests) > self.limits.rate_clients:
                 self._requests.popitem(last=False)
-            while times and times[0] <= now - 60:
-                times.popleft()
-            if len(times) >= self.limits.rate:
-                return times[0] + 60 - now
-            times.append(now)
-            return 0.0
+            return wait
 
     # -- servers and devices
 
@@ -2578,9 +2574,9 @@ class Store:
                 folders["@" + id][number] = message
         self._octets += message.cost
         self._of_client[message.envelope.client] += message.cost
-        self._happened("message", {"id": message.id}, [
-            *found, *["@" + id for id in message.servers], "@" + DEFAULT_SERVER]
-            if self._waiting else ())
+        self._happened("message", {"id": message.id}, *found)
+        if self._waiting:
+            self._wake(["@" + id for id in {*message.servers, DEFAULT_SERVER}])
         while 0 < limits.keep < len(self._all):
             self._remove(next(iter(self._all.values())))
 
@@ -2728,7 +2724,7 @@ class Store:
         self._ended[inbox.name] = (when, how, inbox.acquired)
         while len(self._ended) > self.limits.expired_kept:
             self._ended.popitem(last=False)
-        self._happened(how, {"address": inbox.address}, (inbox.name,))
+        self._happened(how, {"address": inbox.address}, inbox.name)
 
     def _release(self, inbox: _Inbox) -> None:
         """Takes its folder from an inbox; the messages are let go by and by."""
@@ -2752,7 +2748,7 @@ class Store:
         names = tuple(message.inboxes)
         for name in names:
             self._unhold(message, name)
-        self._happened("deleted", {"id": message.id, "inboxes": names}, names)
+        self._happened("deleted", {"id": message.id, "inboxes": names}, *names)
 
     def _unhold(self, message: Message, name: str) -> None:
         """An inbox holds a message no longer; with the last one it ends."""
@@ -2795,14 +2791,15 @@ class Store:
 
     # Telling
 
-    def _happened(self, kind: str, data: Dict[str, Any], places: Iterable[str]) -> None:
-        """Numbers an event, and wakes whoever waits for it at these places (names of folders)."""
+    def _happened(self, kind: str, data: Dict[str, Any], *places: str) -> None:
+        """Numbers an event, and wakes whoever waits for it at these places: names of folders;
+        none if it may be about any of them."""
         self.number += 1
         if len(self._events) == self._events.maxlen:
-            self._forgotten = self._events[0][0] if self._events else self.number
-        self._events.append((self.number, kind, data))         # an Event, once it is asked for
+            self._forgotten = self._events[0][0].number if self._events else self.number
+        self._events.append((Event(self.number, kind, data), places))
         if self._waiting:
-            self._wake(["", *places])
+            self._wake(("", *places) if places else list(self._waiting))
 
     def _wake(self, names: Iterable[str]) -> None:
         for name in names:
@@ -2824,20 +2821,12 @@ class Store:
                 if not self._waiting[name]:
                     del self._waiting[name]
 
-    def _events_after(self, number: int, names: Tuple[str, ...] = ()) -> Tuple[List[Event], bool]:
+    def _events_after(self, number: int, names: Tuple[str, ...]) -> Tuple[List[Event], bool]:
         """The events after that number, and whether some of them are no longer kept."""
-        found = list(map(Event._make, itertools.takewhile(
-            lambda event: event[0] > number, reversed(self._events))))[::-1]
-        if names:
-            found = [event for event in found if self._concerns(event.data, names)]
-        return found, number < self._forgotten
-
-    def _concerns(self, data: Dict[str, Any], names: Tuple[str, ...]) -> bool:
-        """Whether an event is one of these inboxes."""
-        message = self._all.get(data.get("id", ""))
-        inboxes = data.get("inboxes") or message and message.inboxes or (
-            inbox_key(data.get("address", "")),)
-        return "server" in data or any(name in inboxes for name in names)
+        found = itertools.takewhile(lambda each: each[0].number > number, reversed(self._events))
+        return [event for event, places in found
+                if not names or not places or any(name in places for name in names)][::-1], (
+            number < self._forgotten)
 
     def _settle(self) -> None:
         """Lets all released messages go, and others have the lock in between."""
