@@ -2453,7 +2453,7 @@ class Store:
             if not self.limits.rate:
                 return 0.0
             now = self._clock()
-            times = [time for time in self._requests.pop(client, ()) if time > now - 60]
+            times = [each for each in self._requests.pop(client, ()) if each > now - 60]
             wait = times[0] + 60 - now if len(times) >= self.limits.rate else 0.0
             self._requests[client] = times if wait else times + [now]
             if len(self._requests) > self.limits.rate_clients:
@@ -6002,6 +6002,14 @@ _FIXED = (b"Server: mailtest\r\nCache-Control: no-store\r\nX-Content-Type-Option
 _CLOSED_POLICY = b"Content-Security-Policy: default-src 'none'; frame-ancestors 'none'\r\n"
 
 
+def _expected(what: str, got: Union[None, str, bytes] = None, status: int = 400,
+              error: str = "bad_request") -> ApiError:
+    """The refusal of what is no request by RFC 9112, or is beyond a bound."""
+    text = got.decode("latin-1") if isinstance(got, bytes) else got
+    return ApiError(status, error, f"Expected {what}{'' if text is None else ', got '}"
+                                   f"{'' if text is None else _seen(text)}")
+
+
 class HttpHandler(http.server.BaseHTTPRequestHandler):
     """One connection; `request` is a Connection, `server` an HttpServer."""
 
@@ -6074,7 +6082,7 @@ class HttpHandler(http.server.BaseHTTPRequestHandler):
         self._buffer = self._buffer.lstrip(b"\r\n")     # RFC 9112 2.2: ignore empty lines
         while b"\r\n\r\n" not in self._buffer and b"\n\n" not in self._buffer:
             if self._buffer[:2] == b"\x16\x03":
-                raise ApiError(400, "bad_request", "Expected HTTP, got TLS")
+                raise _expected("HTTP, got TLS")
             if self._buffer[:5].upper() in (b"EHLO ", b"HELO ", b"LHLO "):
                 self._refuse_smtp()
                 return None
@@ -6092,12 +6100,12 @@ class HttpHandler(http.server.BaseHTTPRequestHandler):
             self._buffer = (self._buffer + octets).lstrip(b"\r\n")
             until = until or time.monotonic() + limits.http_head_time
             if time.monotonic() > until:
-                raise ApiError(408, "timeout", "Expected a whole request head within "
-                               f"{limits.http_head_time:g} seconds")
+                raise _expected(f"a whole request head within {limits.http_head_time:g} seconds",
+                                None, 408, "timeout")
         head, _, self._buffer = self._buffer.partition(b"\r\n\r\n")
         if len(head) > limits.http_head:
-            raise ApiError(431, "too_large", "Expected a request head of at most "
-                           f"{limits.http_head} octets")
+            raise _expected(f"a request head of at most {limits.http_head} octets", None, 431,
+                            "too_large")
         return head
 
     def _refuse_smtp(self) -> None:
@@ -6110,19 +6118,18 @@ class HttpHandler(http.server.BaseHTTPRequestHandler):
         lines = head.split(b"\r\n")
         words = lines[0].split(b" ")
         if len(words) != 3 or not _TOKEN.fullmatch(words[0]) or not _TARGET.fullmatch(words[1]):
-            raise ApiError(400, "bad_request", "Expected METHOD TARGET HTTP/1.1, got "
-                                               f"{_seen(lines[0].decode('latin-1'))}")
+            raise _expected("METHOD TARGET HTTP/1.1", lines[0])
         self._target, self.version = words[1].decode("ascii"), words[2]
         if not re.fullmatch(rb"HTTP/1\.[0-9]", words[2]):
             known = re.fullmatch(rb"HTTP/[0-9]\.[0-9]", words[2])
-            raise ApiError(505 if known else 400, "bad_version", "Expected HTTP/1.1 or HTTP/1.0")
+            raise _expected("HTTP/1.1 or HTTP/1.0", None, 505 if known else 400, "bad_version")
         if len(words[1]) > self.server.limits.http_target:
-            raise ApiError(414, "too_large", "Expected a target of at most "
-                           f"{self.server.limits.http_target} octets")
+            raise _expected(f"a target of at most {self.server.limits.http_target} octets", None,
+                            414, "too_large")
         self.command = words[0].decode("ascii")
         self.headers = self._parse_fields(lines[1:])
         if words[2] != b"HTTP/1.0" and "host" not in self.headers:
-            raise ApiError(400, "bad_request", "Expected a Host field")
+            raise _expected("a Host field")
         if self._target[:1] != "/" and self.command != "CONNECT":
             self._take_absolute_target()
         connection = self.headers.get("connection", "").lower()
@@ -6131,18 +6138,17 @@ class HttpHandler(http.server.BaseHTTPRequestHandler):
 
     def _parse_fields(self, lines: List[bytes]) -> Dict[str, str]:
         if len(lines) > self.server.limits.http_fields:
-            raise ApiError(431, "too_large", "Expected at most "
-                           f"{self.server.limits.http_fields} header fields")
+            raise _expected(f"at most {self.server.limits.http_fields} header fields", None, 431,
+                            "too_large")
         fields: Dict[str, str] = {}
         for line in lines:
             name, colon, value = line.partition(b":")
             if not colon or not _TOKEN.fullmatch(name) or not _VALUE.fullmatch(value):
-                raise ApiError(400, "bad_request", "Expected a header field, got "
-                                                   f"{_seen(line.decode('latin-1'))}")
+                raise _expected("a header field", line)
             key, text = name.decode("ascii").lower(), value.strip(b" \t").decode("latin-1")
             if key in fields:
                 if key in ("host", "content-length", "transfer-encoding", "authorization"):
-                    raise ApiError(400, "bad_request", f"Expected one {key} field, got more")
+                    raise _expected(f"one {key} field, got more")
                 text = f"{fields[key]}, {text}"
             fields[key] = text
         return fields
@@ -6157,8 +6163,7 @@ class HttpHandler(http.server.BaseHTTPRequestHandler):
         except ValueError:               # brackets that do not match
             parts = urllib.parse.urlsplit("")
         if parts.scheme not in ("http", "https") or not parts.netloc:
-            raise ApiError(400, "bad_request", "Expected a target that begins with /, got "
-                                               f"{_seen(self._target)}")
+            raise _expected("a target that begins with /", self._target)
         self.headers["host"] = parts.netloc
         self._target = (parts.path or "/") + ("?" + parts.query if parts.query else "")
 
@@ -6174,19 +6179,16 @@ class HttpHandler(http.server.BaseHTTPRequestHandler):
             return b""
         if coding is not None:
             if length is not None or self.version == b"HTTP/1.0":
-                raise ApiError(400, "bad_request", "Expected Content-Length or Transfer-Encoding, "
-                                                   "not both, and the latter in HTTP/1.1 alone")
+                raise _expected("Content-Length or Transfer-Encoding, not both, and the latter in "
+                                "HTTP/1.1 alone")
             if coding.lower() != "chunked":
-                raise ApiError(501, "not_implemented", "Expected Transfer-Encoding: chunked, got "
-                                                       f"{_seen(coding)}")
+                raise _expected("Transfer-Encoding: chunked", coding, 501, "not_implemented")
             self._continue()
             return self._read_chunks(most)
         if not re.fullmatch("[0-9]{1,20}", length):
-            raise ApiError(400, "bad_request", f"Expected Content-Length: digits, got "
-                                               f"{_seen(length)}")
+            raise _expected("Content-Length: digits", length)
         if int(length) > most:
-            raise ApiError(413, "too_large", f"Expected a body of at most {most} octets, "
-                                             f"got {length}")
+            raise _expected(f"a body of at most {most} octets", length, 413, "too_large")
         if int(length):
             self._continue()
         return self._take(int(length), time.monotonic() + self.server.limits.http_body_time)
@@ -6197,8 +6199,7 @@ class HttpHandler(http.server.BaseHTTPRequestHandler):
         if expect is None or self.version == b"HTTP/1.0":
             return
         if expect.lower() != "100-continue":
-            raise ApiError(417, "expectation_failed", f"Expected Expect: 100-continue, got "
-                                                      f"{_seen(expect)}")
+            raise _expected("Expect: 100-continue", expect, 417, "expectation_failed")
         if not self._buffer:
             self.request.send(b"HTTP/1.1 100 Continue\r\n\r\n")
 
@@ -6225,7 +6226,7 @@ class HttpHandler(http.server.BaseHTTPRequestHandler):
     def _take_line(self, until: float) -> bytes:
         while b"\r\n" not in self._buffer:
             if len(self._buffer) > 4_096:
-                raise ApiError(400, "bad_request", "Expected a chunk size in a short line")
+                raise _expected("a chunk size in a short line")
             self._buffer += self._more(until)
         line, _, self._buffer = self._buffer.partition(b"\r\n")
         return line
@@ -6238,15 +6239,15 @@ class HttpHandler(http.server.BaseHTTPRequestHandler):
         while size:
             line = _CHUNK.fullmatch(self._take_line(until))
             if not line:
-                raise ApiError(400, "bad_request", "Expected a chunk size in hexadecimal")
+                raise _expected("a chunk size in hexadecimal")
             size = int(line[1], 16)
             total += size
             if total > most:
-                raise ApiError(413, "too_large", f"Expected a body of at most {most} octets")
+                raise _expected(f"a body of at most {most} octets", None, 413, "too_large")
             if size:
                 parts.append(self._take(size, until))
                 if self._take(2, until) != b"\r\n":
-                    raise ApiError(400, "bad_request", "Expected CRLF after a chunk")
+                    raise _expected("CRLF after a chunk")
         self._parse_fields(list(itertools.islice(
             iter(lambda: self._take_line(until), b""), self.server.limits.http_fields + 1)))
         return b"".join(parts)
@@ -6263,18 +6264,17 @@ class HttpHandler(http.server.BaseHTTPRequestHandler):
         """Ends a client's tunnel to Mailosaur here: HTTPS_PROXY alone brings it to us."""
         host, _, number = self._target.rpartition(":")
         if not host or not number.isdecimal():
-            raise ApiError(400, "bad_request", "Expected CONNECT host:port, got "
-                                               f"{_seen(self._target)}")
+            raise _expected("CONNECT host:port", self._target)
         known = _TUNNELS.fullmatch(host) or is_allowed(self.server.api.policy, host)
         if not known or number not in ("443", str(self.server.port)):
             log_info("refused a tunnel to %s for %s", _seen(self._target), self.client_address)
-            raise ApiError(403, "forbidden", "Expected CONNECT mailosaur.com:443 (all other "
-                           f"tunnels are refused), got {_seen(self._target)}")
+            raise _expected("CONNECT mailosaur.com:443 (all other tunnels are refused)",
+                            self._target, 403, "forbidden")
         if self.server.tls is None:
             raise ApiError(501, "not_implemented", "CONNECT needs a certificate: start with "
                                                    "--tls-cert and --tls-key, or --tls")
         if self._buffer:
-            raise ApiError(400, "bad_request", "Expected nothing before the answer to CONNECT")
+            raise _expected("nothing before the answer to CONNECT")
         self.request.send(b"HTTP/1.1 200 Connection established\r\n\r\n")
         self.request.start_tls(self.server.tls)
         self.request.set_timeout(self.server.limits.http_idle)

@@ -6723,10 +6723,10 @@ BAD_FIELDS = [
     "Content-Length: 5.0", "Content-Length:", "Content-Length: \xb2", "Content-Length: 5, 5",
     f"{LENGTH}\r\n{LENGTH}", f"{LENGTH}\r\ncontent-length: 0", "Content-Length: 1" + "0" * 40]
 BAD_CHUNKS = [
-    b"2\r\n{}xx0\r\n\r\n", b"0x5\r\n12345\r\n0\r\n\r\n", b"+5\r\n12345\r\n0\r\n\r\n",
-    b"-1\r\n", b"1_0\r\n", b"\r\n", b"five\r\n", b"2\n{}\r\n0\r\n\r\n", b"1" + b"0" * 15 + b"\r\n",
-    b"5;" + b"x" * 5_000, b"2\r\n{}\r\n", b"2;a=\x0b\r\n{}\r\n0\r\n\r\n", b"2;a\n\r\n{}\r\n0\r\n\r\n",
-    b"2\r\n{}\r\n0\r\nGET /x HTTP/1.1\r\n\r\n"]
+    b"2\r\n{}xx0\r\n\r\n", b"0x5\r\n12345\r\n0\r\n\r\n", b"+5\r\n12345\r\n0\r\n\r\n", b"-1\r\n",
+    b"1_0\r\n", b"\r\n", b"five\r\n", b"2\n{}\r\n0\r\n\r\n", b"1" + b"0" * 15 + b"\r\n",
+    b"5;" + b"x" * 5_000, b"2\r\n{}\r\n", b"2;a=\x0b\r\n{}\r\n0\r\n\r\n",
+    b"2;a\n\r\n{}\r\n0\r\n\r\n", b"2\r\n{}\r\n0\r\nGET /x HTTP/1.1\r\n\r\n"]
 
 # octets in; statuses; whether the connection can be used for another request
 RAW = {
