@@ -673,6 +673,7 @@ _TYPE = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+(?:/[!#$%&'*+.^_`|~0-9A-Za-z-]+)
 _BLANK_LINE = re.compile(rb"\n\r{0,3}\n|\r\r(?!\r{0,3}\n)")
 _DASHES = re.compile(rb"[\r\n]--([^\r\n]{0,1024})[^\r\n]*")
 _FLOWED_BREAK = re.compile("(?<!^--) \n", re.M)         # RFC 3676 4.1; "-- " begins a signature
+_NO_HTML = re.compile(r"[\x00-\x08\x0b\x0e-\x1f]")
 _META_CHARSET = re.compile(rb"<meta[^>]{1,200}charset\s{0,9}=\s{0,9}[\"']?([\w.:-]{2,40})", re.I)
 
 
@@ -740,9 +741,12 @@ class Part:
         for wrong in filter(None, (problem, damage and "is " + damage)):
             self.warnings.add(f"{self.type} part {wrong}")
         text = text[1:] if text.startswith("\ufeff") else text
-        if "\0" in text:                         # JSON has six octets for each
-            text = text.replace("\0", "\ufffd")
-            self.warnings.add(f"{self.type} part has NUL octets")
+        kept = (_NO_HTML.sub("\ufffd", text) if self.type == "text/html" else
+                text.replace("\0", "\ufffd"))   # JSON has six octets for each
+        if kept != text:
+            what = "NUL octets" if "\0" in text else "control characters"
+            self.warnings.add(f"{self.type} part has {what}")
+            text = kept
         if "\r" in text:     # CR CR LF: quoted-printable made of CRLF twice, as Ruby's mail does
             text = text.replace("\r\r\n", "\n").replace("\r\n", "\n").replace("\r", "\n")
         return _FLOWED_BREAK.sub("", text) if self.joins else text

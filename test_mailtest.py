@@ -1028,6 +1028,10 @@ HOSTILE_MAIL = {
     "blanks before a folded line": b"Subject: x" + b" " * 60000 + b"y\r\n z",
     "sections": b"Content-Disposition: x" + b"".join(b";filename*%d=a" % n for n in range(9000)),
     "escapes": b"Content-Type: text/plain" + b';a="\\' * 40000,
+    "a long base": b"Content-Type: text/html\r\n\r\n<base href=http://" + b"x" * 50000 + b"/>"
+                   + b"<a href=y>" * 5000,
+    "control characters in links": b"Content-Type: text/html\r\n\r\n" + (
+        b"<a href='" + b"\x01" * 6000 + b"'>" + b"\x01" * 6000 + b"</a>") * 15,
     "open tags": b"Content-Type: text/html\r\n\r\n" + b"<a " * 60000,
     "open quotes": b"Content-Type: text/html\r\n\r\n" + b'<a href="' * 20000,
     "open comments": b"Content-Type: text/html\r\n\r\n" + b"<!--" * 45000,
