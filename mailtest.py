@@ -556,11 +556,12 @@ def read_addresses(value: str) -> List[Address]:
 
 def address_key(address: str) -> str:
     """What is equal for two spellings of one address: lower case, the domain as in DNS (xn--)."""
-    local, at, domain = address.lower().rpartition("@")
-    if not domain.isascii() and len(domain) <= 255:      # the codec takes quadratic time
+    address = address.lower()
+    local, at, domain = address.rpartition("@")
+    if not address.isascii() and len(domain) <= 255:     # the codec takes quadratic time
         with contextlib.suppress(UnicodeError):          # no name of DNS
-            domain = domain.encode("idna").decode("ascii")
-    return local + at + domain
+            return local + at + domain.encode("idna").decode("ascii")
+    return address
 
 
 def hidden_recipients(paths: Iterable[str], named: Iterable[Address]) -> Tuple[Address, ...]:
@@ -1800,12 +1801,12 @@ class Message:
         """What the header block alone says; an SMS has none."""
         return Header(split_mail(self.octets)[0] if self.kind == "Email" else b"")
 
-    def bodies(self) -> List[str]:
+    def bodies(self, header: Header) -> List[str]:
         """The texts and HTML sources, and nothing else."""
         if self.kind == "SMS":
             return [self.octets.decode("utf-8", "replace")]
-        block, start = split_mail(self.octets)
-        return [part.text() for part in leaves(self.octets, start, Part(Header(block)))
+        _, start = split_mail(self.octets)
+        return [part.text() for part in leaves(self.octets, start, Part(header))
                 if part.is_body()]
 
 
@@ -1818,11 +1819,7 @@ class Searched:
 
     def __init__(self, message: Message):
         self.message = message
-
-    @functools.cached_property
-    def header(self) -> Header:
-        """Its header block."""
-        return self.message.header()
+        self.header = message.header()
 
     @functools.cached_property
     def mail(self) -> Mail:
@@ -1832,7 +1829,7 @@ class Searched:
     @functools.cached_property
     def body(self) -> str:
         """Its text and HTML source in lower case."""
-        return "\0".join(self.message.bodies()).lower()
+        return "\0".join(self.message.bodies(self.header)).lower()
 
     def addresses(self, field: str) -> Iterable[Address]:
         """The mailboxes of From, of all recipients (to), of Cc, or of those hidden (bcc)."""
@@ -1848,7 +1845,7 @@ class Searched:
 
     def names(self, field: str, value: str) -> bool:
         """Whether a part of a name or an address there is `value`."""
-        return any(value in name.lower() or value in box.lower() or value in address_key(box)
+        return any(value in f"{name}\0{box}\0{address_key(box)}".lower()
                    for name, box in self.addresses(field))
 
 
