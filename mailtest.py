@@ -7459,9 +7459,8 @@ PAGE_HTML = r"""<!doctype html>
 <head>
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
-<meta name="color-scheme" content="light dark">
 <title>mailtest</title>
-<link rel="icon" href="favicon.ico" type="image/svg+xml">
+<link rel="icon" href="favicon.ico">
 <link rel="stylesheet" href="page.css">
 <script src="page.js" defer></script>
 </head>
@@ -7472,12 +7471,12 @@ PAGE_HTML = r"""<!doctype html>
   <span id="status" class="soft line" data-testid="status" role="status">connecting</span>
   <button id="smtp" class="quiet mono" title="Copy the SMTP address"></button>
   <div id="find" role="search"><input id="search" data-testid="search" type="search"
-    placeholder="Search or address" aria-label="Search messages" aria-keyshortcuts="/"
+    placeholder="Search or address" aria-label="Search messages"
     title="Search (/)" autocomplete="off" spellcheck="false"></div>
   <button id="acquire" class="primary" data-testid="acquire" data-icon="plus"
     title="Acquire a temporary address and copy it (a)">address</button>
   <button id="theme" class="square" data-icon="theme" aria-label="Light or dark"></button>
-  <a id="help" class="square" data-testid="help" data-inside href="?message=help"
+  <a id="help" class="square" data-inside href="?message=help"
     aria-label="Help" title="How to send, search and type (?)">?</a>
 </header>
 <aside id="refused" data-testid="refused" aria-label="Refused session" hidden>
@@ -7502,7 +7501,6 @@ PAGE_HTML = r"""<!doctype html>
 <div id="toast" class="line" role="status" hidden>
   <span class="cut"></span><button data-testid="undo" hidden>Undo</button>
 </div>
-<div id="arrivals" class="heard" role="log" aria-live="polite"></div>
 </body>
 </html>
 """
@@ -7515,10 +7513,8 @@ PAGE_CSS = r"""/* Colours: text 4.5:1 and more on every background it stands on,
   --text: light-dark(#1b2027, #e4e8ee); --soft: light-dark(#59636f, #9aa5b3);
   --accent: light-dark(#2455c8, #8db4ff); --tint: light-dark(#e6edfd, #1d2b46);
   --warn: light-dark(#8a5300, #f3c063); --bad: light-dark(#b42318, #ff9b91);
-  --mono: ui-monospace, "SF Mono", Menlo, Consolas, "DejaVu Sans Mono", monospace;
+  --mono: ui-monospace, Menlo, Consolas, "DejaVu Sans Mono", monospace;
 }
-:root[data-theme=light] { color-scheme: light; }
-:root[data-theme=dark] { color-scheme: dark; }
 
 /* Base */
 * { box-sizing: border-box; margin: 0; scrollbar-width: thin; }
@@ -7528,7 +7524,7 @@ body {
   display: grid; grid-template: "head head head" auto "strip strip strip" auto
     "side list main" minmax(0, 1fr) / 232px minmax(330px, 27vw) minmax(0, 1fr);
   height: 100dvh; background: var(--back); color: var(--text);
-  font: 14px/1.45 system-ui, -apple-system, "Segoe UI", Roboto, sans-serif;
+  font: 14px/1.45 system-ui, "Segoe UI", sans-serif;
 }
 a, .client, .code { color: var(--accent); }
 pre, code, .mono { font: 12.5px/1.5 var(--mono); white-space: pre-wrap; }
@@ -7548,7 +7544,7 @@ button, .button, .box, #search {
 }
 .square, .quiet, .chip button { border: 0; background: none; }
 .square { flex: none; width: 30px; height: 30px; padding: 0; color: var(--soft); }
-:is(button, .button, .square, .inbox):hover { background: var(--sunk); }
+:is(button, .button, .square, .inbox, .row):hover { background: var(--sunk); }
 button.primary { background: var(--accent); color: var(--card); }
 #search { width: 100%; height: 32px; padding: 0 11px; }
 ::placeholder { color: var(--soft); opacity: 1; }
@@ -7556,15 +7552,14 @@ button.primary { background: var(--accent); color: var(--card); }
 :focus-visible, label:has(:focus-visible) {
   outline: 2px solid var(--accent); outline-offset: -2px;
 }
-.heard, [type=radio], #skip:not(:focus) { position: absolute; opacity: 0; clip-path: inset(50%); }
-.icon { flex: none; width: 16px; height: 16px; fill: none; stroke: currentColor;
-  stroke-width: 1.5; stroke-linejoin: round; }
+.heard, [type=radio], #skip:not(:focus) { position: absolute; clip-path: inset(50%); }
+.icon { flex: none; width: 16px; fill: none; stroke: currentColor; stroke-width: 1.5; }
 summary, label { cursor: pointer; }
 
 /* Header */
 header { grid-area: head; padding: 8px 14px; border-bottom: var(--edge); background: var(--card); }
 h1 a { color: inherit; font-size: 15px; text-decoration: none; }
-h1 .icon { width: 20px; height: 20px; color: var(--accent); }
+h1 .icon { color: var(--accent); }
 #status::before, .unread::before {
   content: ""; width: 8px; height: 8px; border-radius: 50%; background: gray;
 }
@@ -7577,7 +7572,7 @@ h1 .icon { width: 20px; height: 20px; color: var(--accent); }
 #inboxes { grid-area: side; overflow: auto; padding: 10px 8px; border-right: var(--edge); }
 #inboxes h2, #more { padding: 14px 8px 4px; color: var(--soft); font-size: 12px; }
 #inboxes h2:has(+ :empty), #inboxes p:empty { display: none; }
-.inbox { position: relative; padding: 4px 8px; border-radius: 7px; line-height: 22px; }
+.inbox { padding: 4px 8px; border-radius: 7px; line-height: 22px; }
 label:has(:checked), .row[aria-selected=true] { background: var(--tint); }
 label:has(:checked) { color: var(--accent); font-weight: 550; }
 .count { color: var(--soft); font-size: 11.5px; }
@@ -7590,7 +7585,7 @@ label:has(:checked) { color: var(--accent); font-weight: 550; }
 }
 #bar { padding: 6px 10px 6px 14px; border-bottom: var(--edge); }
 #bar h2 { flex: 1; font-size: 13.5px; }
-.menu { position: relative; }
+.menu, .block, .inbox, .row, .tools label { position: relative; }
 .menu div {
   position: absolute; z-index: 2; right: 0; display: grid; gap: 6px; width: 220px;
   padding: 10px; box-shadow: 0 6px 24px #0003;
@@ -7599,17 +7594,15 @@ label:has(:checked) { color: var(--accent); font-weight: 550; }
 #rows:has([aria-selected=true]) { outline: none; }
 #rows:focus-visible [aria-selected=true] { box-shadow: inset 0 0 0 2px var(--accent); }
 .row {
-  position: relative; display: block; padding: 9px 14px 9px 26px; border-bottom: var(--edge);
+  display: block; padding: 9px 14px 9px 26px; border-bottom: var(--edge);
   color: inherit; text-decoration: none; content-visibility: auto;
   contain-intrinsic-height: 79px;
 }
-.row:hover { background: var(--back); }
 .row .line { height: 20px; white-space: nowrap; }
-.row .icon { width: 13px; height: 13px; }
 .unread::before { position: absolute; left: 10px; top: 15px; background: var(--accent); }
 .unread .subject { font-weight: 600; }
 .warning, .notice, .notice summary { color: var(--warn); }
-.code { font: 600 12.5px/18px var(--mono); letter-spacing: .04em; }
+.code { font: 600 12.5px/18px var(--mono); }
 #nothing { padding: 20px 24px; text-align: center; color: var(--soft); }
 :is(#nothing, #gone, .chips):empty { display: none; }
 
@@ -7639,14 +7632,13 @@ label:has(:disabled) { color: light-dark(#9aa2ac, #596371); cursor: default; }
 #panel { flex: 1 0 auto; padding: 14px 20px 20px; }
 #panel[data-tab=preview] { display: flex; flex-direction: column; min-height: 50vh; padding: 0; }
 .tools { padding: 4px 20px; font-size: 12.5px; }
-.tools label { position: relative; padding: 3px 6px; border-radius: 7px; }
-.tools input { vertical-align: middle; }
+.tools label { padding: 3px 6px; border-radius: 7px; }
 .away { display: none; color: var(--accent); }
 .tools:has(+ .stage iframe:focus) .away { display: inline; }
 .stage { flex: 1; display: grid; overflow: auto; background: var(--sunk); }
 iframe { justify-self: center; width: 100%; height: 100%; border: 0; background: #fff; }
 .letter { max-width: 78ch; font-size: 14px; }
-.block { position: relative; margin: 6px 0 10px; }
+.block { margin: 6px 0 10px; }
 .block pre { overflow-x: auto; padding: 10px 46px 12px 12px; white-space: pre; }
 .block button { position: absolute; right: 7px; top: 6px; background: var(--card); }
 .links > *, .pairs > *, #sessions > * { padding: 5px 0; border-bottom: var(--edge); }
@@ -7658,7 +7650,6 @@ iframe { justify-self: center; width: 100%; height: 100%; border: 0; background:
 .sheet h3 { margin: 24px 0 6px; font-size: 13.5px; }
 .sheet > p, .sheet > .wrap { margin: 12px 0; }
 .places > div { flex: 1 1 150px; padding: 9px 8px 5px 14px; }
-.places > div:last-child { flex-basis: 260px; }
 #toast {
   position: fixed; z-index: 3; left: 50%; bottom: 22px; transform: translateX(-50%);
   max-width: calc(100vw - 24px); padding: 9px 16px; border-radius: 9px; background: var(--text);
@@ -7698,7 +7689,7 @@ iframe { justify-self: center; width: 100%; height: 100%; border: 0; background:
 }
 @media (forced-colors: active) {
   [aria-selected=true], label:has(:checked) { outline: 3px solid Highlight; outline-offset: -3px; }
-  .unread::before, #status::before { background: CanvasText; forced-color-adjust: none; }
+  .unread::before { forced-color-adjust: none; }
 }
 @media print {
   body, #message, #panel[data-tab=preview], .stage { display: block; height: auto; }
@@ -7710,10 +7701,10 @@ iframe { justify-self: center; width: 100%; height: 100%; border: 0; background:
 
 PAGE_JS = r""""use strict";
 
-// One way round: what happens in the catcher or is done here leads to refresh(), which asks for
-// all that is in sight, and to render(), which shows the state.  What is in sight stands in the
-// URL.  What comes from a mail enters the document as text or as the value of an attribute, never
-// as markup; its HTML is shown by the server alone, in a sandboxed frame.
+// What happens in the catcher or is done here leads to refresh(), which asks for all that is in
+// sight, and to render(), which shows the state.  What is in sight stands in the URL.  What comes
+// from a mail enters the document as text or as the value of an attribute, never as markup; its
+// HTML is shown by the server alone, in a sandboxed frame.
 
 // -- State
 
@@ -7734,7 +7725,6 @@ const state = {
   total: null,  // how many there are; null while that is not known
   problem: "",  // why it is not
   pause: 0,  // time before which nothing is asked
-  newest: "",  // when the newest message came
   sessions: [],
   message: null,  // the whole of it
   gone: "",  // why there is none, or none any more
@@ -7748,7 +7738,7 @@ function urlOf(changes) {
   return location.pathname + (words.length ? "?" + new URLSearchParams(words) : "");
 }
 
-/** Goes to another view.  history.state says whether Back leads to the list alone. */
+/** Goes to another view.  history.state: whether Back leads to the list alone. */
 function go(changes, replace = false) {
   if (replace) history.replaceState(history.state, "", urlOf(changes));
   else history.pushState(!view.message, "", urlOf(changes));
@@ -7759,7 +7749,7 @@ function moved() {
   const before = view;
   view = {...VIEW, ...Object.fromEntries(new URLSearchParams(location.search))};
   if (before.q !== view.q || before.inbox !== view.inbox) {
-    Object.assign(state, {total: null, problem: "", items: [], count: PAGE, newest: ""});
+    Object.assign(state, {total: null, problem: "", items: [], count: PAGE});
     refresh();
   }
   if (before.message !== view.message) {
@@ -7770,7 +7760,7 @@ function moved() {
   render();
 }
 
-/** What this browser keeps for the page: own (addresses), signedIn, theme. */
+/** What this browser keeps for the page: own (inboxes), signedIn, theme. */
 function recall() {
   try {
     return {own: [], ...JSON.parse(localStorage.mailtest)};
@@ -7787,7 +7777,7 @@ function remember(changes) {
 
 // -- Document
 
-const $ = (id) => document.getElementById(id);
+const $ = (id) => document.getElementById(id), uri = encodeURIComponent;
 const sleep = (milliseconds) => new Promise((done) => setTimeout(done, milliseconds));
 const narrow = matchMedia("(max-width: 699px)"), dark = matchMedia("(prefers-color-scheme: dark)");
 
@@ -7813,7 +7803,7 @@ function fill(node, key, build) {
   node.replaceChildren(...[build()].flat(9).filter(Boolean));
 }
 
-/** Makes one child of each item.  Those that stay are not touched, so that clicks arrive. */
+/** Makes one child of each item.  Those that stay are not touched: clicks arrive. */
 function each(parent, items, key, make, update = () => {}) {
   const before = parent.nodes || new Map();
   parent.nodes = new Map(items.map((item) => [item[key], before.get(item[key]) || make(item)]));
@@ -7835,16 +7825,8 @@ const ICONS = {  // paths in a square of 16
   theme: "M8 2a6 6 0 1 0 0 12A6 6 0 1 0 8 2v12",
 };
 
-function icon(name) {
-  const [svg, path] = ["svg", "path"].map((tag) => document.createElementNS(
-    "http://www.w3.org/2000/svg", tag));
-  svg.classList.add("icon");
-  svg.setAttribute("viewBox", "0 0 16 16");
-  svg.ariaHidden = "true";
-  path.setAttribute("d", ICONS[name]);
-  svg.append(path);
-  return svg;
-}
+const icon = (name) => document.createRange().createContextualFragment('<svg class="icon" '
+  + `viewBox="0 0 16 16" aria-hidden="true"><path d="${ICONS[name]}"/></svg>`);
 
 /** A button, or with href a link, that shows only an icon. */
 const tool = (name, title, attributes, more = "") => h((attributes.href ? "a" : "button")
@@ -7866,7 +7848,8 @@ function throttled(run) {
     if (busy) return;
     busy = true;
     const began = performance.now();
-    await run();
+    await run().catch(trouble);
+    render();
     await sleep(Math.max(100, 3 * (performance.now() - began)));
     busy = false;
     if (again) begin();
@@ -7912,11 +7895,6 @@ function clock(iso, end = 16) {
   return (then + iso.slice(19, 23)).slice(then.slice(0, 10) === now.slice(0, 10) ? 11 : 5, end);
 }
 
-function duration(seconds) {
-  const [per, unit] = seconds < 100 ? [1, "s"] : seconds < 6000 ? [60, "min"] : [3600, "h"];
-  return `${Math.round(seconds / per)} ${unit}`;
-}
-
 function size(octets) {
   const [per, unit] = octets < 1e3 ? [1, "B"] : octets < 1e6 ? [1e3, "kB"] : [1e6, "MB"];
   return `${Number((octets / per).toFixed(1))} ${unit}`;
@@ -7924,16 +7902,18 @@ function size(octets) {
 
 // -- Asking
 
-const apiUrl = (id) => "api/messages/" + encodeURIComponent(id);
-const viewUrl = (id, what) => `v1/messages/${encodeURIComponent(id)}/${what}`;
-const own = () => (state.own ? recall().own : []);
+const ALL = "api/messages?server=mailtest";
+const apiUrl = (id) => "api/messages/" + uri(id);
+const viewUrl = (id, what) => `v1/messages/${uri(id)}/${what}`;
+const own = () => (state.own ? recall().own.filter(({expires}) => Date.parse(expires) > Date.now())
+  .map(({address}) => address) : []);
 const blind = () => state.own && !own().length;  // nothing may be asked for
+const list = (path) => (blind() ? {items: [], total: 0} : ask(path));
 
 /** Parameters that limit a request to these inboxes, or to nothing. */
 const only = (addresses) => new URLSearchParams(addresses.map((address) => ["inbox", address]));
 
-/** The JSON of an answer, `total` from its header.  A refusal is an Error with status and retry
-    (seconds); without an answer it has no status. */
+/** The JSON of an answer, and `total`.  A refusal is an Error with status and retry (seconds). */
 async function ask(path, options) {
   const response = await fetch(path, {headers: {Accept: "application/json"}, ...options});
   const body = await response.json().catch(() => ({})), {headers, status, ok} = response;
@@ -7942,7 +7922,7 @@ async function ask(path, options) {
     {status, retry: Number(headers.get("Retry-After"))});
 }
 
-/** Changes something in the catcher.  If that could not be it says so, and the answer is null. */
+/** Changes something in the catcher; null if that could not be, which is said. */
 async function change(path, options) {
   try {
     return await ask(path, options);
@@ -7954,42 +7934,33 @@ async function change(path, options) {
   }
 }
 
-/** The list as the view wants it.  A search may not be typed to its end: an open quotation is
-    closed, a lone `from:` left out. */
+/** The list.  In a search half typed an open quotation is closed, a lone `from:` left out. */
 async function loadList() {
   const {q, inbox} = view, closed = q.split('"').length % 2 ? q : q + '"';
-  const words = encodeURIComponent(closed.replace(/(^|\s)-?(\w+:)?(?=\s|$)/g, "$1").trim());
-  const {items, total} = blind() ? {items: [], total: 0} : await ask("api/messages?server=mailtest"
-    + `&itemsPerPage=${state.count}&q=${words}&` + only(inbox ? [inbox] : own()));
+  const words = uri(closed.replace(/(^|\s)-?(\w+:)?(?=\s|$)/g, "$1").trim());
+  const {items, total} = await list(
+    `${ALL}&itemsPerPage=${state.count}&q=${words}&` + only(inbox ? [inbox] : own()));
   if (q !== view.q || inbox !== view.inbox) return;
   Object.assign(state, {items, total: Number(total ?? state.health.messages)});
 }
 
 const recount = throttled(async () => {
-  const before = recall().own;
-  try {
-    const {items} = blind() ? {items: []} : await ask("v1/inboxes?" + only(own()));
-    items.sort((one, other) => (one.expires < other.expires ? 1 : -1));     // of late mail first
-    state.inboxes = new Map(items.map((item) => [item.address.toLowerCase(), item]));
-    const ended = before.filter((address) => !state.inboxes.has(address.toLowerCase()));
-    remember({own: recall().own.filter((address) => !ended.includes(address))});
-    render();
-  } catch (error) {
-    trouble(error);
-  }
+  const {items} = await list("v1/inboxes?" + only(own()));
+  items.sort((one, other) => (one.expires < other.expires ? 1 : -1));  // those of late mail first
+  state.inboxes = new Map(items.map((item) => [item.address.toLowerCase(), item]));
 });
 
 async function loadSessions() {
-  if (!state.own) state.sessions = (await ask("v1/sessions").catch(() => state.sessions)).items;
+  const {items} = state.own ? {} : await ask("v1/sessions").catch(() => ({}));
+  if (items) state.sessions = items;
   render();
 }
 
-/** Whether only inboxes acquired here may be read.  It is one request, so that the browser asks
-    for the API key once. */
+/** Whether only inboxes acquired here may be read: one request, so that there is one login. */
 async function limited({hosted, api_key: key}) {
   if (hosted && !recall().signedIn || !key) return hosted;
-  return ask("api/messages?server=mailtest&itemsPerPage=1").then(() => false, (error) => {
-    if (error.status === 401 || error.status === 403) return true;
+  return ask(ALL + "&itemsPerPage=1").then(() => false, (error) => {
+    if ([401, 403].includes(error.status)) return true;
     throw error;
   });
 }
@@ -7997,35 +7968,29 @@ async function limited({hosted, api_key: key}) {
 /** Asks for all that is in sight. */
 const refresh = throttled(async () => {
   if (Date.now() < state.pause) return;
-  try {
-    state.health = await ask("healthz");
-    if (state.own === null) {
-      state.own = await limited(state.health);
-      loadSessions();
-    }
-    recount();  // it may take longer than the rest
-    await loadList();
-    if (state.sessions[0] && failed(state.sessions[0])) loadSessions();
-    if (state.message) await ask(apiUrl(view.message), {method: "HEAD"}).catch(lose);
-    state.problem = "";
-  } catch (error) {
-    trouble(error);
+  state.health = await ask("healthz");
+  if (state.own === null) {
+    state.own = await limited(state.health);
+    loadSessions();
   }
   follow();
-  announce();
-  render();
+  recount();  // it may take longer than the rest
+  await loadList();
+  if (state.sessions[0] && failed(state.sessions[0])) loadSessions();
+  if (state.message) await ask(apiUrl(view.message), {method: "HEAD"}).catch(lose);
+  state.problem = "";
 });
 
 /** Says what keeps the list from being known. */
 function trouble({status, message, retry}) {
-  state.problem = status ? message : "mailtest does not answer; trying again";
+  state.problem = status ? message : "mailtest does not answer";
   state.pause = retry ? Date.now() + 1000 * retry : 0;
   if (status === 400) Object.assign(state, {total: null, items: []});  // a search word
-  else if (state.own && (status === 401 || status === 403)) remember({own: []});  // all unknown
+  else if (state.own && [401, 403].includes(status)) remember({own: []});  // unknown ones
   else setStatus(status === 429 ? "waiting" : "reconnecting");
 }
 
-/** The message that the URL names; after a moment, as it may be one of many leafed through. */
+/** The message of the URL; after a moment, as it may be one of many leafed through. */
 async function loadMessage() {
   const id = view.message;
   await sleep(30);
@@ -8051,7 +8016,6 @@ const live = () => source && source.readyState !== EventSource.CLOSED;
 
 /** Follows the events while the page is to be seen: a browser has six connections to a host. */
 function follow() {
-  if (state.own === null) return;
   const path = document.hidden || blind() ? "" : "v1/events?" + only(own());
   if (path === followed && (!path || live())) return;
   if (source) source.close();
@@ -8073,15 +8037,6 @@ function setStatus(text) {
   $("status").textContent = $("status").dataset.state = text;
 }
 
-/** Tells screen readers of new mail. */
-function announce() {
-  const [newest] = state.items, before = state.newest;
-  if (newest) state.newest = newest.received;
-  if (!newest || !before || newest.received <= before) return;
-  $("arrivals").textContent =
-    `New message from ${newest.from.map(nameOf).join(", ")}: ${newest.subject}`;
-}
-
 // -- Inboxes
 
 function render() {
@@ -8097,10 +8052,8 @@ function render() {
 async function acquire() {
   const {address, expires} = await change("v1/acquire") || {};
   if (!address) return;
-  state.inboxes.set(address.toLowerCase(), {address, expires, acquired: true, failures: [],
-    message_count: 0, unseen: 0});
-  remember({own: [address, ...recall().own].slice(0, 50)});
-  go({inbox: address.toLowerCase(), message: "", q: ""});
+  remember({own: [{address, expires}, ...recall().own].slice(0, 50)});
+  go({inbox: address, message: "", q: ""});
   copy(address);
 }
 
@@ -8117,11 +8070,10 @@ function renderInboxes() {
   choose("inbox", view.inbox);
   $("more").textContent = more ? `${more.toLocaleString("en")} more: search with to:` : "";
   document.title = whole.unseen ? `(${whole.unseen}) mailtest` : "mailtest";
-  setFavicon(whole.unseen);
 }
 
 const inboxEntry = ({address, acquired, expires}) => choice(".inbox.line@inbox", "inbox",
-  address.toLowerCase(), address || "All mail", ({target}) => go({inbox: target.value}),
+  address, address || "All mail", ({target}) => go({inbox: target.value}),
   h("bdi.grow.cut", address.replace("@" + state.health.domain, "") || "All mail"),
   acquired && h("time", "until " + clock(expires)), h("span.count"));
 
@@ -8129,25 +8081,27 @@ const updateEntry = (node, {message_count: all, unseen}) => fill(node.lastChild,
   () => [h(unseen ? "b" : "span", unseen || all),
     h("span.heard", unseen ? ` unread of ${all}` : " messages, all read")]);
 
+const chosen = () => state.inboxes.get(view.inbox.toLowerCase());
+
 /** What stands above the list: whose mail it is, and what can be done with it. */
 function renderBar() {
-  const inbox = state.inboxes.get(view.inbox) || {address: view.inbox, failures: []};
+  const inbox = chosen() || {address: view.inbox, failures: []};
   const {address, failures, attempts, acquired, expires} = inbox;
-  const button = (name, question, path, after) => h("button", {onclick: async () => {
-    if (confirm(question) && await change(path, {method: "DELETE"})) after();
+  const button = (name, question, path, next) => h("button", {onclick: async () => {
+    if (confirm(question) && await change(path, {method: "DELETE"})) go({inbox: next}, true);
   }}, name);
   fill($("bar"), [address, acquired && expires, failures, attempts], () => [
     h("h2.line@address", h("bdi", address || "All mail"),
       address && copier(address, "the address")),
     acquired && h("time", "until " + clock(expires)),
     h("small@hits", {id: "hits", role: "status"}), h("details.menu@menu",
-      h("summary.square", {"aria-label": "Menu", title: "Menu"}, icon("more")),
+      h("summary.square", {title: "Menu"}, icon("more")),
       h("div.box", (address || !state.own) && button("Empty",
         `Delete all mail to ${address || "everyone"}? There is no undo.`, address
-          ? `v1/inboxes/${encodeURIComponent(address)}/messages`
-          : "api/messages?server=mailtest", refresh),
+          ? `v1/inboxes/${uri(address)}/messages`
+          : ALL, address),
       address && button("End", `End ${address} and delete its mail?`,
-        "v1/get/" + encodeURIComponent(address), () => go({inbox: ""}, true)), sessionsLink(),
+        "v1/get/" + uri(address), ""),
       failures.length > 0 && h("p", `Failures to play, in ${plural(attempts, "attempt")}:`),
       failures.map(({fail, answered, left}) => h("p", h("code", fail),
         ` answered ${answered} times, ${left} left`))))]);
@@ -8193,7 +8147,7 @@ function row(item) {
 /** Why there is no row: only what is known is said. */
 function renderNothing() {
   const text = state.total ? "" : state.problem || (state.total === null ? "Asking\u2026"
-    : view.q ? `Nothing matches \u201c${view.q}\u201d`
+    : view.q ? "Nothing matches"
       : view.inbox ? "No mail for this address yet"
         : state.own ? "No mail to an address acquired here" : "No mail yet");
   fill($("nothing"), [text, state.own], () => [text && h("p", text),
@@ -8201,8 +8155,7 @@ function renderNothing() {
       + "addresses acquired here is shown"), signIn()]]);
 }
 
-/** Selects the message so many rows further, or the first.  Leafing leaves no trail in the
-    browser's history. */
+/** Selects the message so many rows further, or the first.  Leafing leaves no history. */
 function move(step) {
   const items = listed(), now = items.findIndex(({id}) => id === view.message);
   const next = items[Math.max(0, Math.min(items.length - 1, now < 0 ? 0 : now + step))];
@@ -8212,7 +8165,6 @@ function move(step) {
 
 // -- Message
 
-/** Back to the list, and to the manual beside it. */
 function back() {
   if (history.state) history.back();
   else go({message: ""});
@@ -8234,7 +8186,6 @@ function renderMain() {
   } else if (state.health) (SHEETS[id] || SHEETS.help)(main);
 }
 
-/** A part that can be folded, open if it is small. */
 const folded = (kind, title, small, ...children) => h("details" + kind, small ? {open: ""} : {},
   h("summary", title), children);
 
@@ -8257,7 +8208,6 @@ function mail(message) {
 const fields = ({metadata}, name) => metadata.headers.filter(
   ({field}) => field.toLowerCase() === name).map(({value}) => value);
 
-/** Who sent it to whom.  Of many the first are shown. */
 function partiesOf(message) {
   const few = (texts) => texts.flatMap((text, index) => [index ? ", " : "", h("bdi", text)]);
   const line = (label, texts) => texts.length > 0 && h("div", h("span.soft", label + " "),
@@ -8290,7 +8240,7 @@ const codesOf = ({text, html}) => [...new Set([...text.codes, ...html.codes].map
   ({value}) => value))];
 const linksOf = ({text, html}) => (html.links.length ? html : text).links;
 
-/** The codes and the first links, the host too if the text of a link does not show it. */
+/** The codes and the first links, with the host if the text does not show it. */
 function chipsOf(message) {
   const chip = (kind, text, what, ...shown) => h("button@chip-" + kind, {title: "Copy " + text,
     onclick: () => copy(text, what)}, shown, icon("copy"));
@@ -8305,10 +8255,10 @@ function chipsOf(message) {
 
 /** A way to follow a link, if it is one for browsers. */
 const opener = (href) => /^(https?|mailto):/i.test(href) && tool("open", "Open " + href,
-  {href, target: "_blank", rel: "noopener noreferrer"});
+  {href, target: "_blank", rel: "noreferrer"});
 
 function fileOf({id, fileName, contentId, contentType, length}) {
-  const href = "v1/attachments/" + encodeURIComponent(id);
+  const href = "v1/attachments/" + uri(id);
   const name = fileName || contentId || "(no name)", [, type] = /\.(\w{1,4})$/.exec(name) || [];
   return h("a.file.box.line@attachment", {href, download: name, title: name},
     /^image\//.test(contentType) && length < 1e7 ? h("img", {src: href, alt: "", loading: "lazy"})
@@ -8325,8 +8275,7 @@ function remove() {
   const next = items[now + 1] || items[now - 1];
   if (state.own || !state.message || state.deleted.has(id)) return;
   state.deleted.set(id, setTimeout(removeNow, UNDO, id));
-  toast(state.deleted.size > 1 ? `Deleted ${state.deleted.size} messages`
-    : `Deleted \u201c${state.message.subject.slice(0, 60)}\u201d`, true);
+  toast(`Deleted ${plural(state.deleted.size, "message")}`, true);
   if (narrow.matches || !next) back();
   else go({message: next.id}, true);
   toList();
@@ -8365,10 +8314,9 @@ function showPreview({id, html, text}) {
     state.remote = true;
     render();
   };
-  return [h("div.tools.line.wrap", REMOTE.test(html.body) && (state.remote
-    ? "Remote content is loaded" : ["Remote content is blocked",
-      h("button@load-remote", {onclick: load}, "Load it")]),
-  h("span.grow", h("span.away", "Keys go to the mail now: Shift+Tab leads back")),
+  return [h("div.tools.line.wrap", REMOTE.test(html.body) && !state.remote
+    && ["Remote content is blocked", h("button@load-remote", {onclick: load}, "Load it")],
+  h("span.grow", h("span.away", "The keys are in the mail: Shift+Tab leads back")),
   h("label", h("input", {type: "checkbox", id: "scheme", onchange: ({target}) => go(
     {scheme: target.checked ? "dark" : "light"}, true)}), " Dark"),
   ["320", "375", "768", "100%"].map((width) => choice("", "width", width, "Width",
@@ -8396,17 +8344,15 @@ const REFUSAL = /^(S: )?[45]\d\d[ -]/;
 const transcript = (lines) => h("pre", lines.map((line) => h(/^C:/.test(line) ? "span.client"
   : REFUSAL.test(line) ? "span.refusal" : "span", line + "\n")));
 
-/** Text to copy as it stands. */
 const block = (text) => h("div.block", h("pre.box", {tabindex: 0}, text), copier(text, "this"));
 
-/** The URL of the API as programs need it. */
 const base = () => new URL(".", location).href.slice(0, -1);
 
 function showJson(message) {
   const curl = (path) => block(`curl -s '${base()}/${path.replaceAll("'", "%27")}'`);
-  const {email} = message.metadata.rcptTo[0] || {}, subject = encodeURIComponent(message.subject);
+  const {email} = message.metadata.rcptTo[0] || {}, subject = uri(message.subject);
   return [curl(apiUrl(message.id)),
-    email && curl(`v1/get/${encodeURIComponent(email)}?timeout=30&subject=${subject}`),
+    email && curl(`v1/get/${uri(email)}?timeout=30&subject=${subject}`),
     h("div@json", pre(JSON.stringify(message, null, 2), message.id))];
 }
 
@@ -8434,11 +8380,6 @@ const tabsOf = (message) => h("div.tabs", {role: "radiogroup", "aria-label": "Pa
     return tab;
   }));
 
-function chooseTab(name) {
-  if (!state.message) return null;
-  return missing(name) ? toast(missing(name)) : go({tab: name}, true);
-}
-
 /** The chosen tab, or the first that holds something. */
 function renderPanel(message) {
   const name = [view.tab, "preview", "text", "source"].find((tab) => TABS[tab] && !missing(tab));
@@ -8459,8 +8400,8 @@ function renderPanel(message) {
 
 const SHEETS = {  // what may stand in the place of a message
   help: (main) => {
-    const {smtp, hosted, strict} = state.health;
-    fill(main, [smtp, hosted, strict, state.own, view.inbox, state.inboxes.size], manual);
+    const {smtp, strict} = state.health;
+    fill(main, [smtp, strict, state.own, chosen()?.address], manual);
   },
   sessions: (main) => {
     fill(main, "sessions", () => h("div.sheet", heading("The last SMTP sessions"),
@@ -8471,12 +8412,8 @@ const SHEETS = {  // what may stand in the place of a message
   },
 };
 
-const sessionsLink = () => !state.own && h("a.button", {"data-inside": "",
-  href: urlOf({message: "sessions"})}, "Last SMTP sessions");
-
 const failed = ({refused, messages, ending}) => refused || !messages && ending !== "quit";
 
-/** What became of a session. */
 function outcome({refused, ending, transcript: lines, messages}) {
   const [first = refused] = lines.filter((line) => REFUSAL.test(line));  // the cause of others
   if (refused) return "was refused: " + first.replace("S: ", "");
@@ -8490,26 +8427,27 @@ const HELP = [["word \"two words\"", "in subject, addresses and bodies"],
   ["j k or arrows", "next and previous message"], ["Enter", "into the message"], ["Esc", "back"],
   ["1 to 8", "the tabs of the message"], ["y", "copy the code"], ["m", "mark as unread"],
   ["Del", "delete the message"], ["u", "undo that, within 5 seconds"], ["/", "search"],
-  ["a", "acquire an address and copy it"], ["?", "this help"]];
+  ["a", "acquire an address and copy it"]];
 
 /** How to use this catcher; it names the inbox that is chosen. */
 function manual() {
-  const {ttl, strict, hosted, rate, smtp, max_size: most, version} = state.health, url = base();
-  const {address} = state.inboxes.get(view.inbox) || {}, [, host, port] = /(.*):(.*)/.exec(smtp);
+  const {ttl, strict, rate, smtp, max_size: most, version} = state.health, url = base();
+  const {address} = chosen() || {}, [, host, port] = /(.*):(.*)/.exec(smtp);
   const place = (term, text) => text && h("div.box", h("dt", term), h("dd.line",
     h("span.mono.grow", text), copier(text, term)));
-  const sample = () => change("api/messages?server=mailtest", {method: "POST", body:
+  const sample = () => change(ALL, {method: "POST", body:
     JSON.stringify({to: address || "jane@example.com", from: "Acme <noreply@acme.example>"})});
-  return h("div.sheet@empty", heading(hosted ? "Test your outbound mail" : "Send mail here"),
-    h("p", `Mail to ${strict ? "an acquired" : "any"} address appears here at once and goes no `
-      + `further. After ${duration(ttl)} it is deleted.`),
-    hosted && h("p", `Up to ${size(most)} a mail${rate ? `, ${plural(rate, "request")} a minute`
-      : ""}. Who knows an address can read its mail: nothing secret, please.`),
+  return h("div.sheet@empty", heading("Send mail here"),
+    h("p", `Mail of up to ${size(most)} to ${strict ? "an acquired" : "any"} address appears here `
+      + `at once and goes no further. After ${plural(ttl / 60, "minute")} it is deleted. `
+      + (rate ? `You have ${plural(rate, "request")} a minute, and who knows an address can read `
+        + "its mail: nothing secret, please." : "")),
     h("dl.line.wrap.places", place("Address", address), place("SMTP host", host),
       place("SMTP port", port), place("HTTP API", url)),
     h("div.line.wrap", !state.own && h("button.primary@sample", {onclick: sample},
       "Send me a sample mail"), h("button", {onclick: acquire}, icon("plus"),
-      "Acquire an address"), signIn(), sessionsLink()),
+      "Acquire an address"), signIn(), !state.own && h("a.button", {"data-inside": "",
+      href: urlOf({message: "sessions"})}, "Last SMTP sessions")),
     h("h3", "In a shell: acquire an address, send to it, wait for what arrives"),
     block(`to=$(curl -s ${url}/v1/acquire)
 printf 'Subject: Hello\\n\\nIt works\\n' | curl -s --crlf -T - \\
@@ -8544,18 +8482,11 @@ function renderHeader() {
   }
 }
 
-function setFavicon(unseen) {
-  document.querySelector("link[rel=icon]").href = unseen ? "data:image/svg+xml,"
-    + encodeURIComponent('<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 32 32"><circle '
-    + 'cx="16" cy="16" r="16" fill="#d92d20"/><text x="16" y="23" fill="#fff" font-size="20" '
-    + `text-anchor="middle">${Math.min(99, unseen)}</text></svg>`) : "favicon.ico";
-}
-
 /** Light or dark, as the system has it unless something else was chosen. */
 function renderTheme() {
   const theme = recall().theme || (dark.matches ? "dark" : "light");
   const other = theme === "dark" ? "light" : "dark";
-  document.documentElement.dataset.theme = theme;
+  document.documentElement.style.colorScheme = theme;
   $("theme").title = `Switch to ${other} colours`;
   $("theme").onclick = () => {
     remember({theme: other});
@@ -8582,7 +8513,10 @@ function escape() {
 const KEYS = {j: () => move(1), k: () => move(-1), a: acquire, u: undo, y: copyCode, m: unread,
   "/": () => $("search").select(), "?": () => go({message: "help"}), Delete: remove,
   Escape: escape};
-Object.keys(TABS).forEach((name, index) => { KEYS[index + 1] = () => chooseTab(name); });
+Object.keys(TABS).forEach((name, index) => {
+  KEYS[index + 1] = () => state.message && (missing(name) ? toast(missing(name))
+    : go({tab: name}, true));
+});
 const LIST_KEYS = {ArrowDown: KEYS.j, ArrowUp: KEYS.k, Home: () => move(-1000),
   End: () => move(1000), Enter: () => ($("panel") ? $("panel").focus() : move(0)), ...KEYS};
 const SEARCH_KEYS = {ArrowDown: () => move(0), Enter: () => move(0),
@@ -8616,7 +8550,7 @@ addEventListener("click", clicked);
 addEventListener("popstate", moved);
 addEventListener("pagehide", () => state.deleted.forEach((timer, id) => removeNow(id)));
 document.onvisibilitychange = () => {
-  follow();
+  if (state.health) follow();
   refresh();
 };
 dark.onchange = renderTheme;
