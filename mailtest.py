@@ -3083,7 +3083,7 @@ def _cram_md5(response: Optional[bytes]) -> Iterator[bytes]:
 
 def _xoauth2(response: Optional[bytes]) -> Iterator[bytes]:
     """Google's and Microsoft's mechanism; the token is taken for a password."""
-    match = re.fullmatch(rb"user=([^\1]+)\1auth=Bearer ([^\1]*)\1\1",
+    match = re.fullmatch(rb"user=([^\x01]+)\x01auth=Bearer ([^\x01]*)\x01\x01",
                          (yield b"") if response is None else response, re.I)
     if not match:
         raise Refuse(501, "5.5.2", "Expected base64 of user=USER ^A auth=Bearer TOKEN ^A ^A")

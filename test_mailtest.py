@@ -2074,591 +2074,219 @@ def test_sessions_are_remembered_newest_first_up_to_the_bound():
 
 
 # ---- SMTP session ----------------------------------------------------------
-# Dialogues.  "C: " sends a line, "c: " octets without CRLF, "S: " is a line that comes back, "M: "
-# is a message that is stored then, "E: " says that the session has ended, and how.  \r, \n and
-# \xNN stand for octets, {x*9} for nine x, <id> for the id of a message.  Sessions have small
-# limits: 2000 octets of a message, 3 recipients, 6 bad commands.
+# Dialogues are rows: the state of the session, what is said then, what comes back, which messages
+# are stored.  In them ¶ is CRLF, \r, \n and \xNN are octets, {x*9} are nine x, <id> is the id of a
+# message.  Sessions have small limits: 2000 octets of a message, 3 recipients, 6 bad commands.
 
 SMALL = {"max_size": 2_000, "recipients": 3, "bad_commands": 6}
 
-EHLO_LINES = """\
-    S: 250-mailtest.example
-    S: 250-SIZE 2000
-    S: 250-8BITMIME
-    S: 250-SMTPUTF8
-    S: 250-PIPELINING
-    S: 250-ENHANCEDSTATUSCODES
-    S: 250-CHUNKING
-    S: 250-AUTH PLAIN LOGIN CRAM-MD5 XOAUTH2
-    S: 250 HELP
-"""
-
-GREETED = "    C: EHLO client.example\n" + EHLO_LINES
-
-HELP_LINES = """\
-    S: 214-2.0.0 Commands:
-    S: 214-2.0.0 EHLO domain
-    S: 214-2.0.0 HELO domain
-    S: 214-2.0.0 MAIL FROM:<reverse-path> [SIZE=n] [BODY=7BIT|8BITMIME] [SMTPUTF8] [AUTH=mailbox]
-    S: 214-2.0.0 RCPT TO:<forward-path>
-    S: 214-2.0.0 DATA
-    S: 214-2.0.0 BDAT octets [LAST]
-    S: 214-2.0.0 RSET
-    S: 214-2.0.0 NOOP [text]
-    S: 214-2.0.0 VRFY mailbox
-    S: 214-2.0.0 HELP [command]
-    S: 214-2.0.0 QUIT
-    S: 214-2.0.0 STARTTLS
-    S: 214 2.0.0 AUTH mechanism [initial-response]
-"""
-
-TO_DATA = """
-    C: MAIL FROM:<a@client.example>
-    S: 250 2.1.0 Ok
-    C: RCPT TO:<b@mailtest.example>
-    S: 250 2.1.5 Ok
-    C: DATA
-    S: 354 End data with <CR><LF>.<CR><LF>
-"""
-
-TO_BDAT = """
-    C: MAIL FROM:<a@client.example>
-    S: 250 2.1.0 Ok
-    C: RCPT TO:<b@mailtest.example>
-    S: 250 2.1.5 Ok
-"""
-
-QUEUED = "    S: 250 2.0.0 Ok: queued as <id>\n"
-NOT_CONTROL = ("500 5.5.2 Expected no control character, NUL, bare CR or bare LF in a command")
-
-# from the greeting on
-UNGREETED = {
-    "EHLO lists the extensions": GREETED,
-    "HELO answers one line": """
-        C: HELO client.example
-        S: 250 mailtest.example""",
-    "a mail goes through after HELO": """
-        C: HELO client.example
-        S: 250 mailtest.example""" + TO_DATA + r"""
-        C: .
-        S: 250 2.0.0 Ok: queued as <id>
-        M: """,
-    "EHLO may be an address literal": "C: EHLO [127.0.0.1]\n" + EHLO_LINES,
-    "EHLO without a domain": """
-        C: EHLO
-        S: 501 5.5.4 Expected EHLO with your domain or address literal""",
-    "HELO without a domain": """
-        C: HELO
-        S: 501 5.5.4 Expected HELO with your domain or address literal""",
-    "EHLO that failed does not greet": """
-        C: EHLO
-        S: 501 5.5.4 Expected EHLO with your domain or address literal
-        C: MAIL FROM:<>
-        S: 503 5.5.1 Send EHLO first""",
-    "MAIL, RCPT, DATA and AUTH want EHLO first": """
-        C: MAIL FROM:<a@client.example>
-        S: 503 5.5.1 Send EHLO first
-        C: RCPT TO:<b@mailtest.example>
-        S: 503 5.5.1 Send EHLO first
-        C: DATA
-        S: 503 5.5.1 Send EHLO first
-        C: AUTH PLAIN AGFsaWNlAHNlY3JldA==
-        S: 503 5.5.1 Send EHLO first""",
-    "BDAT before EHLO is refused once its octets are read": r"""
-        C: BDAT 6 LAST
-        c: NOOP\r\n
-        S: 503 5.5.1 Send EHLO first""",
-    "RSET, NOOP, VRFY, HELP and QUIT need no EHLO": """
-        C: RSET
-        S: 250 2.0.0 Ok
-        C: NOOP
-        S: 250 2.0.0 Ok
-        C: VRFY b@mailtest.example
-        S: 252 2.5.2 Not verified, but mail to it may be accepted
-        C: HELP QUIT
-        S: 214 2.0.0 QUIT
-        C: QUIT
-        S: 221 2.0.0 Bye
-        E: quit""",
-    "commands and keywords are written in any case": r"""
-        C: hElO client.example
-        S: 250 mailtest.example
-        C: mAiL fRoM:<a@client.example> sIzE=10 bOdY=8bitMime sMtPuTf8 aUtH=<>
-        S: 250 2.1.0 Ok
-        C: rCpT tO:<b@mailtest.example>
-        S: 250 2.1.5 Ok
-        C: bDaT 1 lAsT
-        c: x
-        S: 250 2.0.0 Ok: queued as <id>
-        C: qUiT
-        S: 221 2.0.0 Bye
-        M: x
-        E: quit""",
-    "an HTTP request is cut off": """
-        C: POST / HTTP/1.1
-        S: 421 4.7.0 This is SMTP, not HTTP
-        E: spoke HTTP""",
-    "an HTTP request through a proxy is cut off": """
-        C: GET http://localhost:2525/ HTTP/1.1
-        S: 421 4.7.0 This is SMTP, not HTTP
-        E: spoke HTTP""",
-    "an HTTP request that is not known is cut off at its Host field": """
-        C: OPTIONS * HTTP/1.1
-        S: 500 5.5.2 Unknown command 'OPTIONS': HELP lists them
-        C: host: localhost:2525
-        S: 421 4.7.0 This is SMTP, not HTTP
-        E: spoke HTTP""",
-    "an HTTP request with a long line is cut off": """
-        C: POST /{a*2000} HTTP/1.1
-        S: 421 4.7.0 This is SMTP, not HTTP
-        E: spoke HTTP""",
-    "an HTTP request with a control character is cut off": r"""
-        C: POST /\x09 HTTP/1.1
-        S: 421 4.7.0 This is SMTP, not HTTP
-        E: spoke HTTP""",
-    "a TLS talker is cut off": r"""
-        c: \x16\x03
-        E: spoke TLS at once: use STARTTLS, or the port of --smtps""",
-    "a TLS talker whose hello holds CRLF is cut off": r"""
-        c: \x16\x03\x01\x00\xfa\r\n
-        E: spoke TLS at once: use STARTTLS, or the port of --smtps""",
-    "a session of many blank lines ends": """
-        C:
-        C:
-        C:
-        C:
-        C:
-        C:
-        C:
-        S: 500 5.5.2 Unknown command '': HELP lists them
-        S: 500 5.5.2 Unknown command '': HELP lists them
-        S: 500 5.5.2 Unknown command '': HELP lists them
-        S: 500 5.5.2 Unknown command '': HELP lists them
-        S: 500 5.5.2 Unknown command '': HELP lists them
-        S: 500 5.5.2 Unknown command '': HELP lists them
-        S: 421 4.7.0 Too many bad commands
-        E: too many bad commands""",
+_GREETED = "EHLO client.example¶"
+STATES = {
+    "new": "",
+    "idle": _GREETED,
+    "mail": _GREETED + "MAIL FROM:<>¶",
+    "rcpt": _GREETED + "MAIL FROM:<>¶RCPT TO:<b@mailtest.example>¶",
+    "data": _GREETED + "MAIL FROM:<>¶RCPT TO:<b@mailtest.example>¶DATA¶",
 }
 
-# after EHLO
+EHLO = ("250-mailtest.example¶250-SIZE 2000¶250-8BITMIME¶250-SMTPUTF8¶250-PIPELINING¶"
+        "250-ENHANCEDSTATUSCODES¶250-CHUNKING¶250-AUTH PLAIN LOGIN CRAM-MD5 XOAUTH2¶250 HELP")
+HELP = ("214-2.0.0 Commands:¶214-2.0.0 EHLO domain¶214-2.0.0 HELO domain¶214-2.0.0 MAIL "
+        "FROM:<reverse-path> [SIZE=n] [BODY=7BIT|8BITMIME] [SMTPUTF8] [AUTH=mailbox]¶"
+        "214-2.0.0 RCPT TO:<forward-path>¶214-2.0.0 DATA¶214-2.0.0 BDAT octets [LAST]¶"
+        "214-2.0.0 RSET¶214-2.0.0 NOOP [text]¶214-2.0.0 VRFY mailbox¶214-2.0.0 HELP [command]¶"
+        "214-2.0.0 QUIT¶214-2.0.0 STARTTLS¶214 2.0.0 AUTH mechanism [initial-response]")
+OK, QUEUED, BYE = "250 2.0.0 Ok", "250 2.0.0 Ok: queued as <id>", "221 2.0.0 Bye"
+MAIL_OK, RCPT_OK = "250 2.1.0 Ok", "250 2.1.5 Ok"
+DATA_OK = "354 End data with <CR><LF>.<CR><LF>"
+NOT_CONTROL = "500 5.5.2 Expected no control character, NUL, bare CR or bare LF in a command"
+NO_DOMAIN = "501 5.5.4 Expected EHLO with your domain or address literal"
+EHLO_FIRST, MAIL_FIRST = "503 5.5.1 Send EHLO first", "503 5.5.1 Send MAIL first"
+RCPT_FIRST = "503 5.5.1 Send RCPT first: no recipient was accepted"
+IS_OPEN = "503 5.5.1 A mail transaction is open: send RSET, or end it"
+TOO_LARGE = "552 5.3.4 Message too large: expected at most 2000 octets (--max-size)"
+TOO_LONG = "500 5.5.2 Line too long: expected at most 1065 octets with CRLF"
+NO_BASE64 = "501 5.5.2 Expected base64"
+NO_PLAIN = "501 5.5.2 Expected base64 of [identity] NUL user NUL password"
+NO_XOAUTH2 = "501 5.5.2 Expected base64 of user=USER ^A auth=Bearer TOKEN ^A ^A"
+UNKNOWN = "500 5.5.2 Unknown command '%s': HELP lists them"
+NO_MECHANISM = "504 5.5.4 Unknown mechanism: expected PLAIN, LOGIN, CRAM-MD5, XOAUTH2"
+AUTHENTICATED, ALREADY = "235 2.7.0 Authenticated", "503 5.5.1 Already authenticated"
+TOO_BAD, NOT_HTTP = "421 4.7.0 Too many bad commands", "421 4.7.0 This is SMTP, not HTTP"
+TLS_TALKER = "spoke TLS at once: use STARTTLS, or the port of --smtps"
+RESPONSE = "AGFsaWNlAHNlY3JldA=="
+
 DIALOGUES = {
-    "null reverse-path is a transaction": r"""
-        C: MAIL FROM:<>
-        S: 250 2.1.0 Ok
-        C: RCPT TO:<b@mailtest.example>
-        S: 250 2.1.5 Ok
-        C: DATA
-        S: 354 End data with <CR><LF>.<CR><LF>
-        C: Subject: bounce
-        C: .
-        S: 250 2.0.0 Ok: queued as <id>
-        M: Subject: bounce\r\n""",
-    "two transactions in a session": TO_DATA + r"""
-        C: one
-        C: .
-        S: 250 2.0.0 Ok: queued as <id>
-        M: one\r\n""" + TO_DATA + r"""
-        C: two
-        C: .
-        S: 250 2.0.0 Ok: queued as <id>
-        M: two\r\n""",
-    "mail data without a line": TO_DATA + """
-        C: .
-        S: 250 2.0.0 Ok: queued as <id>
-        M: """,
-    "mail data that is one empty line": TO_DATA + r"""
-        C:
-        C: .
-        S: 250 2.0.0 Ok: queued as <id>
-        M: \r\n""",
-    "mail data that holds commands": TO_DATA + r"""
-        C: QUIT
-        C: RSET
-        C: DATA
-        C: .
-        S: 250 2.0.0 Ok: queued as <id>
-        M: QUIT\r\nRSET\r\nDATA\r\n""",
-    "dot-stuffing is undone": TO_DATA + r"""
-        C: a
-        C: ..
-        C: ...
-        C: ..x
-        C: .y
-        C: a..b
-        C: .
-        S: 250 2.0.0 Ok: queued as <id>
-        M: a\r\n.\r\n..\r\n.x\r\ny\r\na..b\r\n""",
-    "dot-stuffing is undone in the first line": TO_DATA + r"""
-        C: ..
-        C: .
-        S: 250 2.0.0 Ok: queued as <id>
-        M: .\r\n""",
-    "octets are kept exactly": TO_DATA + r"""
-        C: \x00\x01\x7f\x80\xff\n\r\x0c bare\n\nLF\rCR
-        C: {x*1500}
-        C: .
-        S: 250 2.0.0 Ok: queued as <id>
-        M: \x00\x01\x7f\x80\xff\n\r\x0c bare\n\nLF\rCR\r\n{x*1500}\r\n""",
-    "mail data that is too large is read to its end": TO_DATA + """
-        C: {x*1999}
-        C: QUIT
-        C: .
-        S: 552 5.3.4 Message too large: expected at most 2000 octets (--max-size)
-        C: NOOP
-        S: 250 2.0.0 Ok
-        C: DATA
-        S: 503 5.5.1 Send MAIL first""",
-    "mail data with an argument": """
-        C: MAIL FROM:<>
-        S: 250 2.1.0 Ok
-        C: RCPT TO:<b@mailtest.example>
-        S: 250 2.1.5 Ok
-        C: DATA now
-        S: 501 5.5.4 Expected DATA alone, got 'now' after it""",
+    "EHLO lists the extensions": ("new", "EHLO client.example¶", EHLO),
+    "EHLO may be an address literal": ("new", "EHLO [127.0.0.1]¶", EHLO),
+    "a mail goes through after HELO": (
+        "new", "HELO x¶MAIL FROM:<>¶RCPT TO:<b@x.example>¶DATA¶.¶",
+        f"250 mailtest.example¶{MAIL_OK}¶{RCPT_OK}¶{DATA_OK}¶{QUEUED}", ""),
+    "EHLO without a domain does not greet": (
+        "new", "EHLO¶MAIL FROM:<>¶", f"{NO_DOMAIN}¶{EHLO_FIRST}"),
+    "HELO without a domain": ("new", "HELO¶", NO_DOMAIN.replace("EHLO", "HELO")),
+    "MAIL, RCPT, DATA and AUTH want EHLO first": (
+        "new", f"MAIL FROM:<>¶RCPT TO:<b@x.example>¶DATA¶AUTH PLAIN {RESPONSE}¶",
+        "¶".join([EHLO_FIRST] * 4)),
+    "BDAT before EHLO is refused once its octets are read": (
+        "new", "BDAT 6 LAST¶NOOP¶", EHLO_FIRST),
+    "RSET, NOOP, VRFY, HELP and QUIT need no EHLO": (
+        "new", "RSET¶NOOP¶VRFY b¶HELP QUIT¶QUIT¶",
+        f"{OK}¶{OK}¶252 2.5.2 Not verified, but mail to it may be accepted¶214 2.0.0 QUIT¶{BYE}"),
+    "commands and keywords are written in any case": (
+        "new", "hElO x¶mAiL fRoM:<> sIzE=10 bOdY=8bitMime sMtPuTf8 aUtH=<>¶"
+        "rCpT tO:<b@x.example>¶bDaT 1 lAsT¶xqUiT¶",
+        f"250 mailtest.example¶{MAIL_OK}¶{RCPT_OK}¶{QUEUED}¶{BYE}", "x"),
 
-    "order: RCPT before MAIL": "C: RCPT TO:<b@mailtest.example>\nS: 503 5.5.1 Send MAIL first",
-    "order: DATA before MAIL": "C: DATA\nS: 503 5.5.1 Send MAIL first",
-    "order: DATA before RCPT": """
-        C: MAIL FROM:<>
-        S: 250 2.1.0 Ok
-        C: DATA
-        S: 503 5.5.1 Send RCPT first: no recipient was accepted""",
-    "order: DATA after every recipient was refused": """
-        C: MAIL FROM:<>
-        S: 250 2.1.0 Ok
-        C: RCPT TO:<nobody>
-        S: 501 5.1.3 Expected local-part@domain, got 'nobody'
-        C: DATA
-        S: 503 5.5.1 Send RCPT first: no recipient was accepted""",
-    "order: MAIL within a transaction": """
-        C: MAIL FROM:<>
-        S: 250 2.1.0 Ok
-        C: MAIL FROM:<>
-        S: 503 5.5.1 A mail transaction is open: send RSET, or end it""",
-    "order: AUTH within a transaction": """
-        C: MAIL FROM:<>
-        S: 250 2.1.0 Ok
-        C: AUTH PLAIN AGFsaWNlAHNlY3JldA==
-        S: 503 5.5.1 A mail transaction is open: send RSET, or end it""",
-    "order: the transaction ends with its mail": TO_DATA + """
-        C: .
-        S: 250 2.0.0 Ok: queued as <id>
-        M:
-        C: RCPT TO:<b@mailtest.example>
-        S: 503 5.5.1 Send MAIL first""",
-    "RSET ends a transaction": """
-        C: MAIL FROM:<>
-        S: 250 2.1.0 Ok
-        C: RCPT TO:<b@mailtest.example>
-        S: 250 2.1.5 Ok
-        C: RSET
-        S: 250 2.0.0 Ok
-        C: DATA
-        S: 503 5.5.1 Send MAIL first""",
-    "EHLO ends a transaction": """
-        C: MAIL FROM:<>
-        S: 250 2.1.0 Ok
-""" + GREETED + """
-        C: RCPT TO:<b@mailtest.example>
-        S: 503 5.5.1 Send MAIL first""",
-    "EHLO that fails does not end a transaction": """
-        C: MAIL FROM:<>
-        S: 250 2.1.0 Ok
-        C: EHLO
-        S: 501 5.5.4 Expected EHLO with your domain or address literal
-        C: RCPT TO:<b@mailtest.example>
-        S: 250 2.1.5 Ok""",
-    "NOOP, VRFY and HELP do not touch a transaction": r"""
-        C: MAIL FROM:<>
-        S: 250 2.1.0 Ok
-        C: RCPT TO:<b@mailtest.example>
-        S: 250 2.1.5 Ok
-        C: NOOP
-        S: 250 2.0.0 Ok
-        C: VRFY b
-        S: 252 2.5.2 Not verified, but mail to it may be accepted
-        C: HELP NOOP
-        S: 214 2.0.0 NOOP [text]
-        C: BDAT 1 LAST
-        c: x
-        S: 250 2.0.0 Ok: queued as <id>
-        M: x""",
-    "a refused RCPT leaves the others": r"""
-        C: MAIL FROM:<>
-        S: 250 2.1.0 Ok
-        C: RCPT TO:<b@mailtest.example>
-        S: 250 2.1.5 Ok
-        C: RCPT TO:<>
-        S: 501 5.5.4 Expected RCPT TO:<address>, got 'RCPT' 'TO:<>'
-        C: BDAT 1 LAST
-        c: x
-        S: 250 2.0.0 Ok: queued as <id>
-        M: x""",
-    "too many recipients": r"""
-        C: MAIL FROM:<>
-        S: 250 2.1.0 Ok
-        C: RCPT TO:<b@mailtest.example>
-        S: 250 2.1.5 Ok
-        C: RCPT TO:<c@mailtest.example>
-        S: 250 2.1.5 Ok
-        C: RCPT TO:<d@mailtest.example>
-        S: 250 2.1.5 Ok
-        C: RCPT TO:<e@mailtest.example>
-        S: 452 4.5.3 Too many recipients: expected at most 3
-        C: BDAT 1 LAST
-        c: x
-        S: 250 2.0.0 Ok: queued as <id>
-        M: x""",
-    "too many bad commands end the session": r"""
-        C: FOO
-        S: 500 5.5.2 Unknown command 'FOO': HELP lists them
-        C: FOO
-        S: 500 5.5.2 Unknown command 'FOO': HELP lists them
-        C: FOO
-        S: 500 5.5.2 Unknown command 'FOO': HELP lists them
-        C: FOO
-        S: 500 5.5.2 Unknown command 'FOO': HELP lists them
-        C: NOOP
-        S: 250 2.0.0 Ok
-        C: EXPN list
-        S: 502 5.5.1 EXPN is not implemented
-        C: NOOP\x00
-        S: """ + NOT_CONTROL + """
-        C: FOO
-        S: 421 4.7.0 Too many bad commands
-        E: too many bad commands""",
-    "QUIT stores nothing": """
-        C: MAIL FROM:<>
-        S: 250 2.1.0 Ok
-        C: RCPT TO:<b@mailtest.example>
-        S: 250 2.1.5 Ok
-        C: QUIT
-        S: 221 2.0.0 Bye
-        E: quit""",
-    "HELP lists the commands": "C: HELP\n" + HELP_LINES,
-    "HELP with something unknown lists the commands": "C: HELP me\n" + HELP_LINES,
-    "HELP with something beyond ASCII lists the commands": "C: HELP ü\n" + HELP_LINES,
+    "an HTTP request is cut off": ("new", "POST / HTTP/1.1¶Host: x¶", NOT_HTTP),
+    "an HTTP request through a proxy is cut off": ("new", "GET http://x/ HTTP/1.1¶", NOT_HTTP),
+    "an HTTP request that is not known is cut off at its Host field": (
+        "new", "OPTIONS * HTTP/1.1¶host: x¶", UNKNOWN % "OPTIONS" + "¶" + NOT_HTTP),
+    "an HTTP request with a long line is cut off": ("new", "POST /{a*2000} HTTP/1.1¶", NOT_HTTP),
+    "an HTTP request with a control character is cut off": (
+        "new", r"POST /\x09 HTTP/1.1¶", NOT_HTTP),
+    "an HTTP request with bare LF is cut off": ("new", r"GET / HTTP/1.1\n", NOT_HTTP),
+    "a TLS talker is cut off": ("new", r"\x16\x03", ""),
+    "a TLS talker whose hello holds CRLF is cut off": ("new", r"\x16\x03\x01\x00\xfa¶", ""),
+    "a session of many blank lines ends": (
+        "new", "¶¶¶¶¶¶¶", (UNKNOWN % "" + "¶") * 6 + TOO_BAD),
+    "too many bad commands end the session": (
+        "idle", r"FOO¶FOO¶NOOP¶FOO¶FOO¶EXPN list¶NOOP\x00¶FOO¶",
+        "¶".join([UNKNOWN % "FOO"] * 2 + [OK] + [UNKNOWN % "FOO"] * 2
+                 + ["502 5.5.1 EXPN is not implemented", NOT_CONTROL, TOO_BAD])),
 
-    # lines
-    "a bare CR does not end a line": r"C: NOOP\rNOOP" + f"\nS: {NOT_CONTROL}",
-    "a bare LF does not end a line": r"C: NOOP\nNOOP" + f"\nS: {NOT_CONTROL}",
-    "CR CR LF ends a line that holds a bare CR": r"C: NOOP\r" + f"\nS: {NOT_CONTROL}",
-    "NUL in a command": r"C: NOOP \x00" + f"\nS: {NOT_CONTROL}",
-    "TAB in a command": r"C: NOOP" + r"\x09x" + f"\nS: {NOT_CONTROL}",
-    "DEL in a command": r"C: NOOP \x7f" + f"\nS: {NOT_CONTROL}",
-    "an argument that is not UTF-8": r"C: NOOP \xff" + "\nS: 501 5.5.2 Expected ASCII or UTF-8",
-    "a verb that is not UTF-8": r"""
-        C: \xff\xfe
-        S: 500 5.5.2 Unknown command '\x5c\x5cxff\x5c\x5cxfe': HELP lists them""",
-    "an empty line": "C:\nS: 500 5.5.2 Unknown command '': HELP lists them",
-    "a blank before the verb": "C:  NOOP\nS: 500 5.5.2 Unknown command '': HELP lists them",
-    "an unknown verb is quoted in short":
-        "C: {X*100}\nS: 500 5.5.2 Unknown command '{X*57}...': HELP lists them",
-    "a line of 512 octets": "C: NOOP {x*505}\nS: 250 2.0.0 Ok",
-    "a line of 1065 octets": "C: NOOP {x*1058}\nS: 250 2.0.0 Ok",
-    "a line of 1066 octets": """
-        C: NOOP {x*1059}
-        S: 500 5.5.2 Line too long: expected at most 1065 octets with CRLF""",
-    "a line of 64 kB": """
-        C: NOOP {x*65531}
-        S: 500 5.5.2 Line too long: expected at most 1065 octets with CRLF""",
-    "a line that is too long within a transaction": r"""
-        C: MAIL FROM:<>
-        S: 250 2.1.0 Ok
-        C: RCPT TO:<{x*2000}@mailtest.example>
-        S: 500 5.5.2 Line too long: expected at most 1065 octets with CRLF
-        C: RCPT TO:<b@mailtest.example>
-        S: 250 2.1.5 Ok""",
-    "a line that is too long and ends in CR CR LF": r"""
-        C: {x*2000}\r
-        S: 500 5.5.2 Line too long: expected at most 1065 octets with CRLF""",
-    "AUTH may have a line of 12288 octets": """
-        C: AUTH NONE {x*12276}
-        S: 504 5.5.4 Unknown mechanism: expected PLAIN, LOGIN, CRAM-MD5, XOAUTH2""",
-    "AUTH with a line of 12289 octets": """
-        C: AUTH NONE {x*12277}
-        S: 500 5.5.2 Line too long: expected at most 12288 octets with CRLF""",
+    "two transactions in a session": (
+        "data", "one¶.¶MAIL FROM:<>¶RCPT TO:<b@x.example>¶DATA¶two¶.¶",
+        f"{QUEUED}¶{MAIL_OK}¶{RCPT_OK}¶{DATA_OK}¶{QUEUED}", "one¶", "two¶"),
+    "mail data without a line": ("data", ".¶", QUEUED, ""),
+    "mail data that is one empty line": ("data", "¶.¶", QUEUED, "¶"),
+    "mail data that holds commands": (
+        "data", "QUIT¶RSET¶DATA¶.¶", QUEUED, "QUIT¶RSET¶DATA¶"),
+    "dot-stuffing is undone": (
+        "data", "a¶..¶...¶..x¶.y¶a..b¶.¶", QUEUED, "a¶.¶..¶.x¶y¶a..b¶"),
+    "dot-stuffing is undone in the first line": ("data", "..¶.¶", QUEUED, ".¶"),
+    "octets are kept exactly": (
+        "data", r"\x00\x01\x7f\x80\xff\n\r\x0c bare\n\nLF\rCR¶{x*1500}¶.¶", QUEUED,
+        r"\x00\x01\x7f\x80\xff\n\r\x0c bare\n\nLF\rCR¶{x*1500}¶"),
+    "mail data that is too large is read to its end": (
+        "data", "{x*1999}¶QUIT¶.¶NOOP¶DATA¶", f"{TOO_LARGE}¶{OK}¶{MAIL_FIRST}"),
 
-    # BDAT
-    "BDAT: one chunk": TO_BDAT + r"""
-        C: BDAT 12 LAST
-        c: Subject: x\r\n
-        S: 250 2.0.0 Ok: queued as <id>
-        M: Subject: x\r\n""",
-    "BDAT: chunks": TO_BDAT + r"""
-        C: BDAT 3
-        c: a\r\n
-        S: 250 2.0.0 3 octets so far
-        C: BDAT 0
-        S: 250 2.0.0 3 octets so far
-        C: BDAT 2
-        c: b\r
-        S: 250 2.0.0 5 octets so far
-        C: BDAT 1 LAST
-        c: \n
-        S: 250 2.0.0 Ok: queued as <id>
-        M: a\r\nb\r\n""",
-    "BDAT: an empty last chunk": TO_BDAT + r"""
-        C: BDAT 1
-        c: x
-        S: 250 2.0.0 1 octets so far
-        C: BDAT 0 LAST
-        S: 250 2.0.0 Ok: queued as <id>
-        M: x""",
-    "BDAT: nothing but an empty last chunk": TO_BDAT + """
-        C: BDAT 0 LAST
-        S: 250 2.0.0 Ok: queued as <id>
-        M: """,
-    "BDAT: octets are kept exactly": TO_BDAT + r"""
-        C: BDAT 14 LAST
-        c: .\r\n..\r\n.\r\n\x00\xff\n\r
-        S: 250 2.0.0 Ok: queued as <id>
-        M: .\r\n..\r\n.\r\n\x00\xff\n\r""",
-    "BDAT: a chunk that looks like commands": TO_BDAT + r"""
-        C: BDAT 12 LAST
-        c: QUIT\r\nRSET\r\n
-        S: 250 2.0.0 Ok: queued as <id>
-        M: QUIT\r\nRSET\r\n""",
-    "BDAT: too large": TO_BDAT + """
-        C: BDAT 1999
-        c: {x*1999}
-        S: 250 2.0.0 1999 octets so far
-        C: BDAT 2 LAST
-        c: xx
-        S: 552 5.3.4 Message too large: expected at most 2000 octets (--max-size)
-        C: BDAT 5 LAST
-        c: xxxxx
-        S: 503 5.5.1 Send MAIL first""",
-    "BDAT: far too large before the last chunk": TO_BDAT + """
-        C: BDAT 3000
-        c: {x*3000}
-        S: 552 5.3.4 Message too large: expected at most 2000 octets (--max-size)
-        C: BDAT 5 LAST
-        c: xxxxx
-        S: 503 5.5.1 Send MAIL first""",
-    "BDAT: before RCPT": """
-        C: MAIL FROM:<>
-        S: 250 2.1.0 Ok
-        C: BDAT 5 LAST
-        c: xxxxx
-        S: 503 5.5.1 Send RCPT first: no recipient was accepted""",
-    "BDAT: a refused chunk without octets": """
-        C: BDAT 0 LAST
-        S: 503 5.5.1 Send MAIL first""",
-    "BDAT: DATA after a chunk": TO_BDAT + """
-        C: BDAT 1
-        c: x
-        S: 250 2.0.0 1 octets so far
-        C: DATA
-        S: 503 5.5.1 Expected BDAT: this transaction began with it
-        C: BDAT 1 LAST
-        c: y
-        S: 250 2.0.0 Ok: queued as <id>
-        M: xy""",
-    "BDAT: RSET between chunks": TO_BDAT + """
-        C: BDAT 1
-        c: x
-        S: 250 2.0.0 1 octets so far
-        C: RSET
-        S: 250 2.0.0 Ok
-        C: BDAT 1 LAST
-        c: y
-        S: 503 5.5.1 Send MAIL first""",
-    "BDAT: QUIT between chunks": TO_BDAT + """
-        C: BDAT 1
-        c: x
-        S: 250 2.0.0 1 octets so far
-        C: QUIT
-        S: 221 2.0.0 Bye
-        E: quit, 1 octets into the mail data""",
+    "order: RCPT or DATA before MAIL": (
+        "idle", "RCPT TO:<b@x.example>¶DATA¶", f"{MAIL_FIRST}¶{MAIL_FIRST}"),
+    "order: DATA before RCPT": ("mail", "DATA¶", RCPT_FIRST),
+    "order: DATA after every recipient was refused": (
+        "mail", "RCPT TO:<nobody>¶DATA¶",
+        f"501 5.1.3 Expected local-part@domain, got 'nobody'¶{RCPT_FIRST}"),
+    "order: MAIL or AUTH within a transaction": (
+        "mail", f"MAIL FROM:<>¶AUTH PLAIN {RESPONSE}¶", f"{IS_OPEN}¶{IS_OPEN}"),
+    "order: the transaction ends with its mail": (
+        "data", ".¶RCPT TO:<b@x.example>¶", f"{QUEUED}¶{MAIL_FIRST}", ""),
+    "RSET ends a transaction": ("rcpt", "RSET¶DATA¶", f"{OK}¶{MAIL_FIRST}"),
+    "EHLO ends a transaction": ("rcpt", "EHLO x¶DATA¶", f"{EHLO}¶{MAIL_FIRST}"),
+    "EHLO that fails does not end a transaction": (
+        "rcpt", "EHLO¶DATA¶.¶", f"{NO_DOMAIN}¶{DATA_OK}¶{QUEUED}", ""),
+    "NOOP, VRFY and HELP do not touch a transaction": (
+        "rcpt", "NOOP¶VRFY b¶HELP NOOP¶BDAT 1 LAST¶x",
+        f"{OK}¶252 2.5.2 Not verified, but mail to it may be accepted¶214 2.0.0 NOOP [text]¶"
+        + QUEUED, "x"),
+    "a refused RCPT leaves the others": (
+        "rcpt", "RCPT TO:<>¶BDAT 1 LAST¶x",
+        f"501 5.5.4 Expected RCPT TO:<address>, got 'RCPT' 'TO:<>'¶{QUEUED}", "x"),
+    "too many recipients": (
+        "rcpt", "RCPT TO:<c@x.example>¶RCPT TO:<d@x.example>¶RCPT TO:<e@x.example>¶BDAT 1 LAST¶x",
+        f"{RCPT_OK}¶{RCPT_OK}¶452 4.5.3 Too many recipients: expected at most 3¶{QUEUED}", "x"),
+    "QUIT stores nothing": ("rcpt", "QUIT¶", BYE),
+    "HELP lists the commands": ("idle", "HELP¶HELP me¶HELP ü¶", f"{HELP}¶{HELP}¶{HELP}"),
 
-    # AUTH
-    "AUTH: PLAIN with an initial response": """
-        C: AUTH PLAIN AGFsaWNlAHNlY3JldA==
-        S: 235 2.7.0 Authenticated
-        C: AUTH PLAIN AGFsaWNlAHNlY3JldA==
-        S: 503 5.5.1 Already authenticated""",
-    "AUTH: PLAIN without one": """
-        C: AUTH PLAIN
-        S: 334{ *1}
-        C: AGFsaWNlAHNlY3JldA==
-        S: 235 2.7.0 Authenticated""",
-    "AUTH: PLAIN with an identity": """
-        C: auth plain Ym9iAGFsaWNlAHNlY3JldA==
-        S: 235 2.7.0 Authenticated""",
-    "AUTH: PLAIN with an empty initial response": """
-        C: AUTH PLAIN =
-        S: 501 5.5.2 Expected base64 of [identity] NUL user NUL password""",
-    "AUTH: PLAIN with one NUL": """
-        C: AUTH PLAIN YWxpY2UAc2VjcmV0
-        S: 501 5.5.2 Expected base64 of [identity] NUL user NUL password""",
-    "AUTH: PLAIN without a user": """
-        C: AUTH PLAIN AABzZWNyZXQ=
-        S: 501 5.5.2 Expected base64 of [identity] NUL user NUL password""",
-    "AUTH: an initial response that is not base64": """
-        C: AUTH PLAIN !!!
-        S: 501 5.5.2 Expected base64""",
-    "AUTH: a response that is not base64 ends the exchange": """
-        C: AUTH PLAIN
-        S: 334{ *1}
-        C: !!!
-        S: 501 5.5.2 Expected base64""",
-    "AUTH: a response that is not ASCII ends the exchange": """
-        C: AUTH PLAIN
-        S: 334{ *1}
-        C: ü
-        S: 501 5.5.2 Expected base64""",
-    "AUTH: an empty response ends the exchange": """
-        C: AUTH PLAIN
-        S: 334{ *1}
-        C:
-        S: 501 5.5.2 Expected base64 of [identity] NUL user NUL password""",
-    "AUTH: cancelled": """
-        C: AUTH PLAIN
-        S: 334{ *1}
-        C: *
-        S: 501 5.7.0 Authentication cancelled""",
-    "AUTH: a response that is too long ends the exchange": """
-        C: AUTH PLAIN
-        S: 334{ *1}
-        C: {x*12287}
-        S: 500 5.5.6 Line too long: expected at most 12288 octets with CRLF
-        C: NOOP
-        S: 250 2.0.0 Ok""",
-    "AUTH: LOGIN": """
-        C: AUTH LOGIN
-        S: 334 VXNlcm5hbWU6
-        C: YWxpY2U=
-        S: 334 UGFzc3dvcmQ6
-        C: c2VjcmV0
-        S: 235 2.7.0 Authenticated""",
-    "AUTH: LOGIN with the user at once": """
-        C: AUTH LOGIN YWxpY2U=
-        S: 334 UGFzc3dvcmQ6
-        C: c2VjcmV0
-        S: 235 2.7.0 Authenticated""",
-    "AUTH: LOGIN cancelled at the password, then again": """
-        C: AUTH LOGIN YWxpY2U=
-        S: 334 UGFzc3dvcmQ6
-        C: *
-        S: 501 5.7.0 Authentication cancelled
-        C: AUTH LOGIN YWxpY2U=
-        S: 334 UGFzc3dvcmQ6
-        C: c2VjcmV0
-        S: 235 2.7.0 Authenticated""",
-    "AUTH: CRAM-MD5 takes no initial response": """
-        C: AUTH CRAM-MD5 YWxpY2U=
-        S: 501 5.5.4 Expected CRAM-MD5 without an initial response""",
-    "AUTH: without a mechanism": "C: AUTH\nS: 501 5.5.4 Expected AUTH mechanism",
-    "AUTH: an unknown mechanism": """
-        C: AUTH DIGEST-MD5
-        S: 504 5.5.4 Unknown mechanism: expected PLAIN, LOGIN, CRAM-MD5, XOAUTH2""",
-    "AUTH: EHLO keeps who authenticated": """
-        C: AUTH PLAIN AGFsaWNlAHNlY3JldA==
-        S: 235 2.7.0 Authenticated
-""" + GREETED + """
-        C: AUTH PLAIN AGFsaWNlAHNlY3JldA==
-        S: 503 5.5.1 Already authenticated""",
+    "a bare CR does not end a line": ("idle", r"NOOP\rNOOP¶", NOT_CONTROL),
+    "a bare LF does not end a line": ("idle", r"NOOP\nNOOP¶", NOT_CONTROL),
+    "CR CR LF ends a line that holds a bare CR": ("idle", r"NOOP\r¶", NOT_CONTROL),
+    "NUL in a command": ("idle", r"NOOP \x00¶", NOT_CONTROL),
+    "TAB in a command": ("idle", r"NOOP\x09x¶", NOT_CONTROL),
+    "DEL in a command": ("idle", r"NOOP \x7f¶", NOT_CONTROL),
+    "NEL in a command": ("idle", "NOOP \x85¶", NOT_CONTROL),
+    "U+2028 in a command": ("idle", "EHLO x\u2028S: 250 forged¶", NOT_CONTROL),
+    "an argument that is not UTF-8": ("idle", r"NOOP \xff¶", "501 5.5.2 Expected ASCII or UTF-8"),
+    "a verb that is not UTF-8": (
+        "idle", r"\xff\xfe¶", UNKNOWN % r"\x5c\x5cxff\x5c\x5cxfe"),
+    "an empty line": ("idle", "¶", UNKNOWN % ""),
+    "a blank before the verb": ("idle", " NOOP¶", UNKNOWN % ""),
+    "an unknown verb is quoted in short": ("idle", "{X*100}¶", UNKNOWN % "{X*57}..."),
+    "a line of 512 octets": ("idle", "NOOP {x*505}¶", OK),
+    "a line of 1065 octets": ("idle", "NOOP {x*1058}¶", OK),
+    "a line of 1066 octets": ("idle", "NOOP {x*1059}¶", TOO_LONG),
+    "a line of 64 kB": ("idle", "NOOP {x*65531}¶", TOO_LONG),
+    "a line that is too long within a transaction": (
+        "mail", "RCPT TO:<{x*2000}@x.example>¶RCPT TO:<b@x.example>¶", f"{TOO_LONG}¶{RCPT_OK}"),
+    "a line that is too long and ends in CR CR LF": ("idle", r"{x*2000}\r¶", TOO_LONG),
+    "AUTH may have a line of 12288 octets": ("idle", "AUTH NONE {x*12276}¶", NO_MECHANISM),
+    "AUTH with a line of 12289 octets": (
+        "idle", "AUTH NONE {x*12277}¶", TOO_LONG.replace("1065", "12288")),
+
+    "BDAT: one chunk": ("rcpt", "BDAT 12 LAST¶Subject: x¶", QUEUED, "Subject: x¶"),
+    "BDAT: chunks": (
+        "rcpt", r"BDAT 3¶a¶BDAT 0¶BDAT 2¶b\rBDAT 1 LAST¶\n",
+        "250 2.0.0 3 octets so far¶250 2.0.0 3 octets so far¶250 2.0.0 5 octets so far¶" + QUEUED,
+        "a¶b¶"),
+    "BDAT: an empty last chunk": (
+        "rcpt", "BDAT 1¶xBDAT 0 LAST¶", f"250 2.0.0 1 octets so far¶{QUEUED}", "x"),
+    "BDAT: nothing but an empty last chunk": ("rcpt", "BDAT 0 LAST¶", QUEUED, ""),
+    "BDAT: octets are kept exactly": (
+        "rcpt", r"BDAT 14 LAST¶.¶..¶.¶\x00\xff\n\r", QUEUED, r".¶..¶.¶\x00\xff\n\r"),
+    "BDAT: a chunk that looks like commands": (
+        "rcpt", "BDAT 12 LAST¶QUIT¶RSET¶", QUEUED, "QUIT¶RSET¶"),
+    "BDAT: too large": (
+        "rcpt", "BDAT 1999¶{x*1999}BDAT 2 LAST¶xxBDAT 5 LAST¶xxxxx",
+        f"250 2.0.0 1999 octets so far¶{TOO_LARGE}¶{MAIL_FIRST}"),
+    "BDAT: far too large before the last chunk": (
+        "rcpt", "BDAT 3000¶{x*3000}BDAT 5 LAST¶xxxxx", f"{TOO_LARGE}¶{MAIL_FIRST}"),
+    "BDAT: before RCPT": ("mail", "BDAT 5 LAST¶xxxxx", RCPT_FIRST),
+    "BDAT: a refused chunk without octets": ("idle", "BDAT 0 LAST¶", MAIL_FIRST),
+    "BDAT: DATA after a chunk": (
+        "rcpt", "BDAT 1¶xDATA¶BDAT 1 LAST¶y",
+        f"250 2.0.0 1 octets so far¶503 5.5.1 Expected BDAT: this transaction began with it¶"
+        f"{QUEUED}", "xy"),
+    "BDAT: RSET between chunks": (
+        "rcpt", "BDAT 1¶xRSET¶BDAT 1 LAST¶y", f"250 2.0.0 1 octets so far¶{OK}¶{MAIL_FIRST}"),
+    "BDAT: QUIT between chunks": (
+        "rcpt", "BDAT 1¶xQUIT¶", f"250 2.0.0 1 octets so far¶{BYE}"),
+
+    "AUTH: PLAIN with an initial response, then again after EHLO": (
+        "idle", f"AUTH PLAIN {RESPONSE}¶AUTH PLAIN {RESPONSE}¶EHLO x¶AUTH PLAIN {RESPONSE}¶",
+        f"{AUTHENTICATED}¶{ALREADY}¶{EHLO}¶{ALREADY}"),
+    "AUTH: PLAIN without one": ("idle", f"AUTH PLAIN¶{RESPONSE}¶", f"334 ¶{AUTHENTICATED}"),
+    "AUTH: PLAIN with an identity": (
+        "idle", "auth plain Ym9iAGFsaWNlAHNlY3JldA==¶", AUTHENTICATED),
+    "AUTH: PLAIN with an empty initial response": ("idle", "AUTH PLAIN =¶", NO_PLAIN),
+    "AUTH: PLAIN with one NUL": ("idle", "AUTH PLAIN YWxpY2UAc2VjcmV0¶", NO_PLAIN),
+    "AUTH: PLAIN without a user": ("idle", "AUTH PLAIN AABzZWNyZXQ=¶", NO_PLAIN),
+    "AUTH: an initial response that is not base64": ("idle", "AUTH PLAIN !!!¶", NO_BASE64),
+    "AUTH: a response that is not base64 ends the exchange": (
+        "idle", "AUTH PLAIN¶!!!¶NOOP¶", f"334 ¶{NO_BASE64}¶{OK}"),
+    "AUTH: a response that is not ASCII": ("idle", "AUTH PLAIN¶ü¶", f"334 ¶{NO_BASE64}"),
+    "AUTH: an empty response": ("idle", "AUTH PLAIN¶¶", f"334 ¶{NO_PLAIN}"),
+    "AUTH: cancelled": (
+        "idle", "AUTH PLAIN¶*¶NOOP¶", f"334 ¶501 5.7.0 Authentication cancelled¶{OK}"),
+    "AUTH: a response that is too long ends the exchange": (
+        "idle", "AUTH PLAIN¶{x*12287}¶NOOP¶",
+        f"334 ¶500 5.5.6 Line too long: expected at most 12288 octets with CRLF¶{OK}"),
+    "AUTH: LOGIN": (
+        "idle", "AUTH LOGIN¶YWxpY2U=¶c2VjcmV0¶",
+        f"334 VXNlcm5hbWU6¶334 UGFzc3dvcmQ6¶{AUTHENTICATED}"),
+    "AUTH: LOGIN with the user at once, cancelled, then again": (
+        "idle", "AUTH LOGIN YWxpY2U=¶*¶AUTH LOGIN YWxpY2U=¶c2VjcmV0¶",
+        "334 UGFzc3dvcmQ6¶501 5.7.0 Authentication cancelled¶334 UGFzc3dvcmQ6¶" + AUTHENTICATED),
+    "AUTH: CRAM-MD5 takes no initial response": (
+        "idle", "AUTH CRAM-MD5 YWxpY2U=¶",
+        "501 5.5.4 Expected CRAM-MD5 without an initial response"),
+    "AUTH: XOAUTH2": (
+        "idle", "AUTH XOAUTH2 dXNlcj1hbGljZQFhdXRoPUJlYXJlciBzZWNyZXQBAQ==¶", AUTHENTICATED),
+    "AUTH: XOAUTH2 without an initial response": (
+        "idle", "AUTH XOAUTH2¶dXNlcj1hbGljZQFhdXRoPUJlYXJlciBzZWNyZXQBAQ==¶",
+        f"334 ¶{AUTHENTICATED}"),
+    "AUTH: XOAUTH2 that is none": ("idle", "AUTH XOAUTH2 YWxpY2U=¶", NO_XOAUTH2),
+    "AUTH: without a mechanism": ("idle", "AUTH¶", "501 5.5.4 Expected AUTH mechanism"),
+    "AUTH: an unknown mechanism": ("idle", "AUTH DIGEST-MD5¶", NO_MECHANISM),
 }
 
 # one line after EHLO, and its reply
@@ -2691,32 +2319,31 @@ LINES = {
 _NO_PATH = "501 5.5.4 Expected MAIL FROM:<address>, got 'MAIL' "
 _NO_DOMAIN = "501 5.1.7 Expected a domain or address literal, got "
 _NOT_ASCII = "553 5.6.7 Expected an ASCII address, or SMTPUTF8 on MAIL; got "
-_OK_MAIL = "250 2.1.0 Ok"
 
 # what follows MAIL, and the reply
 MAIL_ARGUMENTS = {
-    "a mailbox": ("FROM:<a@client.example>", _OK_MAIL),
-    "the null reverse-path": ("FROM:<>", _OK_MAIL),
-    "a blank after the colon": ("FROM: <a@client.example>", _OK_MAIL),
-    "a blank after it": ("FROM:<a@client.example> ", _OK_MAIL),
-    "a local-part alone": ("FROM:<root>", _OK_MAIL),
-    "an empty domain": ("FROM:<a@>", _OK_MAIL),
-    "a domain of one label": ("FROM:<a@localhost>", _OK_MAIL),
-    "an underscore in the domain": ("FROM:<a@my_host.example>", _OK_MAIL),
-    "every character of an atom": ("FROM:<!#$%&'*+-/=?^_`{|}~@client.example>", _OK_MAIL),
-    "a local-part of 64": ("FROM:<{x*64}@client.example>", _OK_MAIL),
-    "dots anywhere": ("FROM:<.a..b.@client.example>", _OK_MAIL),
-    "quoted": ('FROM:<"a b"@client.example>', _OK_MAIL),
-    "quoted angle brackets": ('FROM:<"a>b<c"@client.example>', _OK_MAIL),
-    "quoted at sign": ('FROM:<"a@b"@client.example>', _OK_MAIL),
-    "quoted pairs": (r'FROM:<"a\"b\\"@client.example>', _OK_MAIL),
-    "quoted and empty": ('FROM:<""@client.example>', _OK_MAIL),
-    "an IPv4 literal": ("FROM:<a@[127.0.0.1]>", _OK_MAIL),
-    "an IPv6 literal": ("FROM:<a@[IPv6:::1]>", _OK_MAIL),
-    "an IPv6 literal in lower case": ("FROM:<a@[ipv6:2001:db8::1]>", _OK_MAIL),
-    "a source route": ("FROM:<@a.example,@b.example:a@client.example>", _OK_MAIL),
+    "a mailbox": ("FROM:<a@client.example>", MAIL_OK),
+    "the null reverse-path": ("FROM:<>", MAIL_OK),
+    "a blank after the colon": ("FROM: <a@client.example>", MAIL_OK),
+    "a blank after it": ("FROM:<a@client.example> ", MAIL_OK),
+    "a local-part alone": ("FROM:<root>", MAIL_OK),
+    "an empty domain": ("FROM:<a@>", MAIL_OK),
+    "a domain of one label": ("FROM:<a@localhost>", MAIL_OK),
+    "an underscore in the domain": ("FROM:<a@my_host.example>", MAIL_OK),
+    "every character of an atom": ("FROM:<!#$%&'*+-/=?^_`{|}~@client.example>", MAIL_OK),
+    "a local-part of 64": ("FROM:<{x*64}@client.example>", MAIL_OK),
+    "dots anywhere": ("FROM:<.a..b.@client.example>", MAIL_OK),
+    "quoted": ('FROM:<"a b"@client.example>', MAIL_OK),
+    "quoted angle brackets": ('FROM:<"a>b<c"@client.example>', MAIL_OK),
+    "quoted at sign": ('FROM:<"a@b"@client.example>', MAIL_OK),
+    "quoted pairs": (r'FROM:<"a\"b\\"@client.example>', MAIL_OK),
+    "quoted and empty": ('FROM:<""@client.example>', MAIL_OK),
+    "an IPv4 literal": ("FROM:<a@[127.0.0.1]>", MAIL_OK),
+    "an IPv6 literal": ("FROM:<a@[IPv6:::1]>", MAIL_OK),
+    "an IPv6 literal in lower case": ("FROM:<a@[ipv6:2001:db8::1]>", MAIL_OK),
+    "a source route": ("FROM:<@a.example,@b.example:a@client.example>", MAIL_OK),
     "a source route to nobody": ("FROM:<@a.example:>", _NO_PATH + "'FROM:<@a.example:>'"),
-    "UTF-8 with SMTPUTF8": ("FROM:<jürgen@exämple.example> SMTPUTF8", _OK_MAIL),
+    "UTF-8 with SMTPUTF8": ("FROM:<jürgen@exämple.example> SMTPUTF8", MAIL_OK),
     "UTF-8 without SMTPUTF8": ("FROM:<jürgen@client.example>",
                                _NOT_ASCII + r"'j\x5cxfcrgen@client.example'"),
     "a UTF-8 domain without SMTPUTF8": ("FROM:<a@exämple.example>",
@@ -2742,7 +2369,7 @@ MAIL_ARGUMENTS = {
     "a literal that is not closed": ("FROM:<a@[127.0.0.1>", _NO_PATH + "'FROM:<a@[127.0.0.1>'"),
     "an empty label": ("FROM:<a@b..example>", _NO_DOMAIN + "'b..example'"),
     "a label that begins with a hyphen": ("FROM:<a@-b.example>", _NO_DOMAIN + "'-b.example'"),
-    "a label of 63": ("FROM:<a@{b*63}.example>", _OK_MAIL),
+    "a label of 63": ("FROM:<a@{b*63}.example>", MAIL_OK),
     "a label of 64": ("FROM:<a@{b*64}>", _NO_DOMAIN + "'{b*57}...'"),
     "a domain of 256": ("FROM:<a@{b*63}.{b*63}.{b*63}.{b*63}.>",
                         _NO_DOMAIN + "'{b*57}...'"),
@@ -2753,8 +2380,8 @@ MAIL_ARGUMENTS = {
     "DEL in a quoted local-part": (r'FROM:<"a\x7f"@b>', NOT_CONTROL),
     "octets that are not UTF-8": (r"FROM:<\xff@b> SMTPUTF8", "501 5.5.2 Expected ASCII or UTF-8"),
 
-    "SIZE": ("FROM:<> SIZE=2000", _OK_MAIL),
-    "SIZE 0": ("FROM:<> SIZE=0", _OK_MAIL),
+    "SIZE": ("FROM:<> SIZE=2000", MAIL_OK),
+    "SIZE 0": ("FROM:<> SIZE=0", MAIL_OK),
     "SIZE above the limit": ("FROM:<> SIZE=2001", "552 5.3.4 Message too large: expected at most "
                                                   "2000 octets, got SIZE=2001"),
     "SIZE of 20 digits": ("FROM:<> SIZE={9*20}", "552 5.3.4 Message too large: expected at most "
@@ -2765,8 +2392,8 @@ MAIL_ARGUMENTS = {
     "SIZE without a number": ("FROM:<> SIZE=", "501 5.5.4 Expected SIZE=octets, got ''"),
     "SIZE without a value": ("FROM:<> SIZE", "501 5.5.4 Expected SIZE=octets, got ''"),
     "SIZE twice": ("FROM:<> SIZE=1 size=1", "501 5.5.4 Parameter 'size' was given twice"),
-    "BODY=7BIT": ("FROM:<> BODY=7BIT", _OK_MAIL),
-    "BODY=8BITMIME": ("FROM:<> BODY=8BITMIME", _OK_MAIL),
+    "BODY=7BIT": ("FROM:<> BODY=7BIT", MAIL_OK),
+    "BODY=8BITMIME": ("FROM:<> BODY=8BITMIME", MAIL_OK),
     "BODY=BINARYMIME is not offered": (
         "FROM:<> BODY=BINARYMIME",
         "501 5.5.4 Expected BODY=7BIT or BODY=8BITMIME, got 'BINARYMIME'"),
@@ -2777,10 +2404,10 @@ MAIL_ARGUMENTS = {
         "FROM:<> SMTPUTF8=yes", "501 5.5.4 Expected SMTPUTF8 without a value"),
     "SMTPUTF8 twice": (
         "FROM:<> SMTPUTF8 SMTPUTF8", "501 5.5.4 Parameter 'SMTPUTF8' was given twice"),
-    "AUTH=<>": ("FROM:<> AUTH=<>", _OK_MAIL),
-    "AUTH=mailbox": ("FROM:<> AUTH=e+3Dmc2@example.com", _OK_MAIL),
+    "AUTH=<>": ("FROM:<> AUTH=<>", MAIL_OK),
+    "AUTH=mailbox": ("FROM:<> AUTH=e+3Dmc2@example.com", MAIL_OK),
     "AUTH without a value": ("FROM:<> AUTH", "501 5.5.4 Expected AUTH=mailbox or AUTH=<>"),
-    "all parameters": ("FROM:<>  SIZE=1  BODY=8BITMIME SMTPUTF8 AUTH=<>  ", _OK_MAIL),
+    "all parameters": ("FROM:<>  SIZE=1  BODY=8BITMIME SMTPUTF8 AUTH=<>  ", MAIL_OK),
     "an unknown parameter": (
         "FROM:<> RET=HDRS",
         "555 5.5.4 Unknown parameter 'RET': expected SIZE, BODY, SMTPUTF8 or AUTH"),
@@ -2790,18 +2417,17 @@ MAIL_ARGUMENTS = {
 
 _NO_RECIPIENT = "501 5.5.4 Expected RCPT TO:<address>, got 'RCPT' "
 _NO_MAILBOX = "501 5.1.3 Expected local-part@domain, got "
-_OK_RCPT = "250 2.1.5 Ok"
 
 # what follows RCPT, and the reply
 RCPT_ARGUMENTS = {
-    "a mailbox": ("TO:<b@mailtest.example>", _OK_RCPT),
-    "a blank after the colon": ("TO: <b@mailtest.example>", _OK_RCPT),
-    "blanks after it": ("TO:<b@mailtest.example>  ", _OK_RCPT),
-    "postmaster": ("TO:<Postmaster>", _OK_RCPT),
-    "quoted": (r'TO:<"b \"c\""@mailtest.example>', _OK_RCPT),
-    "an IPv4 literal": ("TO:<b@[127.0.0.1]>", _OK_RCPT),
-    "an IPv6 literal": ("TO:<b@[IPv6:::1]>", _OK_RCPT),
-    "a source route": ("TO:<@a.example,@b.example:b@mailtest.example>", _OK_RCPT),
+    "a mailbox": ("TO:<b@mailtest.example>", RCPT_OK),
+    "a blank after the colon": ("TO: <b@mailtest.example>", RCPT_OK),
+    "blanks after it": ("TO:<b@mailtest.example>  ", RCPT_OK),
+    "postmaster": ("TO:<Postmaster>", RCPT_OK),
+    "quoted": (r'TO:<"b \"c\""@mailtest.example>', RCPT_OK),
+    "an IPv4 literal": ("TO:<b@[127.0.0.1]>", RCPT_OK),
+    "an IPv6 literal": ("TO:<b@[IPv6:::1]>", RCPT_OK),
+    "a source route": ("TO:<@a.example,@b.example:b@mailtest.example>", RCPT_OK),
     "nobody": ("TO:<>", _NO_RECIPIENT + "'TO:<>'"),
     "a source route to nobody": ("TO:<@a.example:>", _NO_RECIPIENT + "'TO:<@a.example:>'"),
     "nothing": ("", _NO_RECIPIENT + "''"),
@@ -2838,57 +2464,37 @@ SMUGGLING = {
 
 
 def _smuggling(between):
-    """The dialogue in which a second mail is hidden behind these octets."""
+    """The row in which a second mail is hidden behind these octets."""
     hidden = (rb"body" + between + rb"MAIL FROM:<evil@x.example>\r\nRCPT TO:<b@mailtest.example>"
               rb"\r\nDATA\r\nSubject: smuggled\r\n")
-    kept = re.sub(rb"(^|\\r\\n)\.", rb"\1", hidden).decode()
-    return TO_DATA + f"c: {hidden.decode()}\nC: .\n{QUEUED}M: {kept}"
+    return ("data", hidden.decode() + ".¶", QUEUED,
+            re.sub(rb"(^|\\r\\n)\.", rb"\1", hidden).decode())
 
 
 DIALOGUES.update(("smuggling: " + name, _smuggling(between))
                  for name, between in SMUGGLING.items())
-DIALOGUES.update(("line: " + name, f"C: {line}\nS: {reply}")
-                 for name, (line, reply) in LINES.items())
-DIALOGUES.update(("MAIL: " + name, f"C: MAIL {argument}\nS: {reply}")
-                 for name, (argument, reply) in MAIL_ARGUMENTS.items())
-DIALOGUES.update(("RCPT: " + name,
-                  f"C: MAIL FROM:<>\nS: {_OK_MAIL}\nC: RCPT {argument}\nS: {reply}")
-                 for name, (argument, reply) in RCPT_ARGUMENTS.items())
-PLAYED = dict(UNGREETED, **{name: GREETED + text for name, text in DIALOGUES.items()})
-
-class Dialogue:
-    """A dialogue's text as turns: (octets of the client, octets of the server)."""
-
-    def __init__(self, text):
-        self.turns, self.messages, self.ending = [], [], ""
-        for line in text.split("\n"):
-            kind, value = line.strip(" ")[:2], line.lstrip(" ")[3:]
-            if kind in ("C:", "c:"):
-                if not self.turns or self.turns[-1][1]:
-                    self.turns.append([b"", b""])
-                self.turns[-1][0] += self.octets(value) + b"\r\n" * (kind == "C:")
-            elif kind == "S:":
-                self.turns[-1][1] += self.octets(value) + b"\r\n"
-            elif kind == "M:":
-                self.messages.append(self.octets(value))
-            elif kind == "E:":
-                self.ending = value
-            else:
-                assert not kind, f"what is {line!r}?"
-
-    @staticmethod
-    def octets(text):
-        """What a line of a dialogue stands for."""
-        octets = text.encode("utf-8")
-        octets = re.sub(rb"\{(.)\*(\d+)\}", lambda match: match[1] * int(match[2]), octets)
-        return re.sub(rb"\\(r|n|x[0-9a-f]{2})",
-                      lambda match: {b"r": b"\r", b"n": b"\n"}.get(match[1])
-                      or bytes.fromhex(match[1][1:].decode()), octets)
+DIALOGUES.update(("line: " + name, ("idle", line + "¶", answer))
+                 for name, (line, answer) in LINES.items())
+DIALOGUES.update(("MAIL: " + name, ("idle", f"MAIL {argument}¶", answer))
+            for name, (argument, answer) in MAIL_ARGUMENTS.items())
+DIALOGUES.update(("RCPT: " + name, ("mail", f"RCPT {argument}¶", answer))
+            for name, (argument, answer) in RCPT_ARGUMENTS.items())
+PLAYED = {name: (state, said, answer, kept) for name, (state, said, answer, *kept)
+              in DIALOGUES.items()}
 
 
-def masked(octets):
+def octets(text):
+    """What a text of a row stands for."""
+    found = text.replace("¶", "\r\n").encode("utf-8")
+    found = re.sub(rb"\{(.)\*(\d+)\}", lambda match: match[1] * int(match[2]), found)
+    return re.sub(rb"\\(r|n|x[0-9a-f]{2})",
+                  lambda match: {b"r": b"\r", b"n": b"\n"}.get(match[1])
+                  or bytes.fromhex(match[1][1:].decode()), found)
+
+
+def masked(replies):
     """Replies with the ids of messages replaced."""
-    return re.sub(rb"queued as [0-9a-f-]{36}", b"queued as <id>", octets)
+    return re.sub(rb"queued as [0-9a-f-]{36}", b"queued as <id>", replies)
 
 
 def new_session(policy=mailtest.SmtpPolicy(), strict=False, tls=False, **limits):
@@ -2902,39 +2508,24 @@ def stored(store):
     return [message.octets for message in store.messages(server="mailtest")][::-1]
 
 
-def check_end(dialogue, store, session):
-    """After a dialogue: what was stored, and whether the session has ended as it should."""
-    assert stored(store) == dialogue.messages
-    assert session.ended is bool(dialogue.ending)
-    if session.ended:
-        assert [record.ending for record in store.sessions()] == [dialogue.ending]
-        assert session.receive(b"NOOP\r\n") == b""
-    elif not dialogue.turns[-1][1].startswith(b"334"):
-        assert session.receive(b"NOOP\r\n") == b"250 2.0.0 Ok\r\n"
-    session.end("test")
-    assert store._reserved == 0
-
-
 CUTS = {
     "at once": lambda octets: [octets],
     "byte by byte": lambda octets: [octets[at:at + 1] for at in range(len(octets))],
 }
 
 
-@pytest.mark.parametrize("text", rows(PLAYED))
-def test_dialogue(text):
-    """Each turn at once, each octet alone, and everything in one go."""
-    dialogue = Dialogue(text)
+@pytest.mark.parametrize("state, said, answer, kept", rows(PLAYED))
+def test_dialogue(state, said, answer, kept):
+    ends = answer.rpartition("¶")[2].startswith(("421", "221")) or not answer
     for cut in CUTS.values():
         _, store, session = new_session()
-        assert session.greet() == b"220 mailtest.example ESMTP mailtest\r\n"
-        for said, answered in dialogue.turns:
-            assert masked(b"".join(map(session.receive, cut(said)))) == answered
-        check_end(dialogue, store, session)
-    _, store, session = new_session()
-    said, answered = map(b"".join, zip(*dialogue.turns))
-    assert masked(session.receive(said)) == answered
-    check_end(dialogue, store, session)
+        session.receive(octets(STATES[state]))
+        replies = masked(b"".join(map(session.receive, cut(octets(said)))))
+        assert replies == octets(answer + "¶" * bool(answer))
+        assert (stored(store), session.ended) == (list(map(octets, kept)), ends)
+        assert session.receive(b"NOOP\r\n") == (b"" if ends else b"250 2.0.0 Ok\r\n")
+        session.end("test")
+        assert store._reserved == 0
 
 
 # -- mail data
@@ -3108,7 +2699,7 @@ def test_utf8_recipient_needs_smtputf8_on_mail():
 
 # -- AUTH with credentials, and what is told of it
 
-ALICE = mailtest.SmtpPolicy(users={"alice": "secret"})
+ALICE = mailtest.SmtpPolicy(users={"alice": "secret", "carol": "other"})
 REFUSED_AUTH = b"535 5.7.8 Expected a user and password of --auth\r\n"
 
 
@@ -3126,6 +2717,9 @@ CREDENTIALS = {
     "PLAIN, user beyond ASCII": (b"AUTH PLAIN " + b64("\0älice\0secret"), False),
     "PLAIN, user that is not UTF-8": (
         b"AUTH PLAIN " + base64.b64encode(b"\0\xff\0secret"), False),
+    "PLAIN, another user's password": (b"AUTH PLAIN " + b64("\0alice\0other"), False),
+    "XOAUTH2": (b"AUTH XOAUTH2 " + b64("user=alice\1auth=Bearer secret\1\1"), True),
+    "XOAUTH2, wrong token": (b"AUTH XOAUTH2 " + b64("user=alice\1auth=Bearer x\1\1"), False),
     "LOGIN": (b"AUTH LOGIN\r\n" + b64("alice") + b"\r\n" + b64("secret"), True),
     "LOGIN with the user at once": (
         b"AUTH LOGIN " + b64("alice") + b"\r\n" + b64("secret"), True),
@@ -3159,6 +2753,32 @@ def test_credentials_by_cram_md5(user, password, right):
     digest = hmac.new(password.encode(), challenge, "md5").hexdigest()
     assert session.receive(b64(f"{user} {digest}") + b"\r\n") == (
         b"235 2.7.0 Authenticated\r\n" if right else REFUSED_AUTH)
+
+
+# what a policy requires, what is said, and the codes that come back
+REQUIRED = {
+    "auth": (("auth",), ["EHLO x", "MAIL FROM:<>", "AUTH PLAIN AGEAYg==", "MAIL FROM:<>"],
+             ["530 5.7.0 Send AUTH first (--require auth)", "235 2.7.0 Authenticated",
+              "250 2.1.0 Ok"]),
+    "tls": (("tls",), ["EHLO x", "MAIL FROM:<>", "AUTH PLAIN AGEAYg==", "NOOP"],
+            ["530 5.7.0 Send STARTTLS first (--require tls)"] * 2 + ["250 2.0.0 Ok"]),
+    "both": (("auth", "tls"), ["EHLO x", "MAIL FROM:<>"],
+             ["530 5.7.0 Send STARTTLS first (--require tls)"]),
+}
+
+
+@pytest.mark.parametrize("kinds, said, answers", rows(REQUIRED))
+def test_what_is_required_before_mail(kinds, said, answers):
+    _, _, session = new_session(mailtest.SmtpPolicy(starttls=True, require=kinds))
+    assert say(session, *said)[1:] == answers
+
+
+def test_user_is_taken_of_several():
+    for user, password in ALICE.users.items():
+        _, store, session = new_session(ALICE)
+        say(session, "EHLO x", "AUTH PLAIN " + b64(f"\0{user}\0{password}").decode(),
+            "MAIL FROM:<>", "RCPT TO:<b@x.example>", "BDAT 0 LAST")
+        assert store.messages("b@x.example")[0].envelope.user == user
 
 
 def test_cram_md5_without_a_digest():
@@ -3334,7 +2954,45 @@ def test_scripted_delay_holds_what_follows_until_it_is_over():
         b"354 End data with <CR><LF>.<CR><LF>\r\n250 2.0.0 Ok: queued as <id>\r\n")
 
 
+def test_scripted_delays_of_a_session_are_bounded_together():
+    _, store, session = new_session(script_delay=60.0)
+    address = failing(store, "rcpt:delay=50*9")
+    say(session, "EHLO x", "MAIL FROM:<>")
+    pauses = []
+    for _ in range(4):
+        session.receive(f"RCPT TO:<{address}>\r\n".encode())
+        pauses.append(session.pause)
+        session.resume()
+    assert pauses == [50.0, 10.0, 0.0, 0.0]
+
+
 # -- records
+
+@pytest.mark.parametrize("lines, ending, kept", rows({
+    "EHLO and QUIT": (["EHLO x", "QUIT"], "", 0), "HELO and QUIT": (["helo x", "quit"], "", 0),
+    "QUIT": (["QUIT"], "", 0), "not a word": ([], "left without QUIT", 0),
+    "a reset": ([], mailtest.BROKE, 0), "EHLO alone": (["EHLO x"], "left without QUIT", 1),
+    "NOOP": (["NOOP", "QUIT"], "", 1), "silence": ([], "Silent for too long", 1)}))
+def test_health_check_is_no_session_to_remember(lines, ending, kept):
+    _, store, session = new_session()
+    session.greet()
+    say(session, *lines)
+    session.end(ending)
+    assert len(store.sessions()) == kept
+
+
+@pytest.mark.parametrize("line", rows({
+    "LF": b"NOOP\nS: 250 forged", "U+2028": "HELO x\u2028S: 250 forged".encode(),
+    "NEL": "HELO x\x85S: 250 forged".encode(), "FS": b"NOOP \x1cS: 250 forged"}))
+def test_no_command_forges_a_line_of_the_transcript(line):
+    _, store, session = new_session()
+    say(session, "EHLO x")
+    session.receive(line + b"\r\n")
+    session.end("left without QUIT")
+    text = store.sessions()[0].transcript.decode()
+    assert not [each for each in text.splitlines() if each.startswith("S: 250 forged")]
+    assert text.splitlines() == text.split("\r\n")[:-1]
+
 
 def test_session_is_recorded():
     clock, store, session = new_session(tls=True)
@@ -3474,11 +3132,12 @@ def test_replies_are_ascii_lines_of_512_octets_at_most():
 
 def test_every_reply_but_greetings_and_challenges_has_an_enhanced_status_code():
     shape = re.compile(r"[245]\d\d[ -](?P<status>[245]\.\d{1,3}\.\d{1,3} )?")
-    for text in PLAYED.values():
-        for line in re.findall(r"^ *S: (.*)", text, re.M):
-            if not line.startswith(("250-", "334", "354", "250 mailtest", "250 HELP")):
+    for _, _, answer, *_ in DIALOGUES.values():
+        for line in answer.split("¶"):
+            if line and not line.startswith(("250-", "334", "354", "250 mailtest", "250 HELP")):
                 match = shape.match(line)
                 assert match and match["status"] and match["status"][0] == line[0], line
+
 
 
 def test_help_knows_every_command():
@@ -3769,19 +3428,19 @@ def dialogue_server():
         yield pair
 
 
-@pytest.mark.parametrize("text", rows(PLAYED))
-def test_dialogue_over_a_socket(text, dialogue_server):
+@pytest.mark.parametrize("state, said, answer, kept", rows({
+    name: row for name, row in PLAYED.items() if row[3] or row[0] == "new"}))
+def test_dialogue_over_a_socket(state, said, answer, kept, dialogue_server):
     server, store = dialogue_server
     store.empty("mailtest")
-    dialogue = Dialogue(text)
     with SmtpClient(server) as client:
         assert client.lines() == b"220 mailtest.example ESMTP mailtest\r\n"
-        for said, answered in dialogue.turns:
-            client.say(said)
-            assert client.lines(answered.count(b"\r\n")) == answered
-        assert stored(store) == dialogue.messages
-        if dialogue.ending:
-            assert client.at_end()
+        client.say(octets(STATES[state])).lines({"new": 0, "idle": 9}.get(
+            state, 8 + STATES[state].count("¶")))
+        client.say(octets(said))
+        answer = octets(answer + "¶" * bool(answer))
+        assert client.lines(answer.count(b"\r\n")) == answer
+        assert stored(store) == list(map(octets, kept))
 
 
 def test_standard_library_sends_a_mail():
@@ -3887,6 +3546,32 @@ def test_server_goes_on_when_the_system_gives_no_more_threads(monkeypatch):
         assert client.say(TRANSACTION + b"x\r\n.\r\n").lines(4) == TRANSACTION_OK + QUEUED_OK
         server.stop()
         assert client.lines() == STOPPED
+
+
+def test_client_hears_it_when_no_thread_or_descriptor_is_left(monkeypatch, caplog, certificate):
+    with smtp_server(TLS_OFFERED, mailtest.tls_context(certificate)) as (server, _):
+        def fail(*_):
+            raise RuntimeError("can't start new thread")
+        with SmtpClient(server).begin(lines=10) as client, monkeypatch.context() as patch:
+            patch.setattr(threading.Thread, "start", fail)
+            client.say(b"STARTTLS\r\n")
+            assert client.lines(2).endswith(b"421 4.3.2 No thread could be had: try again "
+                                            b"later\r\n")
+        left, accept = [2], socket.socket.accept
+
+        def accept_two(listening):       # the first of each pair fails
+            left[0] += 1
+            if left[0] % 2:
+                raise OSError(errno.EMFILE, "Too many open files")
+            return accept(listening)
+        monkeypatch.setattr(socket.socket, "accept", accept_two)
+        for _ in range(3):
+            with SmtpClient(server) as client:
+                assert client.lines() == b"421 4.7.0 Too many connections: try again later\r\n"
+                assert client.at_end()
+    told = [record.getMessage() for record in caplog.records]
+    assert told == ["smtp: the system gives no more threads",
+                    "smtp: no file descriptor is free: raise the bound (ulimit -n)"]
 
 
 def test_exception_in_a_session_is_answered_and_costs_one_connection_alone(monkeypatch, caplog):
@@ -4031,6 +3716,32 @@ def test_delay_is_over_before_the_mail_is_seen():
         assert store.inbox(address).count == 1
 
 
+def test_client_that_left_a_delay_gives_its_connection_back():
+    with smtp_server() as (server, store):
+        address = failing(store, "mail:delay=60")
+        with SmtpClient(server).begin() as client:
+            client.say(f"MAIL FROM:<{address}>\r\n".encode())
+            client.socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        assert session_end(store) == "broke the connection"
+
+
+def test_client_that_half_closes_in_a_delay_gets_its_answer():
+    with smtp_server() as (server, store):
+        address = failing(store, "mail:delay=0.1")
+        with SmtpClient(server).begin() as client:
+            client.say(f"MAIL FROM:<{address}>\r\n".encode()).socket.shutdown(socket.SHUT_WR)
+            assert client.lines() == b"250 2.1.0 Ok\r\n"
+
+
+def test_flood_of_commands_is_taken_in_turns(monkeypatch):
+    with smtp_server() as (server, _), SmtpClient(server).begin() as client:
+        taken, take = [], mailtest.Session.receive
+        monkeypatch.setattr(mailtest.Session, "receive", lambda session, octets: (
+            taken.append(len(octets)), take(session, octets))[1])
+        client.say(b"NOOP\r\n" * 2_000).lines(2_000)
+        assert sum(taken) == 12_000 and max(taken) <= 1_024
+
+
 def test_scripted_drop_closes_without_a_word():
     with smtp_server() as (server, store):
         address = failing(store, "rcpt:drop")
@@ -4138,8 +3849,9 @@ def test_ipv6():
 
 
 @pytest.mark.skipif(not has_ipv6(), reason="this machine has no IPv6")
-def test_every_address_of_both_families():
-    with smtp_server(host="::") as (server, store):
+@pytest.mark.parametrize("host", ["::", "*", "[::]", "localhost"])
+def test_every_address_of_both_families(host):
+    with smtp_server(host=host) as (server, store):
         for host in ("127.0.0.1", "::1"):
             with SmtpClient(server, host=host).begin() as client:
                 client.say(TRANSACTION + b"x\r\n.\r\n").lines(4)
