@@ -1852,9 +1852,16 @@ def waiting_store():
         def _wait(self, *arguments):
             entered.release()
             super()._wait(*arguments)
+
+    class Alarm(threading.Condition):
+        """The same of keep_expiring()."""
+
+        def wait(self, timeout=None):
+            entered.release()
+            return super().wait(timeout)
     clock = FakeClock()
     store = Announced(mailtest.Limits(waiters=1_000), clock=clock)
-    store.fake = clock
+    store.fake, store._alarm = clock, Alarm(store._lock)
 
     def next_waiter():
         assert entered.acquire(timeout=10), "nobody waits"
