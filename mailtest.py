@@ -1600,9 +1600,7 @@ def is_date(value: str) -> bool:
     """Whether a Date field can be read as a date."""
     try:
         # without comments: `10:00 (EDT) -0400` is not read as two zones
-        parsed = email.utils.parsedate_tz(_COMMENT.sub(" ", value[:200]))
-        zone = datetime.timezone(datetime.timedelta(seconds=parsed[9] or 0))
-        return bool(datetime.datetime(*parsed[:6], tzinfo=zone))
+        return bool(email.utils.parsedate_to_datetime(_COMMENT.sub(" ", value[:200])))
     except (ValueError, TypeError, IndexError, OverflowError, NameError):
         return False    # NameError: 3.8's parsedate_tz at `10.00.00.00`
 
@@ -1848,6 +1846,10 @@ class Searched:
         return any(value in f"{name}\0{box}\0{address_key(box)}".lower()
                    for name, box in self.addresses(field))
 
+    def has_address(self, field: str, value: str) -> bool:
+        """Whether an address there is `value`."""
+        return any(value == address_key(box) for _, box in self.addresses(field))
+
 
 _HAS: Dict[str, Callable[[Mail], Any]] = {
     "attachment": lambda mail: mail.attachments, "code": lambda mail: mail.codes,
@@ -1877,10 +1879,8 @@ WORDS: Dict[str, Tuple[str, Callable[[Searched, str], bool]]] = {
 }
 _TESTS: Dict[str, Callable[[Searched, str], bool]] = {
     **{word: test for word, (_, test) in WORDS.items()},
-    "sender": lambda mail, value: any(
-        value == address_key(box) for _, box in mail.addresses("from")),
-    "recipient": lambda mail, value: any(
-        value == address_key(box) for _, box in mail.addresses("to")),
+    "sender": lambda mail, value: mail.has_address("from", value),
+    "recipient": lambda mail, value: mail.has_address("to", value),
     "free": lambda mail, value: any(
         _TESTS[word](mail, value) for word in ("subject", "from", "to", "body")),
 }

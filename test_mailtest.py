@@ -457,7 +457,6 @@ BASE64 = {
     "junk between": (b"Y!W\r\n J\xffj", b"abc"),
     "nothing": (b"", b""),
     "only padding": (b"====", b""),
-    "longer than a chunk": (base64.encodebytes(b"abcdefg" * 60000), b"abcdefg" * 60000),
 }
 
 
@@ -471,16 +470,10 @@ def test_base64(given, expected):
 CHARSETS = {
     "none, UTF-8": (("", "ü".encode()), "ü"),
     "none, no UTF-8": (("", b"\xfc\x80"), "ü€"),
-    "latin-1 is cp1252": (("iso-8859-1", b"\x93x\x94"), "“x”"),
     "what cp1252 leaves out is a control character": (("windows-1252", b"a\x81"), "a\x81"),
     "ascii that lies": (("us-ascii", "ü".encode()), "ü"),
-    "gb2312 is gb18030": (("gb2312", "鎔".encode("gb18030")), "鎔"),
-    "gbk": (("GBK", "日本".encode("gbk")), "日本"),
-    "big5": (("big5", "日本".encode("big5")), "日本"),
-    "shift_jis is cp932": (("Shift_JIS", "①".encode("cp932")), "①"),
     "big5 with the euro sign": (("big5", b"\xa3\xe1"), "€"),
     "big5 of Hong Kong": (("big5", "嘅".encode("big5hkscs")), "嘅"),
-    "windows-31j": (("windows-31j", b"\x87@"), "①"),
     "iso-2022-jp with more characters":
         (("iso-2022-jp", b"x\x1b$B-!-j-b|bF|\x1b(B y"), "x①㈱№髙日 y"),
     "iso-2022-jp with half-width kana": (("iso-2022-jp", b"\x1b(I1\x1b$B-!\x1b(B"), "ｱ①"),
@@ -488,10 +481,7 @@ CHARSETS = {
     "euc-jp with rare ones": (("euc-jp", "丂".encode("euc_jp")), "丂"),
     "a damaged euc-jp": (("euc-jp", b"\xc6\xfc\xff"), "日\ufffd"),
     "a charset with a comment": (("iso-8859-2 (Central)", b"\xf8"), "ř"),
-    "iso-2022-jp": (("iso-2022-jp", "日本".encode("iso-2022-jp")), "日本"),
     "euc-kr is cp949": (("ks_c_5601-1987", "똠".encode("cp949")), "똠"),
-    "koi8-r": (("koi8-r", "да".encode("koi8-r")), "да"),
-    "windows-1251": (("Windows-1251", "да".encode("cp1251")), "да"),
     "cp-850": (("cp-850", "ü".encode("cp850")), "ü"),
     "utf-16": (("utf-16", "ü".encode("utf-16")), "ü"),
     "utf-7": (("utf-7", b"+APw-"), "ü"),
@@ -515,106 +505,77 @@ def test_charset(given, expected):
     assert read(head.encode() + b"\r\n\r\n" + octets).text_body.body == expected
 
 
-# octets, what a browser makes of them, the labels of that encoding in WHATWG's Encoding standard.
-# Browsers refuse six more: iso-2022-kr, hz-gb-2312 ...
-LABELS = (
-    (b"\x81\xa4\xbd\xca\xd6\xe6\xff", "Бд╜╩╓ц\xa0",
-     "866 cp866 csibm866 ibm866"),
-    (b"\xc3\xbc\xe2\x82\xac", "ü€",
-     "unicode-1-1-utf-8 unicode11utf8 unicode20utf8 utf-8 utf8 x-unicode20utf8"),
-    (b"\x81\xa4\xbd\xca\xd6\xe6\xff", "\x81¤˝ĘÖć˙",
-     "csisolatin2 iso-8859-2 iso-ir-101 iso8859-2 iso88592 iso_8859-2 iso_8859-2:1987 l2 "
-     "latin2"),
-    (b"\x81\xa4\xbd\xca\xd6\xe6\xff", "\x81¤½ÊÖĉ˙",
-     "csisolatin3 iso-8859-3 iso-ir-109 iso8859-3 iso88593 iso_8859-3 iso_8859-3:1988 l3 "
-     "latin3"),
-    (b"\x81\xa4\xbd\xca\xd6\xe6\xff", "\x81¤ŊĘÖæ˙",
-     "csisolatin4 iso-8859-4 iso-ir-110 iso8859-4 iso88594 iso_8859-4 iso_8859-4:1988 l4 "
-     "latin4"),
-    (b"\x81\xa4\xbd\xca\xd6\xe6\xff", "\x81ЄНЪжцџ",
-     "csisolatincyrillic cyrillic iso-8859-5 iso-ir-144 iso8859-5 iso88595 iso_8859-5 "
-     "iso_8859-5:1988"),
-    (b"\x81\xa4\xca\xd6\xe6", "\x81¤\u062a\u0636\u0646",
-     "arabic asmo-708 csiso88596e csiso88596i csisolatinarabic ecma-114 iso-8859-6 "
-     "iso-8859-6-e iso-8859-6-i iso-ir-127 iso8859-6 iso88596 iso_8859-6 iso_8859-6:1987"),
-    (b"\x81\xa4\xbd\xca\xd6\xe6", "\x81€½ΚΦζ",
-     "csisolatingreek ecma-118 elot_928 greek greek8 iso-8859-7 iso-ir-126 iso8859-7 "
-     "iso88597 iso_8859-7 iso_8859-7:1987 sun_eu_greek"),
-    (b"\x81\xa4\xbd\xe6", "\x81¤½\u05d6",
-     "csiso88598e csisolatinhebrew hebrew iso-8859-8 iso-8859-8-e iso-ir-138 iso8859-8 "
-     "iso88598 iso_8859-8 iso_8859-8:1988 visual"),
-    (b"\x81\xa4\xbd\xe6", "\x81¤½\u05d6",
-     "csiso88598i iso-8859-8-i logical"),
-    (b"\x81\xa4\xbd\xca\xd6\xe6\xff", "\x81Ī―ĘÖæĸ",
-     "csisolatin6 iso-8859-10 iso-ir-157 iso8859-10 iso885910 l6 latin6"),
-    (b"\x81\xa4\xbd\xca\xd6\xe6\xff", "\x81¤½ŹÖę’",
-     "iso-8859-13 iso8859-13 iso885913"),
-    (b"\x81\xa4\xbd\xca\xd6\xe6\xff", "\x81ĊẄÊÖæÿ",
-     "iso-8859-14 iso8859-14 iso885914"),
-    (b"\x81\xa4\xbd\xca\xd6\xe6\xff", "\x81€œÊÖæÿ",
-     "csisolatin9 iso-8859-15 iso8859-15 iso885915 iso_8859-15 l9"),
-    (b"\x81\xa4\xbd\xca\xd6\xe6\xff", "\x81€œÊÖæÿ",
-     "iso-8859-16"),
-    (b"\x81\xa4\xbd\xca\xd6\xe6\xff", "│╓╫йжФЪ",
-     "cskoi8r koi koi8 koi8-r koi8_r"),
-    (b"\x81\xa4\xbd\xca\xd6\xe6\xff", "│єҐйжФЪ",
-     "koi8-ru koi8-u"),
-    (b"\x81\xa4\xbd\xca\xd6\xe6\xff", "Å§Ω\xa0÷Êˇ",
-     "csmacintosh mac macintosh x-mac-roman"),
-    (b"\x81\xa4\xbd\xca\xd6\xe6", "\x81คฝสึๆ",
-     "dos-874 iso-8859-11 iso8859-11 iso885911 tis-620 windows-874"),
-    (b"\x81\xa4\xbd\xca\xd6\xe6\xff", "\x81¤˝ĘÖć˙",
-     "cp1250 windows-1250 x-cp1250"),
-    (b"\x81\xa4\xbd\xca\xd6\xe6\xff", "Ѓ¤ЅКЦжя",
-     "cp1251 windows-1251 x-cp1251"),
-    (b"\x81\xa4\xbd\xca\xd6\xe6\xff", "\x81¤½ÊÖæÿ",
-     "ansi_x3.4-1968 ascii cp1252 cp819 csisolatin1 ibm819 iso-8859-1 iso-ir-100 "
-     "iso8859-1 iso88591 iso_8859-1 iso_8859-1:1987 l1 latin1 us-ascii windows-1252 "
-     "x-cp1252"),
-    (b"\x81\xa4\xbd\xca\xd6\xe6", "\x81¤½ΚΦζ",
-     "cp1253 windows-1253 x-cp1253"),
-    (b"\x81\xa4\xbd\xca\xd6\xe6\xff", "\x81¤½ÊÖæÿ",
-     "cp1254 csisolatin5 iso-8859-9 iso-ir-148 iso8859-9 iso88599 iso_8859-9 "
-     "iso_8859-9:1989 l5 latin5 windows-1254 x-cp1254"),
-    (b"\x81\xa4\xbd\xca\xd6\xe6", "\x81₪½\u05ba\u05f2\u05d6",
-     "cp1255 windows-1255 x-cp1255"),
-    (b"\x81\xa4\xbd\xca\xd6\xe6\xff", "\u067e¤½\u062a\u0636\u0648\u06d2",
-     "cp1256 windows-1256 x-cp1256"),
-    (b"\x81\xa4\xbd\xca\xd6\xe6\xff", "\x81¤½ŹÖę˙",
-     "cp1257 windows-1257 x-cp1257"),
-    (b"\x81\xa4\xbd\xca\xd6\xe6\xff", "\x81¤½ÊÖæÿ",
-     "cp1258 windows-1258 x-cp1258"),
-    (b"\x81\xa4\xbd\xca\xd6\xe6\xff", "Б§љ\xa0÷ж€",
-     "x-mac-cyrillic x-mac-ukrainian"),
-    (b"\xd6\xd0\xe6\x67", "中鎔",
-     "chinese csgb2312 csiso58gb231280 gb2312 gb_2312 gb_2312-80 gbk iso-ir-58 x-gbk"),
-    (b"\xd6\xd0\xe6\x67", "中鎔",
-     "gb18030"),
-    (b"\xa4\xa4\xa4\xe5", "中文",
-     "big5 big5-hkscs cn-big5 csbig5 x-x-big5"),
-    (b"\xc6\xfc\xad\xa1", "日①",
-     "cseucpkdfmtjapanese euc-jp x-euc-jp"),
-    (b"\x1b\x24\x42\x46\x7c\x21\x41\x1b\x28\x42", "日～",
-     "csiso2022jp iso-2022-jp"),
-    (b"\x93\xfa\x87\x40\xb1", "日①ｱ",
-     "csshiftjis ms932 ms_kanji shift-jis shift_jis sjis windows-31j x-sjis"),
-    (b"\xc7\xd1\x8c\x63", "한똠",
-     "cseuckr csksc56011987 euc-kr iso-ir-149 korean ks_c_5601-1987 ks_c_5601-1989 "
-     "ksc5601 ksc_5601 windows-949"),
-    (b"\x00\x61\x65\xe5", "a日",
-     "unicodefffe utf-16be"),
-    (b"\x61\x00\xe5\x65", "a日",
-     "csunicode iso-10646-ucs-2 ucs-2 unicode unicodefeff utf-16 utf-16le"),
-    (b"\x81\xff", "\uf781\uf7ff",
-     "x-user-defined"),
-)
+# What a browser makes of some octets, and the labels that this encoding has in WHATWG's Encoding
+# standard. Browsers refuse six more: iso-2022-kr, hz-gb-2312 ...
+OCTETS = b"\xa4\xbd\xca\xd6\xe6\xff\x81"      # where a row does not begin with others
+LABELS = """
+д╜╩╓ц\xa0Б: 866 cp866 csibm866 ibm866
+\xc3\xbc\xe2\x82\xac=ü€: unicode-1-1-utf-8 unicode11utf8 unicode20utf8 utf-8 utf8
+    x-unicode20utf8
+¤˝ĘÖć˙\x81: csisolatin2 iso-8859-2 iso-ir-101 iso8859-2 iso88592 iso_8859-2 iso_8859-2:1987
+    l2 latin2
+¤½ÊÖĉ˙\x81: csisolatin3 iso-8859-3 iso-ir-109 iso8859-3 iso88593 iso_8859-3 iso_8859-3:1988
+    l3 latin3
+¤ŊĘÖæ˙\x81: csisolatin4 iso-8859-4 iso-ir-110 iso8859-4 iso88594 iso_8859-4 iso_8859-4:1988
+    l4 latin4
+ЄНЪжцџ\x81: csisolatincyrillic cyrillic iso-8859-5 iso-ir-144 iso8859-5 iso88595 iso_8859-5
+    iso_8859-5:1988
+¤\ufffd\u062a\u0636\u0646\ufffd\x81: arabic asmo-708 csiso88596e csiso88596i
+    csisolatinarabic ecma-114 iso-8859-6 iso-8859-6-e iso-8859-6-i iso-ir-127 iso8859-6 iso88596
+    iso_8859-6 iso_8859-6:1987
+€½ΚΦζ\ufffd\x81: csisolatingreek ecma-118 elot_928 greek greek8 iso-8859-7 iso-ir-126
+    iso8859-7 iso88597 iso_8859-7 iso_8859-7:1987 sun_eu_greek
+¤½\ufffd\ufffd\u05d6\ufffd\x81: csiso88598e csisolatinhebrew hebrew iso-8859-8 iso-8859-8-e
+    iso-ir-138 iso8859-8 iso88598 iso_8859-8 iso_8859-8:1988 visual
+¤½\ufffd\ufffd\u05d6\ufffd\x81: csiso88598i iso-8859-8-i logical
+Ī―ĘÖæĸ\x81: csisolatin6 iso-8859-10 iso-ir-157 iso8859-10 iso885910 l6 latin6
+¤½ŹÖę’\x81: iso-8859-13 iso8859-13 iso885913
+ĊẄÊÖæÿ\x81: iso-8859-14 iso8859-14 iso885914
+€œÊÖæÿ\x81: csisolatin9 iso-8859-15 iso8859-15 iso885915 iso_8859-15 l9
+€œÊÖæÿ\x81: iso-8859-16
+╓╫йжФЪ│: cskoi8r koi koi8 koi8-r koi8_r
+єҐйжФЪ│: koi8-ru koi8-u
+§Ω\xa0÷ÊˇÅ: csmacintosh mac macintosh x-mac-roman
+คฝสึๆ\ufffd\x81: dos-874 iso-8859-11 iso8859-11 iso885911 tis-620 windows-874
+¤˝ĘÖć˙\x81: cp1250 windows-1250 x-cp1250
+¤ЅКЦжяЃ: cp1251 windows-1251 x-cp1251
+¤½ÊÖæÿ\x81: ansi_x3.4-1968 ascii cp1252 cp819 csisolatin1 ibm819 iso-8859-1 iso-ir-100
+    iso8859-1 iso88591 iso_8859-1 iso_8859-1:1987 l1 latin1 us-ascii windows-1252 x-cp1252
+¤½ΚΦζ\ufffd\x81: cp1253 windows-1253 x-cp1253
+¤½ÊÖæÿ\x81: cp1254 csisolatin5 iso-8859-9 iso-ir-148 iso8859-9 iso88599 iso_8859-9
+    iso_8859-9:1989 l5 latin5 windows-1254 x-cp1254
+₪½\u05ba\u05f2\u05d6\ufffd\x81: cp1255 windows-1255 x-cp1255
+¤½\u062a\u0636\u0648\u06d2\u067e: cp1256 windows-1256 x-cp1256
+¤½ŹÖę˙\x81: cp1257 windows-1257 x-cp1257
+¤½ÊÖæÿ\x81: cp1258 windows-1258 x-cp1258
+§љ\xa0÷ж€Б: x-mac-cyrillic x-mac-ukrainian
+\xd6\xd0\xe6\x67=中鎔: chinese csgb2312 csiso58gb231280 gb2312 gb_2312 gb_2312-80 gbk
+    iso-ir-58 x-gbk
+\xd6\xd0\xe6\x67=中鎔: gb18030
+\xa4\xa4\xa4\xe5=中文: big5 big5-hkscs cn-big5 csbig5 x-x-big5
+\xc6\xfc\xad\xa1=日①: cseucpkdfmtjapanese euc-jp x-euc-jp
+\x1b\x24\x42\x46\x7c\x21\x41\x1b\x28\x42=日～: csiso2022jp iso-2022-jp
+\x93\xfa\x87\x40\xb1=日①ｱ: csshiftjis ms932 ms_kanji shift-jis shift_jis sjis windows-31j
+    x-sjis
+\xc7\xd1\x8c\x63=한똠: cseuckr csksc56011987 euc-kr iso-ir-149 korean ks_c_5601-1987
+    ks_c_5601-1989 ksc5601 ksc_5601 windows-949
+\x00\x61\x65\xe5=a日: unicodefffe utf-16be
+\x61\x00\xe5\x65=a日: csunicode iso-10646-ucs-2 ucs-2 unicode unicodefeff utf-16 utf-16le
+\uf7a4\uf7bd\uf7ca\uf7d6\uf7e6\uf7ff\uf781: x-user-defined
+"""
 
 
 def test_labels_of_charsets_are_those_of_browsers():
-    assert sum(len(labels.split()) for _, _, labels in LABELS) == 228 - 6
-    wrong = {label: text for octets, expected, labels in LABELS for label in labels.split()
-             for text in [mailtest.decode_charset(octets, label)[0]] if text != expected}
-    assert wrong == {}
+    wrong, count = {}, 0
+    for row in LABELS.replace("\n    ", " ").strip("\n").split("\n"):
+        sample, _, labels = row.partition(": ")
+        octets, _, expected = sample.rpartition("=")
+        for label in labels.split():
+            text, _ = mailtest.decode_charset(octets.encode("latin-1") or OCTETS, label)
+            count += 1
+            if text != expected:
+                wrong[label] = text
+    assert (wrong, count) == ({}, 228 - 6)
 
 
 def test_charset_of_html_is_in_its_meta_element():
