@@ -1134,6 +1134,13 @@ def test_search_refuses_and_lists_what_there_is(query, known):
     assert known in str(refused.value)
 
 
+def test_page_and_readme_tell_of_each_word():
+    page = b"".join(octets for _, octets in mailtest.PAGE_FILES.values()).decode()
+    readme = pathlib.Path(mailtest.__file__).with_name("README.md").read_text(encoding="utf-8")
+    for text in (page, readme):
+        assert [word for word in mailtest.WORDS if f"{word}:" not in text] == []
+
+
 def test_words_look_at_header_fields_before_bodies():
     fields = [term.field for term in mailtest.words("free body:b has:link from:f subject:s").terms]
     assert fields == ["subject", "from", "body", "has", "free"]
