@@ -2165,8 +2165,8 @@ class Store:
         self.number = 0                                        # of the latest event
         self._latest_time = 0.0                                # no two messages have one time
         self._ahead = wall() - clock()                         # of the clock that only grows
-        self._events: "collections.deque[Tuple[Event, Tuple[str, ...]]]" = (
-            collections.deque(maxlen=limits.events))           # each with its places
+        self._events: "collections.deque[Tuple[int, str, Any, Tuple[str, ...]]]" = (
+            collections.deque(maxlen=limits.events))           # as in Event, and their places
         self._forgotten = 0                                    # the latest event that is not kept
         self._sessions: "collections.deque[SessionRecord]" = collections.deque(
             maxlen=limits.sessions)
@@ -2702,7 +2702,7 @@ class Store:
         """Ends what is due, not more at once than takes a few milliseconds."""
         if self._clock() < self._due:
             return
-        now, self._due = self._clock(), math.inf
+        now = self._clock()
         for _ in range(500):
             inbox = next(iter(self._inboxes.values()), None)
             if inbox is None or inbox.expires > now:
@@ -2710,10 +2710,8 @@ class Store:
             self._end(inbox, "expired")
         if self._released:
             self._let_go()
-        if self._inboxes:
-            self._due = next(iter(self._inboxes.values())).expires
-        if self._released:
-            self._due = 0.0
+        first = next(iter(self._inboxes.values()), None)
+        self._due = 0.0 if self._released else first.expires if first else math.inf
 
     def _end(self, inbox: _Inbox, how: str) -> None:
         del self._inboxes[inbox.name]
@@ -2798,8 +2796,8 @@ class Store:
         none if it may be about any of them."""
         self.number += 1
         if len(self._events) == self._events.maxlen:
-            self._forgotten = self._events[0][0].number if self._events else self.number
-        self._events.append((Event(self.number, kind, data), places))
+            self._forgotten = self._events[0][0] if self._events else self.number
+        self._events.append((self.number, kind, data, places))
         if self._waiting:
             self._wake(("", *places) if places else list(self._waiting))
 
@@ -2825,8 +2823,8 @@ class Store:
 
     def _events_after(self, number: int, names: Tuple[str, ...]) -> Tuple[List[Event], bool]:
         """The events after that number, and whether some of them are no longer kept."""
-        found = itertools.takewhile(lambda each: each[0].number > number, reversed(self._events))
-        return [event for event, places in found
+        found = itertools.takewhile(lambda each: each[0] > number, reversed(self._events))
+        return [Event(*event) for *event, places in found
                 if not names or not places or any(name in places for name in names)][::-1], (
             number < self._forgotten)
 
