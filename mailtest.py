@@ -5598,20 +5598,17 @@ _CRITERIA = "sent_from|sent_to|subject|body any_of"
 _ANSWER = "copies text source parts"
 _CREATE, _FORWARD = "send>recipients author title " + _ANSWER, "recipients! " + _ANSWER
 _DEVICE, _SMS_FORM = "device_name! secret!", "sms_to! sms_from|sms_service sms_text!"
-_HTML, _CSS, _JS, _SVG = "text/html", "text/css", "text/javascript", "image/svg+xml"
-_EML, _ANY, _TXT, _EVENTS = "message/rfc822", "*/*", "text/plain", "text/event-stream"
-_PEM = "application/x-pem-file"
 
 
 ROUTES = tuple(Route(*columns) for columns in (
-    ("GET", "/", Call.get_file, "open", "", "", _HTML),
-    ("GET", "/page.css", Call.get_file, "open", "", "", _CSS),
-    ("GET", "/page.js", Call.get_file, "open", "", "", _JS),
-    ("GET", "/favicon.ico", Call.get_file, "open", "", "", _SVG),
+    ("GET", "/", Call.get_file, "open", "", "", "text/html"),
+    ("GET", "/page.css", Call.get_file, "open", "", "", "text/css"),
+    ("GET", "/page.js", Call.get_file, "open", "", "", "text/javascript"),
+    ("GET", "/favicon.ico", Call.get_file, "open", "", "", "image/svg+xml"),
     ("GET", "/healthz", Call.health, "open"),
-    ("GET", "/cert.pem", Call.get_certificate, "open", "", "", _PEM),
+    ("GET", "/cert.pem", Call.get_certificate, "open", "", "", "application/x-pem-file"),
     ("GET", "/openapi.json", Call.describe_api),
-    *(("GET", path, Call.acquire, "inbox", "fail", "", _TXT)
+    *(("GET", path, Call.acquire, "inbox", "fail", "", "text/plain")
       for path in ("/v1/acquire", "/v1/register", "/acquire", "/aquire")),
     ("GET", "/v1/get/{address}", Call.get_inbox, "inbox", _WAIT, "", "Inbox"),
     ("GET", "/v1/load/{address}", Call.load_inbox, "inbox", _WAIT, "", "Inbox"),
@@ -5621,12 +5618,12 @@ ROUTES = tuple(Route(*columns) for columns in (
     ("DELETE", "/v1/watch/{address}", Call.unwatch, "inbox"),
     ("PUT", "/v1/messages/{id}/seen", Call.see, "open"),
     ("DELETE", "/v1/messages/{id}/seen", Call.unsee, "open"),
-    ("GET", "/v1/messages/{id}/preview", Call.preview, "open", "remote", "", _HTML),
-    ("GET", "/v1/messages/{id}/source", Call.source, "open", "", "", _TXT),
-    ("GET", "/v1/attachments/{id}", Call.get_attachment, "open", "", "", _ANY),
+    ("GET", "/v1/messages/{id}/preview", Call.preview, "open", "remote", "", "text/html"),
+    ("GET", "/v1/messages/{id}/source", Call.source, "open", "", "", "text/plain"),
+    ("GET", "/v1/attachments/{id}", Call.get_attachment, "open", "", "", "*/*"),
     ("GET", "/v1/inboxes", Call.list_inboxes, "known", "inbox most"),
     ("GET", "/v1/sessions", Call.list_sessions),
-    ("GET", "/v1/events", Call.follow_events, "known", "event inbox", "", _EVENTS),
+    ("GET", "/v1/events", Call.follow_events, "known", "event inbox", "", "text/event-stream"),
     ("GET", "/api/messages", Call.list_messages, "known", _LISTED, "", "List"),
     ("POST", "/api/messages", Call.create_message, "api", "owner!", _CREATE, "Message"),
     ("DELETE", "/api/messages", Call.delete_messages, "api", "emptied!"),
@@ -5636,8 +5633,8 @@ ROUTES = tuple(Route(*columns) for columns in (
     ("POST", "/api/messages/{id}/forward", Call.forward_message, "api", "", _FORWARD, "Message"),
     ("POST", "/api/messages/{id}/reply", Call.reply_to_message, "api", "", _ANSWER, "Message"),
     ("POST", "/api/messages/{id}/screenshots", Call.make_previews, "api", "", "clients"),
-    ("GET", "/api/files/attachments/{id}", Call.get_attachment, "api", "", "", _ANY),
-    ("GET", "/api/files/email/{id}", Call.get_email, "api", "", "", _EML),
+    ("GET", "/api/files/attachments/{id}", Call.get_attachment, "api", "", "", "*/*"),
+    ("GET", "/api/files/email/{id}", Call.get_email, "api", "", "", "message/rfc822"),
     ("GET", "/api/files/screenshots/{id}", Call.get_screenshot),
     ("GET", "/api/screenshots/clients", Call.email_clients),
     ("GET", "/api/analysis/spam/{id}", Call.spam),
@@ -5663,18 +5660,19 @@ ROUTES = tuple(Route(*columns) for columns in (
 # -- OpenAPI
 
 _MAY_BE_NULL = {"name", "email", "phone", "body", "text", "alt", "contentId", "ehlo", "mailFrom",
-                "client", "user", "code", "expires"}
+                "client", "user", "code", "expires", "watch"}
 
 
 def _schema_of(value: Any, name: str = "") -> Dict[str, Any]:
     """The schema of values like this one, which has something in each list."""
+    null = {"nullable": True} if name in _MAY_BE_NULL else {}
     if isinstance(value, dict):
         members = {name: _schema_of(member, name) for name, member in value.items()}
-        return {"type": "object", "properties": members, "required": list(members)}
+        return {"type": "object", "properties": members, "required": list(members), **null}
     if isinstance(value, (list, tuple)):
         return _list(_schema_of(value[0]) if value else _STRING)
     kind = {bool: "boolean", int: "integer", float: "number"}.get(type(value), "string")
-    return {"type": kind, **({"nullable": True} if name in _MAY_BE_NULL else {})}
+    return {"type": kind, **null}
 
 
 def _schemas(api: Api) -> Dict[str, Any]:
@@ -5685,7 +5683,7 @@ def _schemas(api: Api) -> Dict[str, Any]:
             "file_name": "a", "content_type": "image/png", "content_id": "a", "content": b"x"}]),
         Envelope("a@b.example", ("g@h.example",)))
     listed = {"$ref": "#/components/schemas/Item"}, {"$ref": "#/components/schemas/Message"}
-    inbox = InboxView("", True, 0.0, 0, 0, (("", 0, 0),))
+    inbox = InboxView("", True, 0.0, 0, 0, (("", 0, 0),), watch=Watch(1.0, 0.0, False))
     return {"Message": _schema_of(message_value(api, message, "")),
             "Item": _schema_of(json.loads(item(api, message))),
             "List": {"type": "object", "properties": {"items": _list(listed[0])}},
@@ -5761,12 +5759,9 @@ def openapi(api: Api, base: str) -> Dict[str, Any]:
 
 # -- dispatch
 
-def _segments(path: str) -> List[str]:
-    """The segments of a path; one slash at its end does not count."""
-    return path[1:-1 if len(path) > 1 and path.endswith("/") else None].split("/")
-
-
-_PATTERNS = [(_segments(route.path), route) for route in ROUTES]
+# What the paths of a route look like; one slash at the end does not count.
+_PATTERNS = [(re.compile(re.sub(r"\{(\w+)\}", r"(?P<\1>[^/]+)", route.path.replace(".", r"\."))
+                         + "/?"), route) for route in ROUTES]
 _MAKERS = (Call.acquire, Call.watch)     # a GET that changes something
 
 
@@ -5788,18 +5783,14 @@ def _methods(route: Route) -> Tuple[str, ...]:
 
 def find_route(method: str, path: str) -> Tuple[Route, Dict[str, Any]]:
     """The route of a request and the values of its path; ApiError 404 or 405."""
-    segments = _segments(path)
-    found = [(pattern, route) for pattern, route in _PATTERNS if len(pattern) == len(segments)
-             and all(known == given or known[:1] == "{"
-                     for known, given in zip(pattern, segments))
-             and (route.path != "/{address}" or "@" in path or "%40" in path)]
+    found = [(match, route) for pattern, route in _PATTERNS for match in [pattern.fullmatch(path)]
+             if match and (route.path != "/{address}" or "@" in path or "%40" in path)]
     if not found:
         raise ApiError(404, "not_found", f"No endpoint {path[:80]!r}: see GET /openapi.json")
-    for pattern, route in found:
+    for match, route in found:
         if method in _methods(route):
-            return route, {known[1:-1]: _segment_text(given)
-                           for known, given in zip(pattern, segments) if known[:1] == "{"}
-    exact = [each for each in found if each[0] == segments]      # search is itself, and no {id}
+            return route, {name: _segment_text(text) for name, text in match.groupdict().items()}
+    exact = [each for each in found if not each[0].groups()]     # search is itself, and no {id}
     allowed = [each for _, route in exact or found for each in _methods(route)]
     allowed = sorted(dict.fromkeys(allowed), key="HEAD".__eq__)
     raise ApiError(405, "method_not_allowed", f"Expected {' or '.join(allowed)}, got {method!r}",
