@@ -915,72 +915,67 @@ def find_text_links(text: str) -> Tuple[Link, ...]:
 # their meaning from the word beside them: "postal code" is none and "PIN number" is one; without
 # such a neighbour "code" speaks for a code and "number" against it.
 
-# Languages, then code | secret | number | thing. A word of four letters or more may have an
-# ending, but not where a "." follows it, a shorter one only where a "-" does; with a "-" before
-# it, it may also end a longer word. "_" is a blank. From Hebrew on in Unicode a word is found
-# anywhere: there words have prefixes, or are not set apart.
+# Languages, then code | secret | number | thing. A word that several have stands once. One of four
+# letters or more may have an ending, but not where a "." follows it, a shorter one only where a
+# "-" does; with a "-" before it, it may also end a longer word. "_" is a blank. From Hebrew on in
+# Unicode a word is found anywhere: there words have prefixes, or are not set apart.
 _WORDS = """
-af: -kode | wagwoord | -nommer | bestel faktuur klant- pakket pos-
+af: | wagwoord | -nommer | bestel faktuur klant- pakket pos-
 am: ኮድ | ማረጋገጫ የይለፍ_ቃል | ቁጥር | ስልክ ትዕዛዝ ደረሰኝ ደንበኛ ፖስታ
 ar: رمز كود | التحقق السري كلمة_المرور كلمة_مرور | رقم | طلب عضوية عقد عميل فاتورة
 as bn: কোড সংকেত | ওটিপি পাছৱৰ্ড পাসওয়ার্ড পিন যাচাই | নং নম্বর নম্বৰ | অর্ডার অৰ্ডাৰ গ্রাহক
     গ্ৰাহক চালান পোস্ট ফোন
-az: -kod- kod- | parol- təsdiq şifrə | nömrə | faktura müqavilə müştəri poçt sifariş
-be bg mk ru sr uk: код- | верификац лозинк парола паролем пароль пароля пацверджанн пин
-    подтвержден потврд потвържд підтвердж шифра | broj број- номер нумар № | porudžbin артикул бик
-    дагавор договор заказ замов заявк индекс инн клиент кліент клієнт купац накладн нарачк
-    наруџбин ошибк паштов поруџбин поръчк посылк почтов поштенск поштов пощенск рахун рачун счет
-    счёт телефон товар трек фактур індекс
-bs hr sr: kôd- | lozink potvrdni verifikac zapork | | kupac kupca narudžb poštansk račun
-ca es gl: codi código | clave contrasenya contraseña contrasinal nip verificació | nº núm
-    número | albarán artículo client comanda contracte contrato cuenta envío expediente factura
-    pedido postal presupuesto producto referencia reserva seguimiento socio tel teléfono
-cs sk: kód- | hesla heslo overovac ověřovac | čísla číslo | faktur faktúr objednáv poštov psč
+az: -kod- | təsdiq şifrə | nömrə | müqavilə müştəri poçt sifariş
+be bg mk ru sr uk: | верификац лозинк пацверджанн пин подтвержден потврд потвържд підтвердж
+    шифра | broj број- номер нумар № | porudžbin артикул бик дагавор договор заказ замов заявк
+    индекс инн клиент кліент клієнт купац накладн нарачк наруџбин ошибк паштов поруџбин поръчк
+    посылк почтов поштенск поштов пощенск рахун рачун счет счёт телефон товар трек фактур індекс
+bs hr sr: kôd- | lozink potvrdni zapork | | kupac narudžb poštansk račun
+ca es gl: codi código | clave contrasenya contraseña contrasinal nip | nº núm | albarán
+    artículo client cuenta envío expediente pedido presupuesto referencia reserva seguimiento
+    socio tel teléfono
+cs sk: | hesla heslo overovac ověřovac | čísla číslo | faktur faktúr objednáv poštov psč
     zákazní
-cy: chod cod god | cyfrinair côd dilysu gôd | rhif | anfoneb archeb cwsmer ffôn post
-da nb: -kode- | adgangskode bekreftelses engangs -passord- | nr -nummer | bestilling kunde-
-    ordre- post-
-de lb: -code. -codes. | bestätigungs einmalpasswort gutschein -kennwort mtan -passwort
-    -passwuert- pin- schlüssel -schlüssel- tan verifizier | -nummer- | artikel auftrag beleg
-    bestell- blz buchung farb- fehler hrb konto- kunden- lieferschein mitglied paket- plz rechnung
-    referenz sendung steuer strich- telefon ticket vertrag vorgang zähler
+cy: chod cod god | cyfrinair côd dilysu gôd | rhif | anfoneb archeb cwsmer ffôn
+da nb: | adgangskode bekreftelses engangs -passord- | nr -nummer | bestilling ordre-
+de lb: -code. -codes. | bestätigungs gutschein -kennwort mtan -passwort -passwuert- pin-
+    -schlüssel- tan | | artikel auftrag beleg blz buchung farb- fehler hrb lieferschein mitglied
+    paket- plz rechnung referenz sendung steuer strich- telefon ticket vertrag vorgang zähler
 el: κωδικ- | επαλήθευσ συνθηματικ | αρ αριθμ | παραγγελί πελάτ συμβόλαι ταχυδρομικ τιμολόγ
-en fil: code. codes. kowd | 2fa coupon enter gift_card key mfa one-time otp passcode
-    passphrase password pin special_id token totp verif voucher | bilang id no nos num number
-    numero | amount area article bank bar barcode bic booking build case claim color colour
-    conduct conference contract country customer cve decode delivery dial document dress ean
-    employee encode ending error exit fax flight gtin hotline hs http iban invoice isbn issue item
-    job kostumer meeting member model naics order package page parcel patient phone pnr policy
-    price product purchase qr quote receipt ref reference registration release reservation
-    response review rfc room serial shipment sku sort source status student swift tax total
-    tracking transaction vat version webinar zip zipcode
-eo: kodo | konfirm pasvort | | kliento mendo poŝt
-et: -kood- | kinnitus -parool- | -number- | arve klien leping posti- tellimus
-eu: kode | egiaztapen pasahitz | zenbaki | bezero eskaera kontratu posta
+en fil: kowd | 2fa coupon enter gift_card key mfa one-time otp passcode passphrase password
+    special_id token totp verif voucher | bilang id no nos num | amount area article bank bar
+    barcode bic booking build case claim color colour conduct conference contract country customer
+    cve decode delivery dial document dress ean employee encode ending error exit fax flight gtin
+    hotline hs http iban invoice isbn issue item job kostumer meeting member model naics order
+    package page parcel patient phone pnr policy price product purchase qr quote receipt ref
+    reference registration release response review rfc room serial shipment sku sort source status
+    student swift tax total transaction vat version webinar zip zipcode
+eo: | konfirm pasvort | | mendo poŝt
+et: -kood- | kinnitus -parool- | -number- | arve klien leping tellimus
+eu: | egiaztapen pasahitz | zenbaki | bezero eskaera
 fa: کد | تأیید تایید گذرواژه | شماره | سفارش فاکتور قرارداد مشتری پستی
-fi: -koodi- | -salasana- tunnusluku vahvist | nro -numero- | asiakas- lasku- sopimus- tilau-
-fo is: -kota- -kotu- -kóða- -kóðann- -kóði- | loyniorð lykilorð staðfesting | -nummar -númer-
-    | bíleggin kunda póst pönt -reikning rokning síma viðskipta
+fi: | -salasana- tunnusluku vahvist | nro -numero- | asiakas- lasku- sopimus- tilau-
+fo is: -kota- -kotu- -kóða- -kóði- | loyniorð lykilorð staðfesting | -nummar -númer- |
+    bíleggin póst pönt -reikning rokning síma viðskipta
 fr: | bon_cadeau clé mot_de_passe vérification | numéro | adhérent colis commande compte
-    contrat devis dossier erreur expédition facture livraison produit référence réservation siren
-    siret suivi tél téléphone
-fy nl: -koade- | bevestigings pincode verificatie -wachtwoord- wachtwurd | nummer -nûmer |
-    artikel- bestel- btw factuur kvk lid- pakket- referentie telefoon track zending
+    contrat devis dossier erreur expédition livraison produit référence réservation siren siret
+    suivi tél téléphone
+fy nl: -koade- | bevestigings -wachtwoord- wachtwurd | -nûmer | btw factuur kvk lid-
+    referentie telefoon track zending
 ga: chód cód gcód | fíorú pasfhocal | uimhir | custaiméir ordú phoist sonrasc teileafón
 gu: કોડ | ઓટીપી ચકાસણી પાસવર્ડ પિન | નંબર | ઇન્વોઇસ ઓર્ડર ગ્રાહક પિનકોડ ફોન
 ha: lamba | kalmar_sirri lambar_sirri lambar_tabbatarwa | lambar | abokin daftari oda
 he: קוד | אימות הקוד סיסמ | מס מספר | הזמנ חוזה חשבונית לקוח מיקוד
 hi mr ne: कोड | ओटीपी पडताळणी पासवर्ड पिन प्रमाणीकरण संकेतशब्द सत्यापन | क्रमांक नं नंबर नम्बर
     संख्या | अर्डर आदेश आर्डर ऑर्डर ग्राहक चालान टपाल बिल बीजक हुलाक
-hu: -kód- | -jelszav -jelszó- megerősít | sorszám -szám szám -száma- | irányítószám rendelés
-    szerződés számla ügyfél
+hu: -kód- | -jelszav -jelszó- megerősít | -szám | irányítószám rendelés szerződés számla
+    ügyfél
 hy: կոդ- | գաղտնաբառ ծածկագիր հաստատմ | համար | հաճախորդ հաշիվ հեռախոս պատվեր փոստային
-id jv ms su: sandi | kata_laluan konfirmasi pengesahan sandhi verifikasi | nombor nomer nomor
-    | invois pelanggan pesanan pesenan pos poskod resi
-ig: koodu | nkwenye okwuntughe | nọmba | ahịa
-it mt: codice codici kodici kodiċi | verifica verifika | numru | articolo cap cliente conto
-    contratto destinatario errore fattura fiscale iva klijent ordine ordni postale postali pratica
-    prenotazione prodotto riferimento spedizione telefono tracciamento
+id jv ms su: sandi | kata_laluan pengesahan sandhi | nombor nomer nomor | invois pelanggan
+    pesanan pesenan resi
+ig: | nkwenye okwuntughe | nọmba | ahịa
+it mt: | | numru | articolo cap conto destinatario fattura fiscale iva klijent ordine ordni
+    pratica prenotazione prodotto riferimento spedizione tracciamento
 ja: コード | パスワード ワンタイム 暗証 検証 確認 認証 | 番号 | 〒 お客様 エラー 予約 会員
     伝票 受付 口座 商品 問い合わせ 契約 注文 製品 請求 追跡 郵便 電話 顧客
 ka: კოდ- | დადასტურ პაროლ პინ | ნომერ- ნომრ | ინვოის კლიენტ საფოსტო ტელეფონ შეკვეთ
@@ -992,13 +987,12 @@ km: កូដ លេខកូដ | ផ្ទៀងផ្ទាត់ ពាក�
 kn: ಕೋಡ್ | ಒಟಿಪಿ ಪರಿಶೀಲನ ಪಾಸ್ವರ್ಡ್ ಪಾಸ್‌ವರ್ಡ್ | ಸಂಖ್ಯೆ | ಅಂಚೆ ಆದೇಶ ಆರ್ಡರ್ ಇನ್ವಾಯ್ಸ್ ಗ್ರಾಹಕ
 ko: 코드 | 비밀번호 승인번호 암호 인증 패스워드 확인_번호 | 번호 | 계약 계좌 고객 문의 상품
     송장 예약 오류 우편 운송장 전화 접수 제품 주문 회원
-ku: | nasnav peyvborîn şîfre | hejmar | fatûre ferman poste xerîdar
+ku: | nasnav peyvborîn şîfre | hejmar | fatûre ferman xerîdar
 lo: ລະຫັດ | ຢືນຢັນ | ເລກ ໝາຍເລກ | ລູກຄ້າ ສັ່ງຊື້ ໂທ ໃບແຈ້ງໜີ້ ໄປສະນີ
-lt lv: | apstiprin patvirtin slaptažod | numer numur | klient līgum pasta pasūtījum pašto
-    rēķin sutart sąskait užsaky
-mg: kaody | fanamarinana teny_miafina | laharana nomerao | baiko faktiora mpanjifa paositra
-ml: കോഡ കോഡ് | ഒടിപി പാസ്വേഡ് പാസ്‌വേഡ് സ്ഥിരീകരണ | നമ്പര് നമ്പർ | ഇൻവോയ്സ് ഉപഭോക്ത ഓർഡർ തപാൽ
-    ഫോൺ
+lt lv: | apstiprin patvirtin slaptažod | numer numur | līgum pasta pasūtījum pašto rēķin
+    sutart sąskait užsaky
+mg: kaody | fanamarinana teny_miafina | laharana | baiko faktiora mpanjifa paositra
+ml: കോഡ | ഒടിപി പാസ്വേഡ് പാസ്‌വേഡ് സ്ഥിരീകരണ | നമ്പര് നമ്പർ | ഇൻവോയ്സ് ഉപഭോക്ത ഓർഡർ തപാൽ ഫോൺ
 my: ကုဒ် | စကားဝှက် အတည်ပြု | နံပါတ် | စာတိုက် ပြေစာ ဖောက်သည် မှာယူ အော်ဒါ
 or: କୋଡ | ପାସୱାର୍ଡ ସଂକେତ | ନମ୍ବର ସଂଖ୍ୟା | ଅର୍ଡର ଗ୍ରାହକ ଡାକ
 pa: ਕੋਡ | ਓਟੀਪੀ ਤਸਦੀਕ ਪਾਸਵਰਡ | ਨੰਬਰ | ਆਰਡਰ ਗਾਹਕ ਚਲਾਨ ਡਾਕ ਫ਼ੋਨ
@@ -1006,18 +1000,18 @@ pl: | hasła hasłem hasło potwierdz weryfikac | | konto paczk pesel poczt prod
     regon sprawy towar umow zamówieni zgłoszeni
 ps sd ur: کوڈ کوډ ڪوڊ | تصدیق پاس_ورڈ پاسورڊ پټنوم | شمېره نمبر | آرڈر آرڊر انوائس سپارښت صارف
     پوسٹل گاہک
-pt: codigo | palavra-passe senha verificação | | cep cnpj conta cpf encomenda envio fatura nif
-    nota_fiscal produto protocolo rastrei referência telefone
-ro: codul codurile | verificare | număr | comand factur poștal
-rw sn st xh zu yo: ikhodi ikhowudi khoutu kodhi kóòdù | ijambobanga iphasiwedi kusimbisa
-    kwemeza pasiwedhi phasewete | inombolo nhamba nimero nomoro nọ́mbà | fagitire ikhasimende
-    iodolo komande mutengi odha oníbàárà otara umukiriya àṣẹ
-si: කේත | කේතය මුරපද සත්‍යාපන | අංක අංකය | ඇණවුම ඉන්වොයිස තැපැල් දුරකථන පාරිභෝගික
+pt: | palavra-passe senha | | cep cnpj conta cpf encomenda envio nif nota_fiscal produto
+    protocolo rastrei referência
+ro: codul codurile | | număr | comand factur poștal
+rw sn st xh zu yo: ikhodi ikhowudi khoutu kóòdù | ijambobanga iphasiwedi kusimbisa kwemeza
+    pasiwedhi phasewete | inombolo nhamba nimero nọ́mbà | fagitire ikhasimende iodolo komande
+    mutengi odha oníbàárà otara umukiriya àṣẹ
+si: කේත | කේතය මුරපද සත්‍යාපන | අංක | ඇණවුම ඉන්වොයිස තැපැල් දුරකථන පාරිභෝගික
 sl: | gesla geslo potrditv | št številk | kupc naročil pogodb poštn
-so: koodh koodka | furaha sirta_ah xaqiijin | lambarka tirada | dalab macmiil qaansheegad
-sq: | fjalëkalim verifikim | numri numër | fatur kontrat porosi postar
-sv: | bekräftelse engångs -koden -lösenord- verifierings | | avtal beställning försändelse
-    kund- medlem order- ärende
+so: | furaha sirta_ah xaqiijin | tirada | dalab macmiil qaansheegad
+sq: | fjalëkalim | numri numër | fatur kontrat porosi
+sv: | bekräftelse engångs -koden -lösenord- | | avtal beställning försändelse kund- medlem
+    ärende
 sw: msimbo | nambari_ya_siri nenosiri nywila uthibitish | namba | agizo ankara mteja
 ta: குறியீ | ஓடிபி கடவுச்சொல் சரிபார்ப்ப | எண் | அஞ்சல் ஆர்டர் தொலைபேசி வாடிக்கையாளர்
     விலைப்பட்டியல்
@@ -1034,34 +1028,32 @@ zh: 代码 代碼 码 碼 | 口令 密码 密碼 | 号 編號 编号 號 | 二�
 """
 _KINDS = ("code", "secret", "number", "thing")
 _BEGINNING = re.compile(
-    r"\b[^\W\u0590-\u1dff\u2e80-\uffff]{2}|[\u0590-\u1dff\u2116\u2e80-\uffff]")
-_ODD = re.compile(
-    "[\xa0\xad\u2007\u2009\u200b-\u2013\u202a-\u202f\u2060\u3000\ufeff\uff01-\uff5e]")
-_OTHER_DIGIT = re.compile(r"[^\D0-9]")
+    r"\b[0-9a-z_\xaa-\u058f\u1e00-\u1fff]{2}|[^\x00-\u058f\u1e00-\u1fff]")
+_ODD = re.compile(r"[^\D0-9]|[\xa0\xad\u2007\u2009\u200b-\u2013\u202a-\u202f\u2060\u3000\ufeff"
+                  r"\uff01-\uff5e]")
 
 
 def _ascii_of(odd) -> str:
-    """A blank, dash or sign of full width in ASCII; "" for what has no width."""
-    code = ord(odd.group())
+    """A digit, blank, dash or sign of full width in ASCII; "" for what has no width."""
+    sign, code = odd[0], ord(odd[0])
     if 0xFF00 < code < 0xFF5F:
         sign = chr(code - 0xFEE0)
         return sign if sign.isalnum() or sign == "-" else sign + " "
-    return "-" if 0x2010 <= code < 0x2014 else " " * odd.group().isspace()
+    if sign.isdigit():
+        return str(int(sign))
+    return "-" if 0x2010 <= code < 0x2014 else " " * sign.isspace()
 
 
 def _in_ascii(text: str) -> str:
     """Text with its digits, blanks and dashes in ASCII, without what has no width."""
-    if text.isascii():
-        return text
-    return _OTHER_DIGIT.sub(lambda digit: str(int(digit.group())), _ODD.sub(_ascii_of, text))
+    return text if text.isascii() else _ODD.sub(_ascii_of, text)
 
 
 @functools.lru_cache(maxsize=None)
-def _words() -> Tuple[Dict[str, List[Tuple[str, str, bool]]], List[Tuple[str, str, bool]]]:
-    """_WORDS: by what _BEGINNING matches of them, and those that end longer words.
-    Each as (word, kind, whether it may have an ending)."""
-    index: Dict[str, List[Tuple[str, str, bool]]] = {}
-    endings = []
+def _words() -> Dict[str, List[Tuple[str, str, bool]]]:
+    """_WORDS by what _BEGINNING matches of them, those that end longer words by "": each as
+    (word, kind, whether it may have an ending)."""
+    index: Dict[str, List[Tuple[str, str, bool]]] = {"": []}
     for line in _in_ascii(_WORDS.replace("\n   ", " ")).strip().splitlines():
         for kind, words in zip(_KINDS, line.partition(":")[2].split("|")):
             for word in words.split():
@@ -1070,18 +1062,16 @@ def _words() -> Tuple[Dict[str, List[Tuple[str, str, bool]]], List[Tuple[str, st
                                      or len(word) > 3 and word[-1] != ".")
                 index.setdefault(_BEGINNING.match(bare)[0], []).append(entry)
                 if word[0] == "-":
-                    endings.append(entry)
-    for entries in index.values():
-        entries.sort(key=lambda entry: -len(entry[0]))
-    return index, endings
+                    index[""].append(entry)
+    return index
 
 
 def _labels(text: str) -> List[Tuple[int, int, str]]:
     """(start, end, kind) of the words in a text, in lower case, that _WORDS knows."""
-    index, endings = _words()
+    index = _words()
     starts = [(match.start(), word) for match in _BEGINNING.finditer(text)
               for word in index.get(match[0], ()) if text.startswith(word[0], match.start())]
-    starts += [(match.start(), word) for word in endings if word[0] in text
+    starts += [(match.start(), word) for word in index[""] if word[0] in text
                for match in re.finditer(word[0], text)]
     found: List[Tuple[int, int, str]] = []
     for start, (word, kind, may_end) in sorted(starts, key=lambda at: (at[0], -len(at[1][0]))):
@@ -1158,10 +1148,9 @@ _DIGITS = re.compile(
     r"|[0-9]{5}[ -][0-9]{5}|[0-9]{2}(?:([ -])[0-9]{2}){2,3}|[0-9](?:[ -][0-9]){3,8}")
 _DATE = re.compile(r"(?:19|20)[0-9]{2}(?:(?:0[1-9]|1[0-2])(?:0[1-9]|[12][0-9]|3[01]))?"
                    r"|(?:0[1-9]|[12][0-9]|3[01])(?:0[1-9]|1[0-2])(?:19|20)[0-9]{2}")
-_AMOUNT = re.compile(     # two characters before a token, "|", five characters behind it
-    r"[^\W\d_\u0590-\uffff]\||[$\xa3\xa5\u20a0-\u20cf] ?\||.?.?\|(?:[^\W\d_\u0590-\uffff]"
-    r"|[ \t]?(?:[$%\xa3\xa5\xb0\xb2\u20a0-\u20cf]|(?:eur|usd|gbp|chf|jpy|sek|nok|dkk|pln|zł|kr|kč"
-    r"|rs|px|[kmgt]i?b|ms|k[gm]|[cm]m|m)\b))")
+_AMOUNT = re.compile(     # two characters before a token, "|", two characters behind it
+    r".[A-Za-z\xc0-\u058f]\||.*[$\xa3\xa5\u20a0-\u20cf] ?\||..\|(?:[A-Za-z\xc0-\u058f]"
+    r"| ?[$%\xa3\xa5\xb0\xb2\u20a0-\u20cf])")
 
 
 class _Candidate(NamedTuple):
@@ -1207,14 +1196,13 @@ def _candidates(text: str) -> Iterator[_Candidate]:
             is_row = len(set(map(len, pieces))) == 1
             shapes = [(piece, *_shape(piece)) for piece in pieces if is_row]
         for piece, code, look in shapes:
-            if code and not _AMOUNT.match(
-                    "%2s|%s" % (text[max(0, match.start() - 2):match.start()],
-                                text[end:end + 5].lower())):
+            if code and not _AMOUNT.match("%2s|%s" % (
+                    text[max(0, match.start() - 2):match.start()], text[end:end + 2])):
                 yield _Candidate(start, start + len(piece), code, look)
             start += len(piece) + 1
 
 
-_CHANGE = re.compile("(?<=[0-9])(?=[A-Z])|(?<=[A-Z])(?=[0-9])")
+_CHANGES = re.compile("-|[A-Z][0-9]+[A-Z]|[0-9][A-Z]+[0-9]")
 _FILLING = re.compile(r"(?<!\S)\(?[0-9]{1,2}[.):]?(?!\S)|[^\w]")
 
 
@@ -1232,67 +1220,66 @@ def _alone(text: str, tokens: List[_Candidate]) -> bool:
 # What stands between a label and what it names, if nothing else does, and behind a code.
 _IS = r"(?:is|ist|lautet|est|es|è|é|este|jest|to|je|on|ir|yra|er|är|adalah|ialah|là|ay|ni)\b"
 _COPULA = re.compile(
-    r"(?:.*\W)?%s[\s\"'*(]*|.*[:=\u2014][\s\"'*(]*|.*\s-\s|.*[\u0590-\uffff]\s*" % _IS, re.S)
-_COPULA_AFTER = re.compile(r"[\s\"'*)]*(?:%s|[\u0590-\uffff])" % _IS)
+    r"(?:.*\W)?%s[\s\"'*(]*|.*[:=\u2014][\s\"'*(]*|.*\s-\s|.*[^\x00-\u058f\u1e00-\u2e7f]\s*"
+    % _IS, re.S)
+_COPULA_AFTER = re.compile(r"[\s\"'*)]*(?:%s|[^\x00-\u058f\u1e00-\u2e7f])" % _IS)
 
 
 class _CodeFinder:
     """Finds the codes of one text; each line is looked at once as a line, once as a label."""
 
     def __init__(self, text: str, subject: str):
+        """`found`: the codes in order of appearance, each with how near its label is: 5 with
+        nothing but a colon or "is" between, 4 right before or above, 3 near, 2 the subject,
+        1 without one."""
         self.lines = _laid_out(text)
         self.subject = subject
         self.is_short = len(text) <= 2_000
         self.headings: Dict[int, int] = {}              # what a line says of those under it
         self.lists: Dict[int, Tuple[int, int]] = {}     # lines of candidates alone, with `above`
-        self.found: Dict[str, int] = {}                 # code: how near its label is
-
-    def find(self) -> Dict[str, int]:
-        """The codes in order of appearance, each with how near its label is: 5 with nothing but
-        a colon or "is" between, 4 right before or above, 3 near, 2 the subject, 1 without one."""
+        self.found: Dict[str, int] = {}
         above: List[str] = []
         for number, line in enumerate(self.lines):
             cells = line.split("\t")
-            if _MAYBE.search(line) or len(line) <= 40 and " " not in line:
-                self.row(number, cells, above)
-                if len(self.found) >= MAX_CODES:
-                    break
+            if len(self.found) < MAX_CODES and (
+                    _MAYBE.search(line) or len(line) <= 40 and " " not in line):
+                self.read(number, cells, above)
             above = cells
-        return self.found
 
-    def row(self, number: int, cells: List[str], above: List[str]):
-        """Judges the candidates of a line."""
+    def read(self, number: int, cells: List[str], above: List[str]):
+        """Judges the candidates of a line. `above`: the cells of the line before."""
         row = [list(_candidates(cell)) for cell in cells]
-        tokens = [token for tokens in row for token in tokens]
-        if not tokens:
+        if not any(row):
             return
         if all(map(_alone, cells, row)):
-            if any(token.look != "letters" for token in tokens) or (
-                    number and self.heading(number - 1) > 0):
+            if any(token.look != "letters" for tokens in row for token in tokens) or (
+                    self.heading(number - 1) > 0):
                 self.lists[number] = self.above(number)
-                self.judge(tokens, *self.lists[number])
+                self.judge([token for tokens in row for token in tokens], *self.lists[number])
             return
         for column, (cell, tokens) in enumerate(zip(cells, row)):
             if tokens and _alone(cell, tokens):
                 self.judge(tokens, self.beside(number, cells, column, above), 4)
-            else:
-                for last, token in enumerate(tokens, -1):
-                    self.judge([token], 1, self.in_sentence(
-                        number, cell, token, tokens[last] if last >= 0 else None))
+                continue
+            for last, token in zip([None, *tokens], tokens):
+                if token.code not in self.found:        # what a mail repeats is judged once
+                    self.judge([token], 1, self.in_sentence(number, cell, token, last))
 
     def judge(self, tokens: List[_Candidate], said: int, near: int):
         """Takes tokens for codes, or not."""
-        for token in tokens:
-            is_plain = token.look == "digits" and len(token.code) == 6
-            is_code = said > 0 and near > (3 if token.look == "letters" else 1)
-            if is_code or said > 0 and near == 1 and (is_plain or token.look == "mixed" and (
-                    "-" in token.code or len(_CHANGE.findall(token.code)) > 1)):
+        for token in tokens if said > 0 else ():
+            if near == 1:
+                is_code = (len(token.code) == 6 if token.look == "digits" else token.look ==
+                           "mixed" and bool(_CHANGES.search(token.code)))
+            else:
+                is_code = near > (3 if token.look == "letters" else 0)
+            if is_code:
                 self.found[token.code] = max(near, self.found.get(token.code, 0))
 
     def heading(self, number: int) -> int:
         """What a line says of those under it."""
         if number not in self.headings:
-            self.headings[number] = _heading(self.lines[number])
+            self.headings[number] = _heading(self.lines[number] if number >= 0 else "")
         return self.headings[number]
 
     def above(self, number: int) -> Tuple[int, int]:
@@ -1303,22 +1290,20 @@ class _CodeFinder:
         for distance in range(1, min(4, number) + 1):
             if number - distance in self.lists:
                 return 0, 0
-            said = self.heading(number - distance)
-            if said:
-                return said, 4 if distance == 1 else 3
+            if self.heading(number - distance):
+                return self.heading(number - distance), 4 if distance == 1 else 3
         if number + 1 < len(self.lines) and self.heading(number + 1) > 0:
             return 1, 3
         said = _heading(self.subject)
-        return (said, 2) if said else (self.unlabelled(number), 1)
-
-    def unlabelled(self, number: int) -> int:
-        """1 if a token alone in its line that nothing names may be a code, because the mail is
-        short and speaks of no other number."""
-        above = self.lines[number - 1] if number else ""
-        is_title = above[-1:] == ":" or above[-1:].isalnum() and len(above.split()) < 3
-        return int(self.is_short and not (len(above) < 25 and is_title) and not any(
+        if said or not self.is_short:
+            return said, 2
+        # Nothing names it: a code if the mail is short and speaks of no other number, and the
+        # line above is no title of something.
+        title = self.lines[number - 1] if number else ""
+        is_title = title[-1:] == ":" or title[-1:].isalnum() and len(title.split()) < 3
+        return int(not (len(title) < 25 and is_title) and not any(
             kind in ("thing", "number") for line in self.lines + [self.subject]
-            for _, _, kind in _labels(line.lower())))
+            for _, _, kind in _labels(line.lower()))), 1
 
     def beside(self, number: int, cells: List[str], column: int, above: List[str]) -> int:
         """What is said of a token alone in its cell of a row that holds more: by the cell before
@@ -1328,57 +1313,56 @@ class _CodeFinder:
         said = _heading(before)
         if not said and len(above) == len(cells):
             return _heading(above[column])
-        return self.heading(number - 1) if not said and not before and number else said
+        return said or before == "" and self.heading(number - 1)
 
     def in_sentence(self, number: int, text: str, token: _Candidate,
                     last: Optional[_Candidate]) -> int:
         """How near the label of a token is that has words around it, 0 if none is for a code."""
         start = last.end if last and last.look != "letters" else 0
         left = text[max(start, token.start - 120):token.start]
+        if not left.strip(_AROUND) and number and self.lines[number - 1][-1:] == ":":
+            left = self.lines[number - 1][-120:]
         sentence = _SENTENCE_END.split(left.lower())[-1]
         labels = _labels(sentence)
         is_date = token.look == "digits" and _DATE.fullmatch(token.code)
         if labels:
-            if _meaning(sentence, labels, len(labels) - 1) < 0:
-                return 0
             gap = sentence[labels[-1][1]:]
             words = len(gap.split())
+            if _meaning(sentence, labels, len(labels) - 1) < 0:
+                return 0
+            if token.look == "letters" and left.isupper():
+                return 0
             if _COPULA.fullmatch(gap):
-                return 5 * (token.look != "letters" or not left.isupper())
+                return 5
             if token.look == "letters":
-                return 4 * (len(token.code) > 7 and gap == " " and not left.isupper())
-            if is_date:
-                return 4 * (not words)
-            is_followed = text[token.end:token.end + 2][-1:].isalpha()
-            if token.look == "small" or len(token.code) == 4 and is_followed:
-                return 4 * (words < 2)
-            return 4 if words < 3 else 3 * (words < 12)
+                return 4 * (len(token.code) > 7 and gap == " ")
+            is_number = len(token.code) == 4 and text[token.end:token.end + 2][-1:].isalpha()
+            if words >= (1 if is_date else 2 if is_number or token.look == "small" else 12):
+                return 0
+            return 4 if words < 3 else 3
         if start and last:
             if last.code in self.found and last.look == token.look and len(left.split()) < 2:
                 return self.found[last.code]
             if _COPULA.fullmatch(sentence):                # "The PIN for your card 4711 is 9182"
                 before = text[max(0, start - 80):start].lower()
                 return 3 * any(kind == "secret" for _, _, kind in _labels(before))
-        copula = (_COPULA_AFTER.match(text, token.end)
-                  or not is_date and _COPULA.fullmatch(sentence))
-        if len(sentence.split()) < (4 if copula else 2) and token.look != "letters":
-            right = _SENTENCE_END.split(text[token.end:token.end + 60].lower())[0]
-            labels = _labels(right)
-            if labels:
-                return 3 * (_meaning(right, labels, 0) > 0 and bool(
-                    copula or not is_date and token.look != "small"))
-            if not sentence.strip() and number and self.lines[number - 1].endswith(":"):
-                return 4 * (self.heading(number - 1) > 0)
-        return 0
+        is_said = (_COPULA_AFTER.match(text, token.end)
+                   or not is_date and _COPULA.fullmatch(sentence))
+        if token.look == "letters" or len(sentence.split()) >= (4 if is_said else 2) or (
+                not is_said and (is_date or token.look == "small")):
+            return 0
+        right = _SENTENCE_END.split(text[token.end:token.end + 60].lower())[0]
+        labels = _labels(right)
+        return 3 * bool(labels and _meaning(right, labels, 0) > 0)
 
 
 def find_codes(text: str, subject: str) -> Tuple[Tuple[str, ...], str]:
     """The codes of a text and the surest of them, "" if there is none. The codes stand as they are
     typed, each once, in order of appearance: "482 913" and "123-456" are 482913 and 123456,
     "K7Q-T2M" stays. The subject's are taken where the text has none."""
-    found = _CodeFinder(text[:MAX_CODE_TEXT], subject).find()
+    found = _CodeFinder(text[:MAX_CODE_TEXT], subject).found
     if not found and _MAYBE.search(subject):
-        found = _CodeFinder(subject, "").find()
+        found = _CodeFinder(subject, "").found
     return tuple(found)[:MAX_CODES], max(found, key=found.__getitem__, default="")
 
 
@@ -1410,14 +1394,13 @@ _TAG = re.compile(r"<(?:(/?)([a-zA-Z][^\s/>]{0,60})(>)?|(!--)|[!?/])")
 _ATTRIBUTE = re.compile(
     r"[\s/]*(?:(>)|([^\s/>][^\s/>=]*)"
     r"(?:\s*=\s*(?:\"([^\"]*)(?:\"|\Z)|'([^']*)(?:'|\Z)|([^\s>]*)))?)")
-_RAW_TEXT = {name: re.compile("</%s(?=[\\s/>])" % name, re.I) for name in (
-    "script", "style", "title", "textarea", "xmp", "iframe", "noembed", "noframes")}
+_RAW_TEXT = frozenset(
+    "script style title textarea xmp iframe noembed noframes".split())
 _BLOCKS = frozenset(
     "address article aside blockquote body br center dd div dl dt fieldset figure footer form"
     " h1 h2 h3 h4 h5 h6 head header hr html li main nav ol option p pre section table tbody tfoot"
     " thead tr ul".split())
 _VOID = frozenset("area base br col embed hr img input link meta param source track wbr".split())
-_ATTRIBUTES = frozenset(("href", "src", "alt", "style", "hidden"))
 # Not font-size: templates set it to 0 around everything, and what is inside to what it should be.
 _HIDDEN_STYLE = re.compile(
     r"display\s*:\s*none|visibility\s*:\s*hidden|(?<![\w-])(?:max-height|opacity)\s*:\s*0"
@@ -1426,7 +1409,6 @@ _LONG_ENTITY = re.compile(r"&#(?:[0-9]{9}[0-9]*|[xX][0-9a-fA-F]{9}[0-9a-fA-F]*);
 _REFERENCE = re.compile("&(?:#[0-9]+;?|#[xX][0-9a-fA-F]+;?|[A-Za-z][A-Za-z0-9]{1,31}"
                       "(?:;|(?![A-Za-z0-9=])))")
 _BLANKS = re.compile(r"\s+")
-_LINE_ENDS = re.compile(r"[\t\r\n]+")
 
 
 def _unescape(text: str) -> str:
@@ -1440,11 +1422,6 @@ def _unescape_attribute(text: str) -> str:
     return text if "&" not in text else _REFERENCE.sub(lambda found: (
         _unescape(found.group()) if found.group()[1] == "#"
         else html.entities.html5.get(found.group()[1:], found.group())), text)
-
-
-def _url(value: str) -> str:
-    """An attribute's URL as a browser takes it: trimmed, without the line ends inside."""
-    return _LINE_ENDS.sub("", value.strip(" \t\r\n\x0c\x00"))
 
 
 class _HtmlReader:
@@ -1466,82 +1443,64 @@ class _HtmlReader:
         at = 0
         while at < len(source):
             tag = source.find("<", at)
-            self.text(source[at:tag] if tag >= 0 else source[at:])
-            if tag < 0:
-                break
-            at = self.markup(source, tag)
+            tag = tag if tag >= 0 else len(source)
+            self.text(source[at:tag])
+            match = _TAG.match(source, tag)
+            if not match:
+                self.text(source[tag:tag + 1])
+                at = tag + 1
+            elif match[2]:
+                at = self.tag(source, match)
+            else:
+                end = source.find("-->" if match[4] else ">", tag + 2 if match[4] else tag)
+                at = end + (3 if match[4] else 1) if end >= 0 else len(source)
         self.end_anchor()
 
-    def markup(self, source: str, start: int) -> int:
-        """Reads what "<" begins; returns where it ends."""
-        match = _TAG.match(source, start)
-        if not match:
-            self.text("<")
-            return start + 1
-        if match.group(2):
-            return self.tag(source, match)
-        closing = "-->" if match.group(4) else ">"
-        end = source.find(closing, start + 2 if match.group(4) else start)
-        return len(source) if end < 0 else end + len(closing)
-
     def tag(self, source: str, match) -> int:
-        """Reads the tag that `match` begins; returns where it ends."""
-        name, at, attributes = match.group(2).lower(), match.end(), {}
-        while not match.group(3):
+        """Reads the tag that `match` begins; returns where it, or the text it keeps, ends."""
+        name, at, attributes = match[2].lower(), match.end(), {}
+        while not match[3]:
             found = _ATTRIBUTE.match(source, at)
             if not found:
                 return len(source)
             at = found.end()
-            if found.group(1):
+            if found[1]:
                 break
-            key = found.group(2).lower()
-            if key in _ATTRIBUTES:
-                value = found.group(3) or found.group(4) or found.group(5) or ""
+            key = found[2].lower()
+            if key in ("href", "src", "alt", "style", "hidden"):
+                value = found[3] or found[4] or found[5] or ""
                 attributes.setdefault(key, _unescape_attribute(value))
-        if match.group(1):
-            self.end(name)
-            return at
-        self.start(name, attributes)
-        if name in _RAW_TEXT:
-            end = _RAW_TEXT[name].search(source, at)
+        self.element(name, bool(match[1]), attributes)
+        if name in _RAW_TEXT and not match[1]:
+            end = re.compile("</%s(?=[\\s/>])" % name, re.I).search(source, at)
             return end.start() if end else len(source)
         return at
 
-    def start(self, name: str, attributes: Dict[str, str]):
-        """Takes a start tag."""
-        self.separate("\n" if name in _BLOCKS else "\t" if name in ("td", "th") else "")
-        if self.hidden:
-            self.hidden_depth += name == self.hidden
-        elif name not in _VOID and ("hidden" in attributes
-                                    or _HIDDEN_STYLE.search(attributes.get("style", ""))):
-            self.hidden, self.hidden_depth = name, 1
-        if name in ("a", "area"):
-            self.end_anchor()
-        if name in ("a", "area") and attributes.get("href", "").strip():
-            if len(self.links) < MAX_LINKS:
-                self.links.append(Link(_url(attributes["href"]), None))
-                self.anchor = [] if name == "a" else self.anchor
-        elif name == "img" and "src" in attributes and len(self.images) < MAX_LINKS:
-            self.images.append(Image(_url(attributes["src"]), attributes.get("alt")))
-        elif name == "base" and not self.base:
-            self.base = _url(attributes.get("href", ""))
-
-    def end(self, name: str):
-        """Takes an end tag."""
-        self.separate("\n" if name in _BLOCKS else "")
-        if name == "a":
-            self.end_anchor()
-        if name == self.hidden:
-            self.hidden_depth -= 1
-            if not self.hidden_depth:
-                self.hidden = ""
-
-    def separate(self, blank: str):
-        """Parts the text where a block or a cell begins or ends."""
+    def element(self, name: str, is_end: bool, attributes: Dict[str, str]):
+        """Takes a start or an end tag."""
+        blank = "\n" if name in _BLOCKS else "\t" if name in ("td", "th") and not is_end else ""
         if blank and not self.hidden:
             self.visible.append(blank)
         if blank and self.anchor is not None:
             self.anchor.append(" ")
+        if name in ("a", "area"):
+            self.end_anchor()
+        if name == self.hidden:
+            self.hidden_depth += -1 if is_end else 1
+            self.hidden = name if self.hidden_depth else ""
+        elif not self.hidden and not is_end and name not in _VOID and (
+                "hidden" in attributes or _HIDDEN_STYLE.search(attributes.get("style", ""))):
+            self.hidden, self.hidden_depth = name, 1
+        # A URL as a browser takes it: trimmed, without the line ends inside.
+        href, src = (re.sub(r"[\t\r\n]+", "", attributes.get(key, "").strip(" \t\r\n\x0c\x00"))
+                     for key in ("href", "src"))
+        if name in ("a", "area") and href and len(self.links) < MAX_LINKS:
+            self.links.append(Link(href, None))
+            self.anchor = [] if name == "a" else None
+        elif name == "img" and "src" in attributes and len(self.images) < MAX_LINKS:
+            self.images.append(Image(src, attributes.get("alt")))
+        elif name == "base":
+            self.base = self.base or href
 
     def text(self, text: str):
         """Takes text between tags."""
