@@ -7493,7 +7493,7 @@ button, .button, .box, #search {
 }
 .square, .quiet, .chip button { border: 0; background: none; }
 .square { flex: none; width: 30px; height: 30px; padding: 0; color: var(--soft); }
-:is(button, .button, .square, .inbox, .row):hover { background: var(--sunk); }
+:is(button:not(.primary), .button, .square, .inbox, .row):hover { background: var(--sunk); }
 button.primary { background: var(--accent); color: var(--card); }
 #search { width: 100%; height: 32px; padding: 0 11px; }
 ::placeholder { color: var(--soft); opacity: 1; }
@@ -7894,8 +7894,7 @@ async function loadList() {
 }
 
 const recount = throttled(async () => {
-  const {items} = await list("v1/inboxes?" + only(own()));
-  items.sort((one, other) => (one.expires < other.expires ? 1 : -1));  // those of late mail first
+  const {items} = await list(`v1/inboxes?itemsPerPage=${INBOXES}&` + only(own()));
   state.inboxes = new Map(items.map((item) => [item.address.toLowerCase(), item]));
 });
 
@@ -7923,8 +7922,8 @@ const refresh = throttled(async () => {
     loadSessions();
   }
   follow();
-  recount();  // it may take longer than the rest
   await loadList();
+  recount();  // apart, since it may take longer
   if (state.sessions[0] && failed(state.sessions[0])) loadSessions();
   if (state.message) await ask(apiUrl(view.message), {method: "HEAD"}).catch(lose);
   state.problem = "";
@@ -8007,17 +8006,17 @@ async function acquire() {
 }
 
 function renderInboxes() {
-  const all = [...state.inboxes.values()], {messages, unseen} = state.health;
+  const all = [...state.inboxes.values()], {messages, unseen, inboxes} = state.health;
   const sum = (name) => all.reduce((total, inbox) => total + inbox[name], 0);
   const whole = {address: "", message_count: state.own ? sum("message_count") : messages,
     unseen: state.own ? sum("unseen") : unseen};
-  const some = all.slice(0, INBOXES), more = all.length - some.length;
-  for (const [id, inboxes] of [["all", [whole]], ["acquired", some.filter((one) => one.acquired)],
-    ["others", some.filter((one) => !one.acquired)]]) {
-    each($(id), inboxes, "address", inboxEntry, updateEntry);
+  for (const [id, part] of [["all", [whole]], ["acquired", all.filter((one) => one.acquired)],
+    ["others", all.filter((one) => !one.acquired)]]) {
+    each($(id), part, "address", inboxEntry, updateEntry);
   }
   choose("inbox", view.inbox);
-  $("more").textContent = more ? `${more.toLocaleString("en")} more: search with to:` : "";
+  const more = all.length < INBOXES ? 0 : inboxes - all.length;
+  $("more").textContent = more > 0 ? `${more.toLocaleString("en")} more: search with to:` : "";
   document.title = whole.unseen ? `(${whole.unseen}) mailtest` : "mailtest";
 }
 

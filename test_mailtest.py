@@ -8693,6 +8693,8 @@ class Browser:
         self.login = {"response": "CancelAuth"}
         self.login = {"response": "CancelAuth"}
         self.login = {"response": "CancelAuth"}
+        self.login = {"response": "CancelAuth"}
+        self.login = {"response": "CancelAuth"}
         target = self("Target.createTarget", url="about:blank")["targetId"]
         self._session = self("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
         for domain in ("Page", "Runtime", "Network", "Log"):
