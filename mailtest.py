@@ -1816,47 +1816,36 @@ _HAS: Dict[str, Callable[[Mail], Any]] = {
     "link": lambda mail: mail.links, "text": lambda mail: mail.text_body.body,
     "warning": lambda mail: mail.warnings,
 }
-# word: (what it looks for, its test); what costs less to look at comes first
-WORDS: Dict[str, Tuple[str, Callable[[Searched, str], bool]]] = {
-    "id": ("the id of the message, or a part of its Message-ID", lambda mail, value: (
-        value == mail.message.id.lower() or value in mail.header.text("message-id").lower())),
-    "user": ("a part of the user that AUTH named", lambda mail, value: (
-        value in mail.message.envelope.user.lower())),
-    "subject": ("a part of the subject", lambda mail, value: (
-        value in mail.header.text("subject").lower())),
-    "from": ("a part of the sender's name or address", lambda mail, value: (
-        mail.names("from", value))),
-    "to": ("the same of any recipient", lambda mail, value: mail.names("to", value)),
-    "cc": ("the same of Cc", lambda mail, value: mail.names("cc", value)),
-    "bcc": ("the same of a hidden recipient", lambda mail, value: mail.names("bcc", value)),
-    "header": ("a part of a header field, as in \"x-mailer: acme\"", lambda mail, value: any(
-        value in f"{name}: {decode_words(text)}".lower() for name, text in mail.header.fields)),
-    "body": ("a part of the text or the HTML source", lambda mail, value: value in mail.body),
-    "file": ("a part of an attachment's name", lambda mail, value: any(
-        value in part.file_name.lower() for part in mail.mail.attachments)),
-    "has": (", ".join(_HAS), lambda mail, value: bool(_HAS[value](mail.mail))),
+# Word: its test; what costs less to look at comes first.
+WORDS: Dict[str, Callable[[Searched, str], bool]] = {
+    "id": lambda mail, value: (value == mail.message.id.lower()
+                               or value in mail.header.text("message-id").lower()),
+    "user": lambda mail, value: value in mail.message.envelope.user.lower(),     # named by AUTH
+    "subject": lambda mail, value: value in mail.header.text("subject").lower(),
+    "from": lambda mail, value: mail.names("from", value),
+    "to": lambda mail, value: mail.names("to", value),
+    "cc": lambda mail, value: mail.names("cc", value),
+    "bcc": lambda mail, value: mail.names("bcc", value),
+    "header": lambda mail, value: any(           # header:"x-mailer: acme"
+        value in f"{name}: {decode_words(text)}".lower() for name, text in mail.header.fields),
+    "body": lambda mail, value: value in mail.body,
+    "file": lambda mail, value: any(
+        value in part.file_name.lower() for part in mail.mail.attachments),
+    "has": lambda mail, value: bool(_HAS[value](mail.mail)),
 }
 _TESTS: Dict[str, Callable[[Searched, str], bool]] = {
-    **{word: test for word, (_, test) in WORDS.items()},
+    **WORDS,
     "sender": lambda mail, value: mail.has_address("from", value),
     "recipient": lambda mail, value: mail.has_address("to", value),
-    "free": lambda mail, value: any(
-        _TESTS[word](mail, value) for word in ("subject", "from", "to", "body")),
+    "": lambda mail, value: any(WORDS[word](mail, value)         # free text
+                                for word in ("subject", "from", "to", "body")),
 }
-
-
-class Term(NamedTuple):
-    """One condition on a message. `field` is a key of _TESTS; `value` is in lower case."""
-
-    field: str
-    value: str
-    wanted: bool = True
 
 
 class Criteria(NamedTuple):
     """Terms that must hold, all of them or any one.  Without terms every message matches."""
 
-    terms: Tuple[Term, ...] = ()
+    terms: Tuple[Tuple[str, str, bool], ...] = ()    # key of _TESTS, lower-case value, wanted
     any_of: bool = False
 
     def match(self, message: Message) -> bool:
@@ -1870,15 +1859,15 @@ def criteria(subject: str = "", sender: str = "", to: str = "", body: str = "", 
              any_of: bool = False) -> Criteria:
     """The filters of HTTP and Python: a part of the subject, of the body or of a header field; the
     sender's or a recipient's full address. "" is no condition."""
-    terms = []
-    for name, field, value in (("subject", "subject", subject), ("sender", "sender", sender),
-                               ("to", "recipient", to), ("header", "header", header),
-                               ("body", "body", body)):
+    given = (("subject", subject), ("sender", sender), ("to", to), ("header", header),
+             ("body", body))
+    for name, value in given:
         if not isinstance(value, str):
             raise TypeError(f"expected {name} to be text, got {value!r}")
-        if value:
-            terms.append(Term(field, address_key(value) if "@" in value else value.lower()))
-    return Criteria(tuple(terms), any_of)
+    return Criteria(tuple(
+        ("recipient", address_key(value), True) if name == "to" else
+        (name, address_key(value) if name == "sender" else value.lower(), True)
+        for name, value in given if value), any_of)
 
 
 _WORD = re.compile(      # a URL is no word with a colon, nor is what ends with one
@@ -1890,19 +1879,17 @@ def words(query: str) -> Criteria:
     ValueError if it has a word that is none."""
     terms = []
     for minus, word, quoted, plain in _WORD.findall(query):
-        value, word = (quoted or plain).lower(), word.lower()
-        if word == "has":
-            value = "attachment" if value == "attachments" else value
-            if value not in _HAS:
-                raise ValueError(f"expected one of {', '.join(_HAS)} after has:, got "
-                                 f"{_seen(value)}")
-        if word and word not in WORDS:
-            known = " ".join(name + ":" for name in sorted(WORDS))
-            raise ValueError(f"expected one of {known} or the text in quotes, got {_seen(word)}:")
+        word, value = word.lower(), (quoted or plain).lower()
+        value = value.rstrip("s") if word == "has" else value            # has:links
+        if word and word not in WORDS or word == "has" and value not in _HAS:
+            known = [f"has:{what}" for what in _HAS] if word == "has" else [
+                f"{name}:" for name in sorted(WORDS)]
+            raise ValueError(f"expected {' '.join(known)} or the text in quotes, got "
+                             f"{_seen(word + ':' + value)}")
         if value:
-            terms.append(Term(word or "free", value, not minus))
-    order = [*WORDS, "free"]
-    return Criteria(tuple(sorted(terms, key=lambda term: order.index(term.field))))
+            terms.append((word, value, not minus))
+    order = [*WORDS, ""]
+    return Criteria(tuple(sorted(terms, key=lambda term: order.index(term[0]))))
 
 
 # ---- Store -----------------------------------------------------------------
