@@ -1767,6 +1767,11 @@ class Message:
                 if part.is_body()]
 
 
+def read_message(octets: bytes, envelope: Envelope = Envelope(None, ())) -> Mail:
+    """A mail that nobody delivered, read completely; never raises, whatever the octets."""
+    return Message("", octets, envelope).read()
+
+
 # ---- Search ----------------------------------------------------------------
 # Which messages a request means: terms on a message, all or any of them. One table of words
 # serves the search box, the API's q=, the filters, the page and the README.

@@ -130,7 +130,7 @@ def message_rows(table):
 def read(octets, *paths, **envelope):
     """A mail that was read."""
     envelope = mailtest.Envelope(None, paths, **envelope)
-    return mailtest.Message("id", octets, envelope).read()
+    return mailtest.read_message(octets, envelope)
 
 
 PLAIN, HTML = "Content-Type: text/plain", "Content-Type: text/html"
