@@ -4551,7 +4551,7 @@ def _text(most: int = 0, form: str = "", expected: str = "a string", **schema: A
     return Kind({"type": "string", **bounds, **schema}, expected, read)
 
 
-def _number(least: int, most: float, default: float, whole: bool = True) -> Kind:
+def _number(least: float, most: float, default: float, whole: bool = True) -> Kind:
     """A number within bounds."""
     form = r"[0-9]{1,9}" if whole else r"[0-9]{1,6}(\.[0-9]{0,40})?(e[+-]?[0-9]{1,3})?"
 
@@ -4640,11 +4640,9 @@ _SCRIPT = r"^(mail|rcpt|data):([45][0-9]{2}|drop|delay=[0-9](\.[0-9]+)?)(\*[1-9]
 _ADDRESSES = Kind({**_LINE.schema, "pattern": f"^({_MAILBOX}(, ?{_MAILBOX})*)?$"},
                   "an address such as anna@example.com, in one line of at most 2000 characters",
                   _mailbox_list)
-_NAME = Kind({"type": "string", "maxLength": 200, "pattern": r"[^\s\x1c-\x1f]"},
-             "a string of at most 200 characters",
-             lambda value: _text(200).read(value).strip())
+_NAME = Kind({"type": "string", "maxLength": 200, "pattern": r"[^\s\x1c-\x1f]"}, "a string of at "
+             "most 200 characters", lambda value: _text(200).read(value).strip())
 _SERVER = Kind(_STRING, "a server id", str.lower, DEFAULT_SERVER)
-_NEW_SERVER = _text(255, r"[^\x00-\x20\x7f/@\\<>\"]+", "a server id: a label or a whole domain")
 _MOMENT = Kind({"anyOf": [{"type": "string", "format": "date-time"},
                           {"type": "string", "enum": [""]}]},
                "a time such as 2026-01-31T12:00:00Z", _time, None)
@@ -4687,8 +4685,7 @@ PARAMETERS = {key: Parameter(*row) for key, row in {
                "1: with remote content"),
     "event": ("after", _text(15, "[0-9]+", "the number of an event"), "the number of an event"),
     "server": ("server", _SERVER, "whose messages; mailtest: all"),
-    "emptied": ("server", _SERVER._replace(default=""), "whose messages; mailtest: all",
-                "Expected server=ID: whose messages; mailtest means all"),
+    "emptied": ("server", _SERVER._replace(default=""), "whose messages; mailtest: all"),
     "page": ("page", _number(0, 10_000_000, 0), "which page; the first is 0"),
     "size": ("itemsPerPage", _number(1, 1000, 50), "messages of a page"),
     "most": ("itemsPerPage", _number(1, 1_000_000, 1_000_000), "how many at most"),
@@ -4702,10 +4699,10 @@ PARAMETERS = {key: Parameter(*row) for key, row in {
     "sent_to": ("sentTo", _TEXT, "the whole address of a recipient"),
     "any_of": ("match", _choice("ALL or ANY", {     # 0 and 1: .NET's client
         "ALL": False, "ANY": True, 0: False, 1: True}, False), "ALL or ANY of the criteria"),
-    "owner": ("server", _NEW_SERVER, "where the message is made",
-              "Expected server=ID: where to create the message"),
-    "recipients": ("to", _ADDRESSES, "recipients", "Expected to: an address to send to"),
-    "copies": ("cc", _ADDRESSES, "recipients of a copy"),
+    "owner": ("server", _text(255, r"[^\x00-\x20\x7f/@\\<>\"]+", "a server id: a label or a whole "
+                              "domain"), "where the message is made"),
+    "recipients": ("to", _ADDRESSES, "addresses to send to"),
+    "copies": ("cc", _ADDRESSES, "addresses that get a copy"),
     "author": ("from", _ADDRESSES, "the sender"),
     "send": ("send", _choice("true or false", {True: True, False: False, None: False}, False),
              "true: it is sent; else the server has received it"),
@@ -4713,14 +4710,11 @@ PARAMETERS = {key: Parameter(*row) for key, row in {
     "text": ("text", _TEXT, "the text"),
     "source": ("html", _TEXT, "the HTML"),
     "parts": ("attachments", _PARTS, "attachments"),
-    "clients": ("emailClients", Kind(_list(_STRING), "a list", lambda value: value),
-                "mail clients"),
     "server_name": ("name", _NAME, "a name", "Servers need a name"),
     "device_name": ("name", _NAME, "a name", "Devices need a name"),
     "secret": ("sharedSecret", Kind(
         {"type": "string", "maxLength": 200, "pattern": _SECRET}, "base32, such as "
-        "ONSWG4TFOQYTEMY=", lambda value: _secret_key(value) and value), "a secret in base32",
-        "Expected sharedSecret to be base32, such as ONSWG4TFOQYTEMY=, got ''"),
+        "ONSWG4TFOQYTEMY=", lambda value: _secret_key(value) and value), "a secret in base32"),
     "sms_to": ("To", _PHONE, "the recipient of an SMS"),
     "sms_from": ("From", _PHONE, "its sender"),
     "sms_service": ("MessagingServiceSid", _PHONE, "in place of From"),
@@ -4739,9 +4733,8 @@ def declare(limits: Limits) -> Dict[str, Parameter]:
         "timeout": Parameter("timeout", seconds, "seconds to wait"),
         "milliseconds": Parameter("timeout", _number(0, limits.poll * 1000, 0),
                                   "milliseconds to wait for a match"),
-        "within": Parameter("within", _number(1, limits.ttl, 0, whole=False),
-                            "seconds until the next call is due",
-                            "Expected within=SECONDS: when the next call is due")}
+        "within": Parameter("within", _number(0.01, limits.ttl, 0, whole=False),
+                            "seconds until the next call is due")}
 
 
 class Api:
@@ -5089,8 +5082,8 @@ class Call:
         """Await the next call within so many seconds; a mail tells the inbox if none comes"""
         try:
             return _inbox(self.store.watch(address, within))
-        except ValueError as error:
-            raise ApiError(400, "bad_request", str(error), "within") from None
+        except ValueError as error:          # no address: no path of ours
+            raise Unknown(str(error)) from None
 
     def unwatch(self, address: str):
         """Await no further call"""
@@ -5491,7 +5484,7 @@ class Call:
         """The mail clients that previews can be made with: none"""
         return {"items": []}
 
-    def make_previews(self, id: str, clients: Any):
+    def make_previews(self, id: str):
         """Not possible offline; says so"""
         self.store.message(id)
         raise ApiError(501, "not_implemented", "Screenshots in mail clients need those clients, "
@@ -5583,7 +5576,7 @@ ROUTES = tuple(Route(*columns) for columns in (
     ("DELETE", "/api/messages/{id}", Call.delete_message),
     ("POST", "/api/messages/{id}/forward", Call.forward_message, "api", "", _FORWARD, "Message"),
     ("POST", "/api/messages/{id}/reply", Call.reply_to_message, "api", "", _ANSWER, "Message"),
-    ("POST", "/api/messages/{id}/screenshots", Call.make_previews, "api", "", "clients"),
+    ("POST", "/api/messages/{id}/screenshots", Call.make_previews),
     ("GET", "/api/files/attachments/{id}", Call.get_attachment, "api", "", "", "*/*"),
     ("GET", "/api/files/email/{id}", Call.get_email, "api", "", "", "message/rfc822"),
     ("GET", "/api/files/screenshots/{id}", Call.get_screenshot),

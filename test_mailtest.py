@@ -4249,13 +4249,13 @@ BAD_CALLS = {
         "Expected timeout to be a whole number from 0 to 60000, got '60001'"),
     "an unknown search word": ("GET", "/api/messages?q=colour:red", {}, "q", "colour"),
     "deleting without a server": ("DELETE", "/api/messages", {}, "server",
-                                  "Expected server=ID: whose messages; mailtest means all"),
+                                  "Expected server: whose messages; mailtest: all"),
     "deleting of an empty server": ("DELETE", "/api/messages?server=", {}, "server",
-                                    "Expected server=ID: whose messages; mailtest means all"),
+                                    "Expected server: whose messages; mailtest: all"),
     "creating without a server": ("POST", "/api/messages", {}, "server",
-                                  "Expected server=ID: where to create the message"),
+                                  "Expected server: where the message is made"),
     "a forward to nobody": ("POST", "/api/messages/{id}/forward", {"text": "t"}, "to",
-                            "Expected to: an address to send to"),
+                            "Expected to: addresses to send to"),
     "a reply to nobody": ("POST", "/api/messages/{id}/reply", {"text": "t"}, "id",
                           "Expected a message with From or Reply-To"),
     "a server without a name": ("POST", "/api/servers", {"name": None}, "name",
@@ -4994,8 +4994,9 @@ def test_secret_is_taken_as_people_write_it(secret):
 @pytest.mark.parametrize("secret", ["", None, "018", "ä", "=", "A" * 3 + "\0"])
 def test_secret_that_is_none_is_refused(secret):
     _, api = api_on_clock()
-    expected = invalid("sharedSecret", "Expected sharedSecret to be base32, such as "
-                                       f"ONSWG4TFOQYTEMY=, got {secret or ''!r}")
+    expected = invalid("sharedSecret", "Expected sharedSecret" + (
+        f" to be base32, such as ONSWG4TFOQYTEMY=, got {secret!r}" if secret else
+        ": a secret in base32"))
     for target in ("/api/devices/otp", "/api/devices"):
         body = {"name": "d", "sharedSecret": secret}
         assert said(ask(api, "POST", target, body)) == expected
