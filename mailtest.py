@@ -930,6 +930,8 @@ be bg mk ru sr uk: | верификац лозинк пацверджанн пи
     шифра | broj број- номер нумар № | porudžbin артикул бик дагавор договор заказ замов заявк
     индекс инн клиент кліент клієнт купац накладн нарачк наруџбин ошибк паштов поруџбин поръчк
     посылк почтов поштенск поштов пощенск рахун рачун счет счёт телефон товар трек фактур індекс
+bh hi mr ne sa: कूट कोड सङ्केत संकेत | ओटीपी पडताळणी पासवर्ड पिन प्रमाणीकरण संकेतशब्द सत्यापन
+    | क्रमांक नं नंबर नम्बर संख्या | अर्डर आदेश आर्डर ऑर्डर ग्राहक चालान टपाल बिल बीजक हुलाक
 bs hr sr: kôd- | lozink potvrdni zapork | | kupac narudžb poštansk račun
 ca es gl: codi código | clave contrasenya contraseña contrasinal nip | nº núm | albarán
     artículo client cuenta envío expediente pedido presupuesto referencia reserva seguimiento
@@ -966,8 +968,6 @@ ga: chód cód gcód | fíorú pasfhocal | uimhir | custaiméir ordú phoist son
 gu: કોડ | ઓટીપી ચકાસણી પાસવર્ડ પિન | નંબર | ઇન્વોઇસ ઓર્ડર ગ્રાહક પિનકોડ ફોન
 ha: lamba | kalmar_sirri lambar_sirri lambar_tabbatarwa | lambar | abokin daftari oda
 he: קוד | אימות הקוד סיסמ | מס מספר | הזמנ חוזה חשבונית לקוח מיקוד
-hi mr ne: कोड | ओटीपी पडताळणी पासवर्ड पिन प्रमाणीकरण संकेतशब्द सत्यापन | क्रमांक नं नंबर नम्बर
-    संख्या | अर्डर आदेश आर्डर ऑर्डर ग्राहक चालान टपाल बिल बीजक हुलाक
 hu: -kód- | -jelszav -jelszó- megerősít | -szám | irányítószám rendelés szerződés számla
     ügyfél
 hy: կոդ- | գաղտնաբառ ծածկագիր հաստատմ | համար | հաճախորդ հաշիվ հեռախոս պատվեր փոստային
@@ -984,10 +984,12 @@ kk ky mn tg tt: -код- рамз- | баталгаажуул нууц_үг па
     фармоиш шот шуудан эсеп үйлчлүүлэгч
 km: កូដ លេខកូដ | ផ្ទៀងផ្ទាត់ ពាក្យសម្ងាត់ លេខសម្ងាត់ | លេខ | ទូរស័ព្ទ បញ្ជាទិញ ប្រៃសណីយ៍
     វិក្កយបត្រ អតិថិជន
-kn: ಕೋಡ್ | ಒಟಿಪಿ ಪರಿಶೀಲನ ಪಾಸ್ವರ್ಡ್ ಪಾಸ್‌ವರ್ಡ್ | ಸಂಖ್ಯೆ | ಅಂಚೆ ಆದೇಶ ಆರ್ಡರ್ ಇನ್ವಾಯ್ಸ್ ಗ್ರಾಹಕ
+kn: ಸಂಕೇತ ಕೋಡ್ | ಒಟಿಪಿ ಪರಿಶೀಲನ ಪಾಸ್ವರ್ಡ್ ಪಾಸ್‌ವರ್ಡ್ | ಸಂಖ್ಯೆ | ಅಂಚೆ ಆದೇಶ ಆರ್ಡರ್ ಇನ್ವಾಯ್ಸ್
+    ಗ್ರಾಹಕ
 ko: 코드 | 비밀번호 승인번호 암호 인증 패스워드 확인_번호 | 번호 | 계약 계좌 고객 문의 상품
     송장 예약 오류 우편 운송장 전화 접수 제품 주문 회원
 ku: | nasnav peyvborîn şîfre | hejmar | fatûre ferman xerîdar
+la: codex | verificationis | numerus | epistul
 lo: ລະຫັດ | ຢືນຢັນ | ເລກ ໝາຍເລກ | ລູກຄ້າ ສັ່ງຊື້ ໂທ ໃບແຈ້ງໜີ້ ໄປສະນີ
 lt lv: | apstiprin patvirtin slaptažod | numer numur | līgum pasta pasūtījum pašto rēķin
     sutart sąskait užsaky
@@ -1029,19 +1031,17 @@ zh: 代码 代碼 码 碼 | 口令 密码 密碼 | 号 編號 编号 號 | 二�
 _KINDS = ("code", "secret", "number", "thing")
 _BEGINNING = re.compile(
     r"\b[0-9a-z_\xaa-\u058f\u1e00-\u1fff]{2}|[^\x00-\u058f\u1e00-\u1fff]")
-_ODD = re.compile(r"[^\D0-9]|[\xa0\xad\u2007\u2009\u200b-\u2013\u202a-\u202f\u2060\u3000\ufeff"
-                  r"\uff01-\uff5e]")
+_ODD = re.compile(
+    "[^\\D0-9]|[\xa0\xad\u2007\u2009\u200b-\u2013\u202a-\u202f\u2060\u3000\ufeff\uff0d"
+    "\uff21-\uff5a]")
 
 
 def _ascii_of(odd) -> str:
-    """A digit, blank, dash or sign of full width in ASCII; "" for what has no width."""
-    sign, code = odd[0], ord(odd[0])
-    if 0xFF00 < code < 0xFF5F:
-        sign = chr(code - 0xFEE0)
-        return sign if sign.isalnum() or sign == "-" else sign + " "
-    if sign.isdigit():
-        return str(int(sign))
-    return "-" if 0x2010 <= code < 0x2014 else " " * sign.isspace()
+    """A digit, letter, dash or blank in ASCII, "" for what has no width."""
+    sign = odd[0]
+    if sign.isalnum():
+        return str(int(sign)) if sign.isdigit() else chr(ord(sign) - 0xFEE0)
+    return "-" if "\u2010" <= sign < "\u2014" or sign == "\uff0d" else " " * sign.isspace()
 
 
 def _in_ascii(text: str) -> str:
@@ -1134,12 +1134,10 @@ def _laid_out(text: str) -> List[str]:
     return lines
 
 
-_CANDIDATE = re.compile(r"(?<![!-~])(?:%s|%s|%s)" % (
+_CANDIDATE = re.compile(r"(?<![!-~])(?:(?:%s|%s)[\])>.,;:!?*\"'_]*(?![!-~])|%s)" % (
     # groups set off with blanks, a number with all its groups, a word that may be a code
-    r"(?=[0-9 ]{0,39}[A-Z])(?=[A-Z]{0,3}[0-9])[A-Z0-9]{4}(?: (?=[A-Z]{0,3}[0-9])[A-Z0-9]{4}){1,7}"
-    r"[\])>.,;:!?*\"'_]*(?![!-~])",
-    r"[\[(<*\"'_]*[+(]?[0-9][0-9()+./,:'-]*(?:(?<=[0-9)]) [0-9(+][0-9()+./,:'-]*)*"
-    r"[\])>.,;:!?*\"'_]*(?![!-~])",
+    r"(?=[0-9 ]{0,39}[A-Z])(?=[A-Z]{0,3}[0-9])[A-Z0-9]{4}(?: (?=[A-Z]{0,3}[0-9])[A-Z0-9]{4}){1,7}",
+    r"[\[(<*\"'_]*[+(]?[0-9][0-9()+./,:'-]*(?:(?<=[0-9)]) [0-9(+][0-9()+./,:'-]*)*",
     r"(?=[!-~]*?(?:[0-9]|[A-Z][A-Z-]|-[a-z]+-|[a-f]+(?![!-~])))[!-~]+"))
 _MAYBE = re.compile(r"[0-9]|[A-Z][A-Z-][A-Z-][A-Z]|-[a-z]+-")      # a line with one
 _AROUND = "\"'()[]<>*_.,;:!?|`{}"
