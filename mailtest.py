@@ -6928,6 +6928,30 @@ def user_and_password(text: str) -> Tuple[str, str]:
     return user, password
 
 
+def _add_uses(parser: argparse.ArgumentParser) -> None:
+    """Adds the options of services and of scripts."""
+    add = parser.add_argument_group("on a network").add_argument
+    add("--hosted", action="store_true",
+        help="a public service: --strict, --max-size 200k, --rate 10, no lists")
+    add("--rate", type=a_count, metavar="N",
+        help="requests a minute and client to the Mailtest service")
+    add("--trust-proxy", action="store_true",
+        help="take the client's address from X-Forwarded-For")
+    add("--allow-host", type=a_host, action="append", default=[], metavar="NAME",
+        help="a Host header to answer to, .NAME for all below it; repeatable")
+    add("--allow-origin", type=an_origin, action="append", default=[], metavar="URL",
+        help="scheme, host and port whose pages may read by script (CORS); repeatable")
+    add = parser.add_argument_group("in scripts").add_argument
+    add("-v", "--log", action="store_true",
+        help="a line on standard error for each mail and whatever is refused")
+    add("--save", metavar="DIR", default="", help="also write each message to DIR/<time>-<id>.eml")
+    add("--webhook", metavar="URL", default="", help="also POST each message as JSON to URL")
+    add("--exit-after", type=a_count, metavar="N",
+        help="leave after N messages, printed as JSON; status 1 if they do not come")
+    add("--timeout", type=a_time, metavar="TIME", help="how long --exit-after waits (no end)")
+    add("--until-eof", action="store_true", help="leave when standard input ends")
+
+
 def _options() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="mailtest.py", usage="mailtest.py [--smtp PORT] [--http PORT] [options]\n"
@@ -6968,26 +6992,7 @@ def _options() -> argparse.ArgumentParser:
     add("--api-key", type=some_text, metavar="KEY",
         default=os.environ.get("MAILTEST_API_KEY") or None,
         help="demand it on all but the Mailtest service (or MAILTEST_API_KEY)")
-    add = parser.add_argument_group("on a network").add_argument
-    add("--hosted", action="store_true",
-        help="a public service: --strict, --max-size 200k, --rate 10, no lists")
-    add("--rate", type=a_count, metavar="N",
-        help="requests a minute and client to the Mailtest service")
-    add("--trust-proxy", action="store_true",
-        help="take the client's address from X-Forwarded-For")
-    add("--allow-host", type=a_host, action="append", default=[], metavar="NAME",
-        help="a Host header to answer to, .NAME for all below it; repeatable")
-    add("--allow-origin", type=an_origin, action="append", default=[], metavar="URL",
-        help="scheme, host and port whose pages may read by script (CORS); repeatable")
-    add = parser.add_argument_group("in scripts").add_argument
-    add("-v", "--log", action="store_true",
-        help="a line on standard error for each mail and whatever is refused")
-    add("--save", metavar="DIR", default="", help="also write each message to DIR/<time>-<id>.eml")
-    add("--webhook", metavar="URL", default="", help="also POST each message as JSON to URL")
-    add("--exit-after", type=a_count, metavar="N",
-        help="leave after N messages, printed as JSON; status 1 if they do not come")
-    add("--timeout", type=a_time, metavar="TIME", help="how long --exit-after waits (no end)")
-    add("--until-eof", action="store_true", help="leave when standard input ends")
+    _add_uses(parser)
     parser.add_argument("--version", action="version", version=f"mailtest {__version__}")
     return parser
 

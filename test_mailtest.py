@@ -9613,6 +9613,13 @@ def test_no_line_is_over_99_columns():
             if len(line) > 99] == []
 
 
+def test_functions_are_short():
+    lengths = sorted((node.end_lineno - node.lineno + 1, node.name) for node in ast.walk(tree())
+                     if isinstance(node, ast.FunctionDef))
+    assert lengths[len(lengths) // 2][0] <= 8
+    assert [each for each in lengths if each[0] > 50] == []
+
+
 def test_only_the_command_line_prints():
     uses = [token.start[0] for token in tokenize.generate_tokens(io.StringIO(SOURCE).readline)
             if token.type == tokenize.NAME and token.string == "print"]
