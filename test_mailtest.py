@@ -8579,7 +8579,7 @@ def test_sendmail_counts_a_mail_as_taken_whatever_quit_says(monkeypatch, standin
     def broken(session, argument):
         said.append("QUIT")
         raise mailtest.Refuse(421, "4.3.2", "Shutting down")
-    mailtest.read_line.cache_clear()
+    mailtest._KNOWN_LINES.clear()
     monkeypatch.setitem(mailtest.COMMANDS, b"QUIT",
                         mailtest.COMMANDS[b"QUIT"]._replace(run=broken))
     status, err, messages = standin(["b@x.example"], spelled("WHOLE||x|"))
