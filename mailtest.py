@@ -7474,7 +7474,7 @@ PAGE_HTML = r"""<!doctype html>
 <header class="line">
   <h1><a class="line" href="./" data-icon="mail" data-inside title="All mail">mailtest</a></h1>
   <span id="status" class="soft line" data-testid="status" role="status">connecting</span>
-  <button id="smtp" class="quiet mono" title="Copy the SMTP address"></button>
+  <button id="smtp" class="quiet mono"></button>
   <div id="find" role="search"><input id="search" data-testid="search" type="search"
     placeholder="Search or address" aria-label="Search messages"
     title="Search (/)" autocomplete="off" spellcheck="false"></div>
@@ -7529,7 +7529,7 @@ body {
   display: grid; grid-template: "head head head" auto "strip strip strip" auto
     "side list main" minmax(0, 1fr) / 232px minmax(330px, 27vw) minmax(0, 1fr);
   height: 100dvh; background: var(--back); color: var(--text);
-  font: 14px/1.45 system-ui, "Segoe UI", sans-serif;
+  font: 14px/1.45 system-ui, sans-serif;
 }
 a, .client, .code { color: var(--accent); }
 pre, code, .mono { font: 12.5px/1.5 var(--mono); white-space: pre-wrap; }
@@ -7569,7 +7569,7 @@ h1 .icon { color: var(--accent); }
   content: ""; width: 8px; height: 8px; border-radius: 50%; background: gray;
 }
 #status[data-state=live]::before { background: light-dark(#15803d, #4ade80); }
-#find { flex: 1; max-width: 480px; min-width: 90px; margin-left: auto; }
+#find { flex: 1; max-width: 480px; margin-left: auto; }
 #refused { grid-area: strip; padding: 6px 14px; border-bottom: var(--edge); }
 .refusal, #status:is([data-state=reconnecting], [data-state=waiting]) { color: var(--bad); }
 
@@ -7589,8 +7589,9 @@ label:has(:checked) { color: var(--accent); font-weight: 550; }
   border-right: var(--edge); background: var(--card);
 }
 #bar { padding: 6px 10px 6px 14px; border-bottom: var(--edge); }
-#bar h2 { flex: 1; font-size: 13.5px; }
+#bar h2 { flex: auto; font-size: 13.5px; }
 .menu, .block, .inbox, .row, .tools label { position: relative; }
+.menu { margin-left: auto; }
 .menu div {
   position: absolute; z-index: 2; right: 0; display: grid; gap: 6px; width: 220px;
   padding: 10px; box-shadow: 0 6px 24px #0003;
@@ -7654,7 +7655,8 @@ iframe { justify-self: center; width: 100%; height: 100%; border: 0; background:
 .sheet { width: 100%; max-width: 800px; margin: 0 auto; padding: 30px 28px 48px; }
 .sheet h3 { margin: 24px 0 6px; font-size: 13.5px; }
 .sheet > p, .sheet > .wrap { margin: 12px 0; }
-.places > div { flex: 1 1 150px; padding: 9px 8px 5px 14px; }
+.places { align-items: stretch; }
+.places > div { flex: auto; padding: 9px 8px 5px 14px; }
 #toast {
   position: fixed; z-index: 3; left: 50%; bottom: 22px; transform: translateX(-50%);
   max-width: calc(100vw - 24px); padding: 9px 16px; border-radius: 9px; background: var(--text);
