@@ -1623,8 +1623,6 @@ def _check_octets(octets: bytes, block: bytes, start: int, envelope: Envelope) -
     junk = _JUNK_LINE.search(block, 0, MAX_HEADER)
     if junk:
         yield f"header line that is no field: {junk[0][:60].decode('ascii', 'replace').rstrip()!r}"
-    if _STRAY_FIELDS.match(octets, start, start + 4_000):
-        yield "the body begins with header fields: an empty line ended the header early"
     if not envelope.eight_bit and not (octets[start:] if envelope.utf8 else octets).isascii():
         yield "8-bit octets, but BODY=8BITMIME was not announced"
     ends = octets.count(b"\r\n")
@@ -1691,8 +1689,12 @@ class Mail:
         for wrong in itertools.chain(_check_header(header, self), _check_octets(
                 self.octets, block, start, self.envelope)):
             warnings.add(wrong)
-        texts, htmls, self.attachments = [], [], []
-        for part in leaves(self.octets, start, Part(header)):
+        root, texts, htmls, self.attachments = Part(header), [], [], []
+        if not root.type.startswith("message/") and _STRAY_FIELDS.match(
+                self.octets, start, start + 4_000):
+            warnings.add("the body begins with header fields: an empty line ended the header "
+                         "early")
+        for part in leaves(self.octets, start, root):
             if part.is_body():
                 (htmls if part.type == "text/html" else texts).append(part.text())
             else:

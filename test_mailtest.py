@@ -878,6 +878,8 @@ WARNINGS = {
     "a line break in the subject": (
         crlf(*FINE, "Subject: hi", "", "To: you@b", "Content-Type: text/html", "", "x"),
         ["the body begins with header fields: an empty line ended the header early"]),
+    "a mail in a mail": (
+        crlf(*FINE, "Content-Type: message/rfc822", "", "Bcc: a@b", "", "x"), []),
     "a quoted mail": (crlf(*FINE, "", "From: a@b", "To: c@d", "Subject: x", "", "hi"), []),
     "lost quotes": (crlf(*FINE, "To: Dr. X, Head of Y <a@b>", "", "x"), [
         "To names 'Dr. X' without an address: a name with a comma needs quotes"]),
