@@ -6294,8 +6294,9 @@ class HttpHandler(http.server.BaseHTTPRequestHandler):
         if self.server.stopping.is_set():
             self.close_connection = True
         head = b"HTTP/1.1 %d %b\r\nDate: %b\r\n%b%b%b%b" % (
-            status, http.client.responses.get(status, "").encode("ascii"), self.server.date(),
-            _FIXED, b"" if b"Content-Security-Policy" in fields else _CLOSED_POLICY, fields,
+            status, http.client.responses.get(status, "").encode("ascii"),
+            email.utils.formatdate(usegmt=True).encode("ascii"), _FIXED,
+            b"" if b"Content-Security-Policy" in fields else _CLOSED_POLICY, fields,
             b"Connection: close\r\n" if self.close_connection else
             b"Connection: keep-alive\r\n" if self.version == b"HTTP/1.0" else b"")
         if status != 204:
@@ -6375,7 +6376,6 @@ class HttpServer(Listener):
         self.api = api
         self.tls = tls
         self.https = https
-        self._date = (0, b"")
         self._sending: "collections.Counter[str]" = collections.Counter()    # see may_send()
 
     def serve(self, connection: Connection) -> None:
@@ -6386,22 +6386,14 @@ class HttpServer(Listener):
         """Counts octets of a client's large answer, a negative number once they are sent; False
         if too many are being sent already: half of all may be to one client."""
         with self._guard:
-            most = self.limits.sending
-            for held, bound in ((self._sending[client], most // 2),
-                                (sum(self._sending.values()), most)):
-                if octets > 0 and held and held + octets > bound:
-                    return False
+            own, total = self._sending[client], sum(self._sending.values())
+            if octets > 0 and (own and own + octets > self.limits.sending // 2
+                               or total and total + octets > self.limits.sending):
+                return False
             self._sending[client] += octets
             if not self._sending[client]:
                 del self._sending[client]
             return True
-
-    def date(self) -> bytes:
-        """The Date field's value, made once a second."""
-        now = int(time.time())
-        if self._date[0] != now:
-            self._date = (now, email.utils.formatdate(now, usegmt=True).encode("ascii"))
-        return self._date[1]
 
 
 # ---- Mailtest --------------------------------------------------------------

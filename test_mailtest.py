@@ -6630,14 +6630,14 @@ SLOW = mailtest.Limits(http_head_time=-1.0, http_body_time=-1.0)
 
 def test_head_that_takes_too_long_is_told_so(server):
     slow = types.SimpleNamespace(**{name: getattr(server, name) for name in (
-        "api", "tls", "https", "stopping", "port", "date")}, limits=SLOW)
+        "api", "tls", "https", "stopping", "port")}, limits=SLOW)
     (status, fields, body), = responses(piece_by_piece(slow, b"GET / HTTP/1.1\r\nHost: x"))
     assert (status, fields["connection"], json.loads(body)["error"]) == (408, "close", "timeout")
 
 
 def test_body_that_takes_too_long_ends_the_connection(server):
     slow = types.SimpleNamespace(**{name: getattr(server, name) for name in (
-        "api", "tls", "https", "stopping", "port", "date")}, limits=SLOW._replace(
+        "api", "tls", "https", "stopping", "port")}, limits=SLOW._replace(
             http_head_time=30.0))
     for octets in (posted(LENGTH), chunked(b"10\r\n")):
         assert piece_by_piece(slow, octets + OTP) == b""
