@@ -921,89 +921,86 @@ def find_text_links(text: str) -> Tuple[Link, ...]:
 # Unicode a word is found anywhere: there words have prefixes, or are not set apart.
 _WORDS = """
 af: | wagwoord | -nommer | bestel faktuur klant- pakket pos-
-am: ኮድ | ማረጋገጫ የይለፍ_ቃል | ቁጥር | ስልክ ትዕዛዝ ደረሰኝ ደንበኛ ፖስታ
+am: ኮድ | ማረጋገጫ የይለፍ_ቃል | ቁጥር | ትዕዛዝ ደረሰኝ ደንበኛ ፖስታ
 ar: رمز كود | التحقق السري كلمة_المرور كلمة_مرور | رقم | طلب عضوية عقد عميل فاتورة
 as bn: কোড সংকেত | ওটিপি পাছৱৰ্ড পাসওয়ার্ড পিন যাচাই | নং নম্বর নম্বৰ | অর্ডার অৰ্ডাৰ গ্রাহক
-    গ্ৰাহক চালান পোস্ট ফোন
+    গ্ৰাহক চালান পোস্ট
 az: -kod- | təsdiq şifrə | nömrə | müqavilə müştəri poçt sifariş
 be bg mk ru sr uk: | верификац лозинк пацверджанн пин подтвержден потврд потвържд підтвердж
     шифра | broj број- номер нумар № | porudžbin артикул бик дагавор договор заказ замов заявк
     индекс инн клиент кліент клієнт купац накладн нарачк наруџбин ошибк паштов поруџбин поръчк
-    посылк почтов поштенск поштов пощенск рахун рачун счет счёт телефон товар трек фактур індекс
+    посылк почтов поштенск поштов пощенск рахун рачун счет счёт товар трек фактур індекс
 bh hi mr ne sa: कूट कोड सङ्केत संकेत | ओटीपी पडताळणी पासवर्ड पिन प्रमाणीकरण संकेतशब्द सत्यापन
     | क्रमांक नं नंबर नम्बर संख्या | अर्डर आदेश आर्डर ऑर्डर ग्राहक चालान टपाल बिल बीजक हुलाक
 bs hr sr: kôd- | lozink potvrdni zapork | | kupac narudžb poštansk račun
-ca es gl: codi código | clave contrasenya contraseña contrasinal nip | nº núm | albarán
-    artículo client cuenta envío expediente pedido presupuesto referencia reserva seguimiento
-    socio tel teléfono
+ca es gl: codi código | clave contrasenya contraseña contrasinal nip | nº núm | artículo
+    client cuenta envío pedido referencia reserva seguimiento
 cs sk: | hesla heslo overovac ověřovac | čísla číslo | faktur faktúr objednáv poštov psč
     zákazní
-cy: chod cod god | cyfrinair côd dilysu gôd | rhif | anfoneb archeb cwsmer ffôn
+cy: chod cod god | cyfrinair côd dilysu gôd | rhif | anfoneb archeb cwsmer
 da nb: | adgangskode bekreftelses engangs -passord- | nr -nummer | bestilling ordre-
 de lb: -code. -codes. | bestätigungs gutschein -kennwort mtan -passwort -passwuert- pin-
-    -schlüssel- tan | | artikel auftrag beleg blz buchung farb- fehler hrb lieferschein mitglied
-    paket- plz rechnung referenz sendung steuer strich- telefon ticket vertrag vorgang zähler
+    -schlüssel- tan | | artikel auftrag buchung farb- fehler lieferschein mitglied paket- plz
+    rechnung referenz sendung steuer strich- ticket vertrag vorgang zähler
 el: κωδικ- | επαλήθευσ συνθηματικ | αρ αριθμ | παραγγελί πελάτ συμβόλαι ταχυδρομικ τιμολόγ
 en fil: kowd | 2fa coupon enter gift_card key mfa one-time otp passcode passphrase password
-    special_id token totp verif voucher | bilang id no nos num | amount area article bank bar
-    barcode bic booking build case claim color colour conduct conference contract country customer
-    cve decode delivery dial document dress ean employee encode ending error exit fax flight gtin
-    hotline hs http iban invoice isbn issue item job kostumer meeting member model naics order
-    package page parcel patient phone pnr policy price product purchase qr quote receipt ref
-    reference registration release response review rfc room serial shipment sku sort source status
-    student swift tax total transaction vat version webinar zip zipcode
+    special_id token totp verif voucher | bilang id no nos num | area article bank bar barcode bic
+    booking build case claim color colour contract country customer decode document dress employee
+    encode error exit hs http invoice item kostumer meeting naics regon member model order package
+    parcel patient pnr policy product qr quote receipt ref reference registration release response
+    review rfc serial shipment sku sort source status student swift tax transaction vat version
+    zip zipcode
 eo: | konfirm pasvort | | mendo poŝt
 et: -kood- | kinnitus -parool- | -number- | arve klien leping tellimus
 eu: | egiaztapen pasahitz | zenbaki | bezero eskaera
 fa: کد | تأیید تایید گذرواژه | شماره | سفارش فاکتور قرارداد مشتری پستی
 fi: | -salasana- tunnusluku vahvist | nro -numero- | asiakas- lasku- sopimus- tilau-
 fo is: -kota- -kotu- -kóða- -kóði- | loyniorð lykilorð staðfesting | -nummar -númer- |
-    bíleggin póst pönt -reikning rokning síma viðskipta
-fr: | bon_cadeau clé mot_de_passe vérification | numéro | adhérent colis commande compte
-    contrat devis dossier erreur expédition livraison produit référence réservation siren siret
-    suivi tél téléphone
+    bíleggin póst pönt -reikning rokning viðskipta
+fr: | bon_cadeau clé mot_de_passe vérification | numéro | commande compte contrat dossier
+    erreur expédition livraison produit référence réservation suivi
 fy nl: -koade- | bevestigings -wachtwoord- wachtwurd | -nûmer | btw factuur kvk lid-
     referentie telefoon track zending
 ga: chód cód gcód | fíorú pasfhocal | uimhir | custaiméir ordú phoist sonrasc teileafón
-gu: કોડ | ઓટીપી ચકાસણી પાસવર્ડ પિન | નંબર | ઇન્વોઇસ ઓર્ડર ગ્રાહક પિનકોડ ફોન
-ha: lamba | kalmar_sirri lambar_sirri lambar_tabbatarwa | lambar | abokin daftari oda
+gu: કોડ | ઓટીપી ચકાસણી પાસવર્ડ પિન | નંબર | ઇન્વોઇસ ઓર્ડર ગ્રાહક પિનકોડ
+ha: lamba | kalmar_sirri lambar_sirri lambar_tabbatarwa | lambar | daftari oda
 he: קוד | אימות הקוד סיסמ | מס מספר | הזמנ חוזה חשבונית לקוח מיקוד
 hu: -kód- | -jelszav -jelszó- megerősít | -szám | irányítószám rendelés szerződés számla
     ügyfél
-hy: կոդ- | գաղտնաբառ ծածկագիր հաստատմ | համար | հաճախորդ հաշիվ հեռախոս պատվեր փոստային
+hy: կոդ- | գաղտնաբառ ծածկագիր հաստատմ | համար | հաճախորդ հաշիվ պատվեր փոստային
 id jv ms su: sandi | kata_laluan pengesahan sandhi | nombor nomer nomor | invois pelanggan
     pesanan pesenan resi
 ig: | nkwenye okwuntughe | nọmba | ahịa
 it mt: | | numru | articolo cap conto destinatario fattura fiscale iva klijent ordine ordni
     pratica prenotazione prodotto riferimento spedizione tracciamento
 ja: コード | パスワード ワンタイム 暗証 検証 確認 認証 | 番号 | 〒 お客様 エラー 予約 会員
-    伝票 受付 口座 商品 問い合わせ 契約 注文 製品 請求 追跡 郵便 電話 顧客
-ka: კოდ- | დადასტურ პაროლ პინ | ნომერ- ნომრ | ინვოის კლიენტ საფოსტო ტელეფონ შეკვეთ
+    伝票 受付 口座 商品 問い合わせ 契約 注文 製品 請求 追跡 郵便 顧客
+ka: კოდ- | დადასტურ პაროლ პინ | ნომერ- ნომრ | ინვოის კლიენტ საფოსტო შეკვეთ
 kk ky mn tg tt: -код- рамз- | баталгаажуул нууц_үг парол растау серсүз сырсөз ырастоо құпия |
     дугаар нөмір- рақам | буйрутма гэрээ захиалг кардар мизоҷ нэхэмжлэх почта пошта тапсырыс
     фармоиш шот шуудан эсеп үйлчлүүлэгч
-km: កូដ លេខកូដ | ផ្ទៀងផ្ទាត់ ពាក្យសម្ងាត់ លេខសម្ងាត់ | លេខ | ទូរស័ព្ទ បញ្ជាទិញ ប្រៃសណីយ៍
-    វិក្កយបត្រ អតិថិជន
+km: កូដ លេខកូដ | ផ្ទៀងផ្ទាត់ ពាក្យសម្ងាត់ លេខសម្ងាត់ | លេខ | បញ្ជាទិញ ប្រៃសណីយ៍ វិក្កយបត្រ
+    អតិថិជន
 kn: ಸಂಕೇತ ಕೋಡ್ | ಒಟಿಪಿ ಪರಿಶೀಲನ ಪಾಸ್ವರ್ಡ್ ಪಾಸ್‌ವರ್ಡ್ | ಸಂಖ್ಯೆ | ಅಂಚೆ ಆದೇಶ ಆರ್ಡರ್ ಇನ್ವಾಯ್ಸ್
     ಗ್ರಾಹಕ
 ko: 코드 | 비밀번호 승인번호 암호 인증 패스워드 확인_번호 | 번호 | 계약 계좌 고객 문의 상품
-    송장 예약 오류 우편 운송장 전화 접수 제품 주문 회원
+    송장 예약 오류 우편 운송장 접수 제품 주문 회원
 ku: | nasnav peyvborîn şîfre | hejmar | fatûre ferman xerîdar
 la: codex | verificationis | numerus | epistul
-lo: ລະຫັດ | ຢືນຢັນ | ເລກ ໝາຍເລກ | ລູກຄ້າ ສັ່ງຊື້ ໂທ ໃບແຈ້ງໜີ້ ໄປສະນີ
+lo: ລະຫັດ | ຢືນຢັນ | ເລກ ໝາຍເລກ | ລູກຄ້າ ສັ່ງຊື້ ໃບແຈ້ງໜີ້ ໄປສະນີ
 lt lv: | apstiprin patvirtin slaptažod | numer numur | līgum pasta pasūtījum pašto rēķin
     sutart sąskait užsaky
 mg: kaody | fanamarinana teny_miafina | laharana | baiko faktiora mpanjifa paositra
-ml: കോഡ | ഒടിപി പാസ്വേഡ് പാസ്‌വേഡ് സ്ഥിരീകരണ | നമ്പര് നമ്പർ | ഇൻവോയ്സ് ഉപഭോക്ത ഓർഡർ തപാൽ ഫോൺ
+ml: കോഡ | ഒടിപി പാസ്വേഡ് പാസ്‌വേഡ് സ്ഥിരീകരണ | നമ്പര് നമ്പർ | ഇൻവോയ്സ് ഉപഭോക്ത ഓർഡർ തപാൽ
 my: ကုဒ် | စကားဝှက် အတည်ပြု | နံပါတ် | စာတိုက် ပြေစာ ဖောက်သည် မှာယူ အော်ဒါ
 or: କୋଡ | ପାସୱାର୍ଡ ସଂକେତ | ନମ୍ବର ସଂଖ୍ୟା | ଅର୍ଡର ଗ୍ରାହକ ଡାକ
-pa: ਕੋਡ | ਓਟੀਪੀ ਤਸਦੀਕ ਪਾਸਵਰਡ | ਨੰਬਰ | ਆਰਡਰ ਗਾਹਕ ਚਲਾਨ ਡਾਕ ਫ਼ੋਨ
-pl: | hasła hasłem hasło potwierdz weryfikac | | konto paczk pesel poczt produkt przesyłk
-    regon sprawy towar umow zamówieni zgłoszeni
+pa: ਕੋਡ | ਓਟੀਪੀ ਤਸਦੀਕ ਪਾਸਵਰਡ | ਨੰਬਰ | ਆਰਡਰ ਗਾਹਕ ਚਲਾਨ ਡਾਕ
+pl: | hasła hasłem hasło potwierdz weryfikac | | konto paczk poczt produkt przesyłk sprawy
+    towar umow zamówieni zgłoszeni
 ps sd ur: کوڈ کوډ ڪوڊ | تصدیق پاس_ورڈ پاسورڊ پټنوم | شمېره نمبر | آرڈر آرڊر انوائس سپارښت صارف
     پوسٹل گاہک
-pt: | palavra-passe senha | | cep cnpj conta cpf encomenda envio nif nota_fiscal produto
-    protocolo rastrei referência
+pt: | palavra-passe senha | | cep conta encomenda envio nif produto protocolo rastrei
+    referência
 ro: codul codurile | | număr | comand factur poștal
 rw sn st xh zu yo: ikhodi ikhowudi khoutu kóòdù | ijambobanga iphasiwedi kusimbisa kwemeza
     pasiwedhi phasewete | inombolo nhamba nimero nọ́mbà | fagitire ikhasimende iodolo komande
@@ -1015,10 +1012,9 @@ sq: | fjalëkalim | numri numër | fatur kontrat porosi
 sv: | bekräftelse engångs -koden -lösenord- | | avtal beställning försändelse kund- medlem
     ärende
 sw: msimbo | nambari_ya_siri nenosiri nywila uthibitish | namba | agizo ankara mteja
-ta: குறியீ | ஓடிபி கடவுச்சொல் சரிபார்ப்ப | எண் | அஞ்சல் ஆர்டர் தொலைபேசி வாடிக்கையாளர்
-    விலைப்பட்டியல்
+ta: குறியீ | ஓடிபி கடவுச்சொல் சரிபார்ப்ப | எண் | அஞ்சல் ஆர்டர் வாடிக்கையாளர் விலைப்பட்டியல்
 te: కోడ్ | ఓటీపీ ధృవీకరణ పాస్వర్డ్ పాస్‌వర్డ్ | నంబర్ నెంబర్ సంఖ్య | ఆర్డర్ ఇన్వాయిస్ కస్టమర్
-    పోస్టల్ ఫోన్
+    పోస్టల్
 th: รหัส โค้ด | ยืนยัน | หมายเลข เลขที่ | คำสั่งซื้อ ลูกค้า สั่งซื้อ ใบแจ้งหนี้ ไปรษณีย์
 tk tr uz: | açarsöz doğrulama onay parol tasdiq şifre | belgi numara raqam | buyurtma hata
     hisob kargo mijoz müşderi müşteri pochta sargyt sipariş sözleşme takip vergi ürün
@@ -1026,7 +1022,7 @@ ug: | مەخپىي | نومۇر | زاكاز
 vi: mã | mật_khẩu xác_minh xác_thực | số | bưu_chính hóa_đơn khách_hàng đơn đơn_hàng
 yi: קאָד | פּאַראָל | נומער | באַשטעלונג
 zh: 代码 代碼 码 碼 | 口令 密码 密碼 | 号 編號 编号 號 | 二维 产品 会员 单号 发票 合同 單號
-    客戶 客户 快递 手机 會員 条形 物流 產品 电话 發票 訂單 订单 运单 邮政 邮编 郵遞 錯誤 错误 预订
+    客戶 客户 快递 會員 条形 物流 產品 發票 訂單 订单 运单 邮政 邮编 郵遞 錯誤 错误 预订
 """
 _KINDS = ("code", "secret", "number", "thing")
 _BEGINNING = re.compile(
@@ -1516,20 +1512,6 @@ class _HtmlReader:
             self.anchor = None
 
 
-def _resolve(base: str, urls: List[str], room: int) -> List[str]:
-    """URLs joined with their base, until that has made them longer by `room` characters: a long
-    base and many links must not make more than the mail weighs."""
-    resolved = []
-    for url in urls:
-        try:
-            whole = urllib.parse.urljoin(base, url) if room > 0 else url
-        except ValueError:      # "http://[": not a URL to join with
-            whole = url
-        room -= len(whole) - len(url)
-        resolved.append(whole)
-    return resolved
-
-
 def _html_body(texts: List[str], subject: str, warnings: _Warnings) -> Tuple[Body, str]:
     """(body, visible text) of the HTML parts of a mail."""
     if not texts:
@@ -1543,10 +1525,20 @@ def _html_body(texts: List[str], subject: str, warnings: _Warnings) -> Tuple[Bod
     if max(len(links), len(images)) >= MAX_LINKS:
         warnings.add("more than %d links or images: the rest of them is not listed" % MAX_LINKS)
     if 0 < len(reader.base) <= MAX_URL:
-        urls = _resolve(reader.base, [link.href for link in links]
-                        + [image.src for image in images], len(text) + 100_000)
-        links = [link._replace(href=url) for link, url in zip(links, urls)]
-        images = [image._replace(src=url) for image, url in zip(images, urls[len(links):])]
+        # A long base and many links must not make much more than the mail weighs.
+        room = len(text) + 100_000
+
+        def resolve(url: str) -> str:
+            nonlocal room
+            try:
+                whole = urllib.parse.urljoin(reader.base, url) if room > 0 else url
+            except ValueError:      # "http://[": not a URL to join with
+                whole = url
+            room -= len(whole) - len(url)
+            return whole
+
+        links = [link._replace(href=resolve(link.href)) for link in links]
+        images = [image._replace(src=resolve(image.src)) for image in images]
     codes, code = find_codes(visible, subject)
     return Body(text, tuple(links), codes, tuple(images), code), visible
 
