@@ -8638,6 +8638,7 @@ class Browser:
         self.login = {"response": "CancelAuth"}
         self.login = {"response": "CancelAuth"}
         self.login = {"response": "CancelAuth"}
+        self.login = {"response": "CancelAuth"}
         target = self("Target.createTarget", url="about:blank")["targetId"]
         self._session = self("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
         for domain in ("Page", "Runtime", "Network", "Log"):
@@ -8811,8 +8812,6 @@ ADDRESS = "document.querySelector('[data-testid=address]').textContent"
 NOTHING = "document.getElementById('nothing').textContent"
 PANEL = "document.getElementById('panel').textContent"
 FOCUS = "(document.activeElement.id || document.activeElement.localName)"
-GIF = (b"GIF89a\x01\x00\x01\x00\x80\x00\x00\x00\x00\x00\xff\x00\x00!\xf9\x04\x01\x00\x00\x00\x00,"
-       b"\x00\x00\x00\x00\x01\x00\x01\x00\x00\x02\x02D\x01\x00;")
 
 
 def a_mail(subject="Hello", text="It works", to="jane@example.com", html="", sender="a@b.example"):
@@ -8850,6 +8849,10 @@ def opened(browser, subject):
     page_rows(browser, browser.wait(ROWS + ".length"))
     browser.press("j")
     browser.wait(f"{TITLE} === {json.dumps(subject)}")
+
+
+def test_page_names_every_word_of_the_search():
+    assert [word for word in mailtest.WORDS if f"{word}:" not in mailtest.PAGE_JS] == []
 
 
 def test_page_shows_how_to_send_mail_while_there_is_none(page, catcher):
