@@ -221,11 +221,6 @@ class Attachment(NamedTuple):
     content_id: Optional[str]     # without <>
     octets: bytes
 
-    @property
-    def content(self) -> bytes:
-        """The octets, by the name that tests know."""
-        return self.octets
-
 
 class Body(NamedTuple):
     """One of a mail's two bodies; `body` is None where the mail has none of that kind."""
