@@ -1206,8 +1206,10 @@ def _alone(text: str, tokens: List[_Candidate]) -> bool:
     return bool(at or not tokens) and not _FILLING.sub("", " " + text[at:])
 
 
+_ENDING = re.compile(r"^\w+")
 # What stands between a label and what it names, if nothing else does, and behind a code.
-_IS = r"(?:is|ist|lautet|est|es|è|é|este|jest|to|je|on|ir|yra|er|är|adalah|ialah|là|ay|ni)\b"
+_IS = (r"(?:is|ist|lautet|est|es|è|é|este|jest|to|je|on|ir|yra|er|är|adalah|ialah|là|ay|ni|yw"
+       r"|és|estas|είναι|huwa|është|е|є|је|это|эта|է)\b")
 _COPULA = re.compile(
     r"(?:.*\W)?%s[\s\"'*(]*|.*[:=\u2014][\s\"'*(]*|.*\s-\s|.*[^\x00-\u058f\u1e00-\u2e7f]\s*"
     % _IS, re.S)
@@ -1316,7 +1318,7 @@ class _CodeFinder:
         is_date = token.look == "digits" and _DATE.fullmatch(token.code)
         if labels:
             gap = sentence[labels[-1][1]:]
-            words = len(gap.split())
+            words = len(_ENDING.sub("", gap).split())
             if _meaning(sentence, labels, len(labels) - 1) < 0:
                 return 0
             if token.look == "letters" and left.isupper():
@@ -1324,7 +1326,7 @@ class _CodeFinder:
             if _COPULA.fullmatch(gap):
                 return 5
             if token.look == "letters":
-                return 4 * (len(token.code) > 7 and gap == " ")
+                return 4 * (not words and (len(token.code) > 7 or not sentence.isascii()))
             is_number = len(token.code) == 4 and text[token.end:token.end + 2][-1:].isalpha()
             if words >= (1 if is_date else 2 if is_number or token.look == "small" else 12):
                 return 0
