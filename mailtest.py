@@ -4407,12 +4407,8 @@ class ApiError(Exception):
     def __init__(self, status: int, error: str, detail: str, field: str = "",
                  headers: Tuple[Tuple[str, str], ...] = (), **more: Any):
         super().__init__(detail)
-        self.status = status
-        self.error = error
-        self.detail = detail
-        self.field = field
-        self.headers = headers
-        self.more = more                 # further members of the JSON
+        self.status, self.error, self.detail, self.field = status, error, detail, field
+        self.headers, self.more = headers, more      # more: further members of the JSON
 
 
 class ApiPolicy(NamedTuple):
@@ -5042,17 +5038,16 @@ _ELEMENTS = ("embed", "iframe", "object", "script", "form")
 _OFFLINE = "Not checked: this catcher works offline, and asks no other machine"
 
 
-def _findings(message: Message, mail: Mail) -> Dict[str, Any]:
+def _findings(mail: Mail) -> Dict[str, Any]:
     """What can be said of a mail's content by looking at it."""
-    html_source = (mail.html_body.body or "").lower()
-    names = {name.lower() for name, _ in mail.headers}
-    return {**{name: f"<{name}" in html_source for name in _ELEMENTS},
-            "shortUrls": any(_SHORTENERS.match(link.href)
-                             for link in mail.html_body.links + mail.text_body.links),
-            "textSize": len((mail.text_body.body or "").encode("utf-8", "replace")),
-            "totalSize": len(message.octets),
+    source, links = mail.html.lower(), mail.html_body.links + mail.text_body.links
+    return {**{name: f"<{name}" in source for name in _ELEMENTS},
+            "shortUrls": any(_SHORTENERS.match(link.href) for link in links),
+            "textSize": len(mail.text.encode("utf-8", "replace")),
+            "totalSize": len(mail.octets),
             "missingAlt": any(image.alt is None for image in mail.html_body.images),
-            "missingListUnsubscribe": "list-unsubscribe" not in names}
+            "missingListUnsubscribe": not any(
+                name.lower() == "list-unsubscribe" for name, _ in mail.headers)}
 
 
 # -- endpoints
@@ -5480,13 +5475,12 @@ class Call:
 
     def list_devices(self):
         """Authenticator devices"""
-        return {"items": [{"id": device["id"], "name": device["name"]}
-                          for device in self.store.devices()]}
+        return {"items": [{"id": each["id"], "name": each["name"]}
+                          for each in self.store.devices()]}
 
     def create_device(self, device_name: str, secret: str):
         """Create a device that makes one-time passwords"""
-        device = self.store.add_device(device_name, secret)
-        return {"id": device["id"], "name": device["name"]}
+        return {"id": self.store.add_device(device_name, secret)["id"], "name": device_name}
 
     def delete_device(self, id: str):
         """Delete a device"""
@@ -5517,23 +5511,21 @@ class Call:
 
     def spam(self, id: str):
         """What the content says; no score, since no spam filter is asked"""
-        message = self.store.message(id)
-        mail = self.api.read(message)
-        found = _findings(message, mail)
-        rules = [("NOT_SCORED", "No spam filter was asked: the score 0 is no verdict")]
-        rules += [(f"CONTENT_{name.upper()}", f"The HTML has a {name} element")
-                  for name in _ELEMENTS if found[name]]
-        rules += [("WARNING", warning) for warning in mail.warnings]
+        mail = self.api.read(self.store.message(id))
+        found = _findings(mail)
+        rules = [("NOT_SCORED", "No spam filter was asked: the score 0 is no verdict"),
+                 *((f"CONTENT_{name.upper()}", f"The HTML has a {name} element")
+                   for name in _ELEMENTS if found[name]),
+                 *(("WARNING", warning) for warning in mail.warnings)]
         results = [{"score": 0.0, "rule": rule, "description": text} for rule, text in rules]
         return {"spamFilterResults": {"spamAssassin": results}, "score": 0.0}
 
     def deliverability(self, id: str):
         """Content checks; DNS and blocklist checks say that they were not made"""
-        message = self.store.message(id)
         unknown = {"result": "Timeout", "description": _OFFLINE, "rawValue": "", "tags": {}}
         return {"spf": unknown, "dkim": [unknown], "dmarc": unknown,
                 "blockLists": [{"id": "none", "name": _OFFLINE, "result": "Timeout"}],
-                "content": _findings(message, self.api.read(message)),
+                "content": _findings(self.api.read(self.store.message(id))),
                 "dnsRecords": {"a": [], "mx": [], "ptr": []},
                 # Go's client wants a whole number for this one score
                 "spamAssassin": {"score": 0, "result": "Timeout", "rules": [

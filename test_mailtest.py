@@ -4749,7 +4749,6 @@ def test_attachment_of_a_created_message(given, expected):
     assert part["length"] == len(octets)
 
 
-ONE_LINE = "Expected {} to be one line that can be a header field, got {}"
 BAD_CREATES = {
     "sent to nobody": ({"send": True, "subject": "x"}, "to"),
     "send is a word": ({"send": "yes"}, "send"),
