@@ -7925,7 +7925,8 @@ async function loadList() {
   const {items, total} = await list(
     `${ALL}&itemsPerPage=${state.count}&q=${words}&` + only(inbox ? [inbox] : own()));
   if (q !== view.q || inbox !== view.inbox) return;
-  Object.assign(state, {items, total: Number(total ?? state.health.messages)});
+  const known = items.length < state.count ? items.length : state.health.messages;
+  Object.assign(state, {items, total: Number(total ?? known)});
 }
 
 const recount = throttled(async () => {
@@ -7958,7 +7959,7 @@ const refresh = throttled(async () => {
   }
   follow();
   await loadList();
-  recount();  // apart, since it may take longer
+  recount();
   if (state.sessions[0] && failed(state.sessions[0])) loadSessions();
   if (state.message) await ask(apiUrl(view.message), {method: "HEAD"}).catch(lose);
   state.problem = "";
@@ -7969,7 +7970,7 @@ function trouble({status, message, retry}) {
   state.problem = status ? message : "mailtest does not answer";
   state.pause = retry ? Date.now() + 1000 * retry : 0;
   if (status === 400) Object.assign(state, {total: null, items: []});  // a search word
-  else if (state.own && [401, 403].includes(status)) remember({own: []});  // unknown ones
+  else if (state.own && [401, 403].includes(status)) remember({own: []});
   else setStatus(status === 429 ? "waiting" : "reconnecting");
 }
 
