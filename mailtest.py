@@ -1770,7 +1770,11 @@ class Searched:
 
     def __init__(self, message: Message):
         self.message = message
-        self.header = message.header()
+
+    @functools.cached_property
+    def header(self) -> Header:
+        """Its header fields."""
+        return self.message.header()
 
     @functools.cached_property
     def mail(self) -> Mail:

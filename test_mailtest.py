@@ -1123,6 +1123,12 @@ def test_search_refuses_and_lists_what_there_is(query, known):
     assert known in str(refused.value)
 
 
+def test_a_search_for_nothing_reads_nothing(monkeypatch):
+    message = mailtest.Message("the-id", SEARCHED, mailtest.Envelope("", ("bob@x.example",)))
+    monkeypatch.setattr(mailtest.Message, "header", None)       # would fail if it were called
+    assert mailtest.words("").match(message)
+
+
 def test_page_and_readme_tell_of_each_word():
     page = b"".join(octets for _, octets in mailtest.PAGE_FILES.values()).decode()
     readme = pathlib.Path(mailtest.__file__).with_name("README.md").read_text(encoding="utf-8")
