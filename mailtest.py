@@ -2483,7 +2483,8 @@ class Store:
 
     def _take(self, message: Message, keys: Iterable[str], server: str = "") -> None:
         """Numbers a message and puts it into every folder where it belongs, or raises Full."""
-        limits, user = self.limits, message.envelope.user.partition("@")[0].lower()[:80]
+        limits, user = self.limits, message.envelope.user
+        user = user and user.partition("@")[0].lower()[:80]
         found = {}
         for key in keys:
             known = self._inboxes.get(key) or self._untagged(key)
@@ -2834,6 +2835,7 @@ def silence(store: Store, address: str, since: float) -> List[str]:
 # One session by RFC 5321: octets in, octets out; no socket, no thread.
 # A refusal is raised, a success is returned; receive() sends and notes both.
 
+@functools.lru_cache(maxsize=256)        # 6 % of the mail a second with a connection each
 def reply(code: int, status: str, *lines: str) -> bytes:
     """A reply (RFC 5321 4.2) with its enhanced status code (RFC 2034, 3463), "" for none.
 
