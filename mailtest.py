@@ -8414,7 +8414,7 @@ const HELP = [["word \"two words\"", "in subject, addresses and bodies"],
   ["from: to: cc: bcc:", "a part of a name or address"],
   ["subject: body: header: file: id: user:", "a part of that"],
   ["has:attachment", "also code, link, html, text, warning"], ["-word -has:link", "not that"],
-  ["j k or arrows", "next and previous message"], ["Enter", "into the message"], ["Esc", "back"],
+  ["j k or arrows", "next and previous message"], ["Enter", "into it"], ["Esc", "back"],
   ["1 to 8", "the tabs of the message"], ["y", "copy the code"], ["m", "mark as unread"],
   ["Del", "delete the message"], ["u", "undo that, within 5 seconds"], ["/", "search"],
   ["a", "acquire an address and copy it"]];
