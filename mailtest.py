@@ -4958,10 +4958,11 @@ def _link(attributes: List[Tuple[str, str]], base: str) -> str:
         value = quoted[1:-1] if quoted[:1] in ("'", '"') else quoted
         if name.lower() in ("href", "xlink:href"):
             url = html.unescape(value).strip()
-            if not url.startswith("#"):
-                url = urllib.parse.urljoin(base, url) if base else url
-                if not re.match(r"(?:https?://|mailto:|tel:|sms:)", url, re.I):
-                    continue
+            if base and not url.startswith("#"):
+                with contextlib.suppress(ValueError):        # brackets that do not match
+                    url = urllib.parse.urljoin(base, url)
+            if not re.match(r"#|https?://|mailto:|tel:|sms:", url, re.I):
+                continue
             kept.append(f'{name}="{html.escape(url)}"')
             kept.append('target="_self"' if url.startswith("#") else 'target="_blank"')
         elif name.lower() not in ("target", "ping", "rel", "attributionsrc"):
@@ -4971,7 +4972,9 @@ def _link(attributes: List[Tuple[str, str]], base: str) -> str:
 
 def _with_links(source: str) -> str:
     """The HTML with its links made safe to follow."""
-    match = re.search(r"<base\s[^>]{0,2000}?href\s*=\s*[\"']?(https?://[^\s\"'>]+)", source, re.I)
+    # A longer base is none, since each link would repeat it.
+    match = re.search(r"<base\s[^>]{0,2000}?href\s*=\s*[\"']?"
+                      r"(https?://[^\s\"'>]{1,500})(?=[\s\"'>])", source, re.I)
     base = html.unescape(match.group(1)) if match else ""
     pieces, end = [], 0
     for tag in _LINK_TAG.finditer(source):

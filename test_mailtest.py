@@ -6181,6 +6181,8 @@ NEUTRAL = {
     "a relative link with a base": ("<base href='http://x/a/'><a href=b>",
                                     '<x-base href=\'http://x/a/\'><a href="http://x/a/b" '
                                     'target="_blank">', ""),
+    "brackets that do not match": ("<base href='http://x/'><a href='//['>",
+                                   "<x-base href='http://x/'><a>", ""),
     "a script": ("<AREA/HREF=' javascript:alert(1)'>", "<AREA>", ""),
     "an odd attribute": ("<a =x href=/x>", "<a =x>", ""),
 }
@@ -6191,6 +6193,12 @@ def test_preview_connects_to_nothing_and_its_links_open_new_tabs(source, closed,
     _, api = api_on_clock()
     assert previewed(api, source).body.decode() == FRAME + closed
     assert previewed(api, source, query="?remote=1").body.decode() == FRAME + (remote or closed)
+
+
+def test_preview_does_not_multiply_a_long_base():
+    _, api = api_on_clock()
+    source = f"<base href='http://{'x' * 50_000}/'>" + "<a href=y>" * 5_000
+    assert len(previewed(api, source).body) < 2 * len(source)
 
 
 CLOSED = ("default-src 'none'; img-src data:{0}; style-src 'unsafe-inline'{0}; font-src data:{0}; "
