@@ -5324,7 +5324,8 @@ class Call:
 
     def list_messages(self, server, page, size, since, direction, query, inbox):
         """Summaries, newest first; `q` searches as the page does, X-Total-Count counts"""
-        found = list(filter(query.match, self._messages_of(server, direction, since, inbox)))
+        found = list(filter(query.match if query.terms else None,
+                            self._messages_of(server, direction, since, inbox)))
         response = _response({"items": (item(self.api, message, server) for message in
                                         found[page * size:(page + 1) * size])})
         return response._replace(headers=(("X-Total-Count", str(len(found))),))
