@@ -2610,7 +2610,8 @@ class Store:
                 when, how, acquired = self._ended[known]
                 return (Ended if acquired else Unknown)(
                     f"the inbox {known!r} {'was ' * (how == 'deleted')}{how} at {iso_time(when)}; "
-                    "acquire a new one")
+                    + ("acquire a new one" if acquired or self.strict else
+                       "the next mail to it opens it again"))
         return None
 
     def _view(self, inbox: _Inbox) -> InboxView:
@@ -2954,7 +2955,8 @@ def read_mail(argument: str) -> Tuple[str, bool, bool, int]:
     """What MAIL says: the reverse-path, whether BODY=8BITMIME, whether SMTPUTF8, SIZE."""
     match = _MAIL.fullmatch(argument)
     if not match:
-        raise Refuse(501, "5.5.4", f"Expected MAIL FROM:<address>, got 'MAIL' {_seen(argument)}")
+        raise Refuse(501, "5.5.4",
+                     f"Expected MAIL FROM:<address>, got {_seen('MAIL ' + argument)}")
     path, given = match[1] or "", _path_parameters(match[2])
     utf8 = "SMTPUTF8" in given
     if given.pop("SMTPUTF8", None) is not None:
@@ -2979,7 +2981,7 @@ def read_rcpt(argument: str) -> str:
     """The forward-path that stands behind RCPT."""
     match = _RCPT.fullmatch(argument)
     if not match or not match[1]:
-        raise Refuse(501, "5.5.4", f"Expected RCPT TO:<address>, got 'RCPT' {_seen(argument)}")
+        raise Refuse(501, "5.5.4", f"Expected RCPT TO:<address>, got {_seen('RCPT ' + argument)}")
     path = match[1]
     _check_known(_path_parameters(match[2]), "none")
     _, at, domain = path.rpartition("@")
@@ -3330,37 +3332,6 @@ class Session:
             self._lines.append(b"C: (a line that is too long)\r\n")
             raise Refuse(500, "5.5.6" if secret else "5.5.2",        # RFC 4954 4, 6
                          f"Line too long: expected at most {most} octets with CRLF")
-
-    def _take_whole_line(self, line: bytes) -> Optional[bytes]:
-        if self._exchange is not None:
-            self._lines.append(b"C: ********\r\n")
-            return self._respond(line)
-        known = _KNOWN_LINES.get(line + b"\r\n")
-        if known is None:
-            try:
-                found, argument = read_line(line)
-            except KeyError:
-                raise self._not_a_command(line) from None
-            secret = found is COMMANDS[b"AUTH"]
-            known = found, argument, self._noted(_without_secret(line) if secret else line)
-            if len(line) < _KNOWN_LENGTH - 2 and not secret:
-                if len(_KNOWN_LINES) >= 1_000:
-                    _KNOWN_LINES.clear()
-                _KNOWN_LINES[line + b"\r\n"] = known
-        return self._obey(*known)
-
-    def _obey(self, found: Command, argument: Any, noted: bytes) -> Optional[bytes]:
-        """Does what a line says."""
-        self._secret_next = False
-        phase = self.phase
-        if phase == "idle" and found is COMMANDS[b"MAIL"]:
-            self._begin_part()
-        self._lines.append(noted)
-        if phase not in found.phases:
-            raise self._out_of_order(found.phases)
-        if argument.__class__ is Refuse:
-            raise argument
-        return found.run(self, argument)
 
     def _not_a_command(self, line: bytes) -> Refuse:
         verb = line.partition(b" ")[0].upper()
@@ -5101,7 +5072,7 @@ class Call:
         store, wanted, began = self.store, criteria(**filters), time.monotonic()
         count = 1 if nothing else count
         number = store.message(after).number if after else 0
-        if not timeout or store.strict:      # nobody waits, or nothing can come
+        if not (timeout or nothing) or store.strict:         # nobody waits, or nothing can come
             store.inbox(address)
         found = collect(store, wanted.match, count, timeout, number, self.request.gone,
                         address=address)
@@ -5131,7 +5102,7 @@ class Call:
         return self._mail_of(address, 1, **wanted)
 
     def load_inbox(self, address: str, **wanted: Any):
-        """The mail of an inbox, waited for if asked; also while there is none"""
+        """The mail of an inbox, waited for if asked; without timeout 200 while it is empty"""
         return self._mail_of(address, 0, **wanted)
 
     def delete_inbox(self, address: str):
@@ -6411,9 +6382,7 @@ class Inbox:
 
     @property
     def messages(self) -> List[Mail]:
-        """Its mail, newest first; Unknown once it has expired."""
-        with contextlib.suppress(NeverSeen):
-            self._store.inbox(self.address)
+        """Its mail, newest first; Unknown once an acquired one has ended."""
         return [Mail(message) for message in self._store.messages(self.address)]
 
     @property
@@ -6428,8 +6397,9 @@ class Inbox:
                                                datetime.timezone.utc)
 
     def delete(self) -> None:
-        """Ends it and its mail now."""
-        self._store.drop_inbox(self.address)
+        """Ends it and its mail now, if there is any; so a test can begin with it."""
+        with contextlib.suppress(Unknown):
+            self._store.drop_inbox(self.address)
 
     def wait(self, subject: str = "", timeout: float = 5.0, count: int = 1, **more: Any) -> Mail:
         """The newest mail that matches, at once or when it arrives, with `count` once there are
@@ -6488,12 +6458,13 @@ class Inbox:
 
     def report(self) -> str:
         """What the inbox got, and what may explain what it did not get, for a failed test."""
+        mails: List[Mail] = []
         try:
             mails = self.messages
+            lines = [f"{self.address} got {len(mails)} mail{'s' * (len(mails) != 1)}"
+                     f"{':' * bool(mails)}"]
         except Unknown as unknown:
-            return f"nothing arrived: {unknown}"
-        lines = [f"{self.address} got {len(mails)} mail{'s' * (len(mails) != 1)}"
-                 f"{':' * bool(mails)}"]
+            lines = [f"nothing arrived: {unknown}"]
         for mail in mails[:20]:
             lines.append(f"  {mail.received:%H:%M:%S.%f} {mail!r}")
             lines.extend(f"    warning: {warning}" for warning in mail.warnings)
@@ -7067,7 +7038,7 @@ def _read_options(parser: argparse.ArgumentParser, arguments: List[str]) -> argp
     if unknown:
         import difflib
         known = ["--" + name.replace("_", "-") for name in vars(options)]
-        close = difflib.get_close_matches(unknown[0].partition("=")[0], known, 1)
+        close = difflib.get_close_matches(unknown[0].partition("=")[0], known, 1, 0.7)
         parser.error("unrecognized arguments: " + " ".join(unknown)
                      + "".join(f"; did you mean {name}?" for name in close))
     options.limits = _limits(options)
@@ -7277,8 +7248,10 @@ def ready(arguments: List[str]) -> int:
     """Waits until a catcher answers; exit status 0, or 1 when it does not."""
     import urllib.request
     parser = argparse.ArgumentParser(prog="mailtest.py ready", description=ready.__doc__)
-    parser.add_argument("url", nargs="?", default="http://127.0.0.1:8080", metavar="URL")
-    parser.add_argument("--timeout", type=a_time, default=10.0, metavar="TIME")
+    parser.add_argument("url", nargs="?", default="http://127.0.0.1:8080", metavar="URL",
+                        help="of its HTTP port (http://127.0.0.1:8080)")
+    parser.add_argument("--timeout", type=a_time, default=10.0, metavar="TIME",
+                        help="how long to wait (10s)")
     options = parser.parse_args(arguments)
     trusting = ssl.create_default_context()          # no password goes there
     trusting.check_hostname, trusting.verify_mode = False, ssl.CERT_NONE
@@ -7288,9 +7261,13 @@ def ready(arguments: List[str]) -> int:
     until = time.monotonic() + options.timeout
     while True:
         try:
-            with opener.open(url.rstrip("/") + "/healthz", timeout=2):
-                return 0
+            with opener.open(url.rstrip("/") + "/healthz", timeout=2) as answer:
+                if answer.headers["Server"] == "mailtest":
+                    return 0
+                raise OSError("something else answers there")
         except (OSError, http.client.HTTPException) as error:
+            if str(error).startswith("220 "):
+                parser.error(f"{url} is an SMTP port; expected that of HTTP")
             if time.monotonic() >= until:
                 print(f"mailtest: {url} does not answer within {options.timeout:g} s: {error}",
                       file=sys.stderr)
@@ -7336,8 +7313,9 @@ def _log_events(store: Store) -> None:
             with contextlib.suppress(Unknown):       # the mail has ended meanwhile
                 if kind == "message":
                     message = store.message(data["id"])
+                    envelope = message.envelope
                     log_info("mail from <%s> to <%s>: %r, %d octets, id %s",
-                        message.envelope.reverse_path, ">, <".join(message.envelope.forward_paths),
+                        envelope.reverse_path or "", ">, <".join(envelope.forward_paths),
                         Mail(message).subject, len(message.octets), message.id)
                 elif kind == "session":
                     log_info("SMTP session of %s %s", data["client"],

@@ -1209,7 +1209,7 @@ def test_unknown_says_what_is_known():
     clock.now += 5
     assert why_unknown(store.inbox, "a@x.example") == (
         "the inbox 'a@x.example' was deleted at 1970-01-01T00:16:40.000000+00:00; "
-        "acquire a new one")
+        "the next mail to it opens it again")
     for action in (store.message, store.delete, store.see):
         assert why_unknown(action, "5d0f") == (
             "no message has the id '5d0f'; it may be deleted or expired")
@@ -2123,7 +2123,7 @@ DIALOGUES = {
         + QUEUED, "x"),
     "a refused RCPT leaves the others": (
         "rcpt", "RCPT TO:<>¶BDAT 1 LAST¶x",
-        f"501 5.5.4 Expected RCPT TO:<address>, got 'RCPT' 'TO:<>'¶{QUEUED}", "x"),
+        f"501 5.5.4 Expected RCPT TO:<address>, got 'RCPT TO:<>'¶{QUEUED}", "x"),
     "too many recipients": (
         "rcpt", "RCPT TO:<c@x.example>¶RCPT TO:<d@x.example>¶RCPT TO:<e@x.example>¶BDAT 1 LAST¶x",
         f"{RCPT_OK}¶{RCPT_OK}¶452 4.5.3 Too many recipients: expected at most 3¶{QUEUED}", "x"),
@@ -2248,7 +2248,7 @@ LINES = {
     "HELP with a command": ("HELP bdat", "214 2.0.0 BDAT octets [LAST]"),
 }
 
-_NO_PATH = "501 5.5.4 Expected MAIL FROM:<address>, got 'MAIL' "
+_NO_PATH = "501 5.5.4 Expected MAIL FROM:<address>, got 'MAIL "
 _NO_DOMAIN = "501 5.1.7 Expected a domain or address literal, got "
 _NOT_ASCII = "553 5.6.7 Expected an ASCII address, or SMTPUTF8 on MAIL; got "
 
@@ -2274,31 +2274,31 @@ MAIL_ARGUMENTS = {
     "an IPv6 literal": ("FROM:<a@[IPv6:::1]>", MAIL_OK),
     "an IPv6 literal in lower case": ("FROM:<a@[ipv6:2001:db8::1]>", MAIL_OK),
     "a source route": ("FROM:<@a.example,@b.example:a@client.example>", MAIL_OK),
-    "a source route to nobody": ("FROM:<@a.example:>", _NO_PATH + "'FROM:<@a.example:>'"),
+    "a source route to nobody": ("FROM:<@a.example:>", _NO_PATH + "FROM:<@a.example:>'"),
     "UTF-8 with SMTPUTF8": ("FROM:<jürgen@exämple.example> SMTPUTF8", MAIL_OK),
     "UTF-8 without SMTPUTF8": ("FROM:<jürgen@client.example>",
                                _NOT_ASCII + r"'j\x5cxfcrgen@client.example'"),
     "a UTF-8 domain without SMTPUTF8": ("FROM:<a@exämple.example>",
                                         _NOT_ASCII + r"'a@ex\x5cxe4mple.example'"),
-    "nothing": ("", _NO_PATH + "''"),
-    "no colon": ("FROM <a@client.example>", _NO_PATH + "'FROM <a@client.example>'"),
-    "no path": ("FROM:", _NO_PATH + "'FROM:'"),
-    "TO": ("TO:<a@client.example>", _NO_PATH + "'TO:<a@client.example>'"),
-    "no bracket": ("FROM:a@client.example", _NO_PATH + "'FROM:a@client.example'"),
-    "no closing bracket": ("FROM:<a@client.example", _NO_PATH + "'FROM:<a@client.example'"),
-    "two opening brackets": ("FROM:<<a@b>>", _NO_PATH + "'FROM:<<a@b>>'"),
-    "something after the bracket": ("FROM:<a@b>x", _NO_PATH + "'FROM:<a@b>x'"),
-    "two at signs": ("FROM:<a@@b>", _NO_PATH + "'FROM:<a@@b>'"),
-    "three parts": ("FROM:<a@b@c>", _NO_PATH + "'FROM:<a@b@c>'"),
-    "a blank in the path": ("FROM:<a b@c>", _NO_PATH + "'FROM:<a b@c>'"),
-    "a name before the path": ("FROM:Ann <a@b>", _NO_PATH + "'FROM:Ann <a@b>'"),
-    "an open quote": ('FROM:<"a@b>', _NO_PATH + "'FROM:<\"a@b>'"),
-    "no local-part": ("FROM:<@b>", _NO_PATH + "'FROM:<@b>'"),
+    "nothing": ("", _NO_PATH + "'"),
+    "no colon": ("FROM <a@client.example>", _NO_PATH + "FROM <a@client.example>'"),
+    "no path": ("FROM:", _NO_PATH + "FROM:'"),
+    "TO": ("TO:<a@client.example>", _NO_PATH + "TO:<a@client.example>'"),
+    "no bracket": ("FROM:a@client.example", _NO_PATH + "FROM:a@client.example'"),
+    "no closing bracket": ("FROM:<a@client.example", _NO_PATH + "FROM:<a@client.example'"),
+    "two opening brackets": ("FROM:<<a@b>>", _NO_PATH + "FROM:<<a@b>>'"),
+    "something after the bracket": ("FROM:<a@b>x", _NO_PATH + "FROM:<a@b>x'"),
+    "two at signs": ("FROM:<a@@b>", _NO_PATH + "FROM:<a@@b>'"),
+    "three parts": ("FROM:<a@b@c>", _NO_PATH + "FROM:<a@b@c>'"),
+    "a blank in the path": ("FROM:<a b@c>", _NO_PATH + "FROM:<a b@c>'"),
+    "a name before the path": ("FROM:Ann <a@b>", _NO_PATH + "FROM:Ann <a@b>'"),
+    "an open quote": ('FROM:<"a@b>', _NO_PATH + "FROM:<\"a@b>'"),
+    "no local-part": ("FROM:<@b>", _NO_PATH + "FROM:<@b>'"),
     "a literal that is no address": ("FROM:<a@[x]>", _NO_DOMAIN + "'[x]'"),
     "an IPv4 literal out of range": ("FROM:<a@[256.0.0.1]>", _NO_DOMAIN + "'[256.0.0.1]'"),
     "an IPv6 literal that is none": ("FROM:<a@[IPv6:zz]>", _NO_DOMAIN + "'[IPv6:zz]'"),
     "an IPv6 address without its tag": ("FROM:<a@[::1]>", _NO_DOMAIN + "'[::1]'"),
-    "a literal that is not closed": ("FROM:<a@[127.0.0.1>", _NO_PATH + "'FROM:<a@[127.0.0.1>'"),
+    "a literal that is not closed": ("FROM:<a@[127.0.0.1>", _NO_PATH + "FROM:<a@[127.0.0.1>'"),
     "an empty label": ("FROM:<a@b..example>", _NO_DOMAIN + "'b..example'"),
     "a label that begins with a hyphen": ("FROM:<a@-b.example>", _NO_DOMAIN + "'-b.example'"),
     "a label of 63": ("FROM:<a@{b*63}.example>", MAIL_OK),
@@ -2347,7 +2347,7 @@ MAIL_ARGUMENTS = {
         "FROM:<> FOO", "555 5.5.4 Unknown parameter 'FOO': expected SIZE, BODY, SMTPUTF8 or AUTH"),
 }
 
-_NO_RECIPIENT = "501 5.5.4 Expected RCPT TO:<address>, got 'RCPT' "
+_NO_RECIPIENT = "501 5.5.4 Expected RCPT TO:<address>, got 'RCPT "
 _NO_MAILBOX = "501 5.1.3 Expected local-part@domain, got "
 
 # what follows RCPT, and the reply
@@ -2360,15 +2360,15 @@ RCPT_ARGUMENTS = {
     "an IPv4 literal": ("TO:<b@[127.0.0.1]>", RCPT_OK),
     "an IPv6 literal": ("TO:<b@[IPv6:::1]>", RCPT_OK),
     "a source route": ("TO:<@a.example,@b.example:b@mailtest.example>", RCPT_OK),
-    "nobody": ("TO:<>", _NO_RECIPIENT + "'TO:<>'"),
-    "a source route to nobody": ("TO:<@a.example:>", _NO_RECIPIENT + "'TO:<@a.example:>'"),
-    "nothing": ("", _NO_RECIPIENT + "''"),
-    "no colon": ("TO b@x.example", _NO_RECIPIENT + "'TO b@x.example'"),
-    "FROM": ("FROM:<b@x.example>", _NO_RECIPIENT + "'FROM:<b@x.example>'"),
-    "no brackets": ("TO:b@x.example", _NO_RECIPIENT + "'TO:b@x.example'"),
-    "no closing bracket": ("TO:<b@x.example", _NO_RECIPIENT + "'TO:<b@x.example'"),
+    "nobody": ("TO:<>", _NO_RECIPIENT + "TO:<>'"),
+    "a source route to nobody": ("TO:<@a.example:>", _NO_RECIPIENT + "TO:<@a.example:>'"),
+    "nothing": ("", _NO_RECIPIENT + "'"),
+    "no colon": ("TO b@x.example", _NO_RECIPIENT + "TO b@x.example'"),
+    "FROM": ("FROM:<b@x.example>", _NO_RECIPIENT + "FROM:<b@x.example>'"),
+    "no brackets": ("TO:b@x.example", _NO_RECIPIENT + "TO:b@x.example'"),
+    "no closing bracket": ("TO:<b@x.example", _NO_RECIPIENT + "TO:<b@x.example'"),
     "two recipients": ("TO:<b@x.example>,<c@x.example>",
-                       _NO_RECIPIENT + "'TO:<b@x.example>,<c@x.example>'"),
+                       _NO_RECIPIENT + "TO:<b@x.example>,<c@x.example>'"),
     "a local-part alone": ("TO:<root>", _NO_MAILBOX + "'root'"),
     "an empty domain": ("TO:<b@>", _NO_MAILBOX + "'b@'"),
     "a domain that is none": ("TO:<b@-x>", _NO_MAILBOX + "'b@-x'"),
@@ -7268,9 +7268,22 @@ def test_messages_of_an_inbox_that_has_ended_are_unknown():
 def test_report_says_that_the_inbox_has_expired():
     clock, _, inbox = inbox_on_clock("a")
     clock.now += 600
-    assert inbox.report() == (
+    assert inbox.report().startswith(
         f"nothing arrived: the inbox {inbox.address.lower()!r} expired at "
-        "1970-01-01T00:26:40.000000+00:00; acquire a new one")
+        "1970-01-01T00:26:40.000000+00:00; acquire a new one\nno SMTP client has connected")
+
+
+def test_fixed_address_may_be_deleted_before_it_exists_and_again():
+    _, store, inbox = inbox_on_clock()
+    fixed = mailtest.Inbox(store, "support@x.example")
+    fixed.delete()
+    assert fixed.messages == []
+    delivered(store, "support@x.example")
+    fixed.delete()
+    fixed.delete()
+    assert fixed.messages == []
+    delivered(store, "suport@x.example")
+    assert "suport@x.example" in fixed.report()
 
 
 def test_inbox_knows_its_end():
