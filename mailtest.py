@@ -1352,6 +1352,7 @@ def find_codes(text: str, subject: str) -> Tuple[Tuple[str, ...], str]:
     """The codes of a text and the surest of them, "" if there is none. The codes stand as they are
     typed, each once, in order of appearance: "482 913" and "123-456" are 482913 and 123456,
     "K7Q-T2M" stays. The subject's are taken where the text has none."""
+    subject = subject[:2_000]            # nobody reads further
     found = _CodeFinder(text[:MAX_CODE_TEXT], subject).found
     if not found and _MAYBE.search(subject):
         found = _CodeFinder(subject, "").found
@@ -2293,7 +2294,8 @@ class Store:
             self._released.append((message, name) for message in doomed
                                   for name in tuple(message.inboxes))
             self._due = 0.0
-            self._happened("emptied", {"server": server})
+            self._happened("emptied", {"server": server},
+                           *{name for message in doomed for name in message.inboxes})
         self._settle()
 
     def keep(self, message: Message, summary: bytes) -> None:
@@ -2772,7 +2774,7 @@ class Store:
         """The events after that number, and whether some of them are no longer kept."""
         found = itertools.takewhile(lambda each: each[0] > number, reversed(self._events))
         return [Event(*event) for *event, places in found
-                if not names or not places or any(name in places for name in names)][::-1], (
+                if not names or any(name in places for name in names)][::-1], (
             number < self._forgotten)
 
     def _settle(self) -> None:
@@ -4399,6 +4401,7 @@ class ApiPolicy(NamedTuple):
     allow_origins: Tuple[str, ...] = ()  # whose pages may read (CORS)
     password: str = ""                   # of --auth
     smtp: str = ""                       # where mail is to be sent, as host:port
+    any_host: bool = False               # ... at whatever address this machine is reached
     certificate: str = ""                # PEM
     files: Dict[str, Tuple[str, bytes]] = {}         # the page: path -> media type, octets
     state: Callable[[], Dict[str, Any]] = dict       # what else /healthz should say
@@ -4690,14 +4693,15 @@ _PART = {"content_type": Parameter("contentType", _text(
 
 def _parts(value: Any) -> List[Dict[str, Any]]:
     """The attachments of a mail that is to be made, their members read."""
-    if not isinstance(value, list) or not all(isinstance(each, dict) for each in value):
+    if not (isinstance(value, list) and len(value) <= MAX_PARTS
+            and all(isinstance(each, dict) for each in value)):
         raise ValueError
     return [_from_json(" ".join(_PART), each, _PART) for each in value]
 
 
 _PARTS = Kind({**_list({"type": "object", "properties": {
     member.name: member.kind.schema for member in _PART.values()}}), "nullable": True},
-    "a list of objects", _parts, ())
+    f"a list of at most {MAX_PARTS} objects", _parts, ())
 
 # The name of a handler's argument: the name on the wire, how it is read, what it does ...
 PARAMETERS = {key: Parameter(*row) for key, row in {
@@ -4780,11 +4784,11 @@ class Api:
 
     def read(self, message: Message) -> Mail:
         """All that a message says.  What was listed is often fetched next: small ones of late are
-        kept, which makes both 1.6 times as fast (measured in turns).  One large message is read at
-        a time, or forty who ask for 20 MB at once would stop everyone else."""
+        kept, which makes both 1.6 times as fast (measured in turns).  One larger message is read
+        at a time, or a hundred who ask for 1 MB each at once would stop everyone else."""
         if len(message.octets) <= 20_000:
             return self._latest(message)
-        with self._large if len(message.octets) > 1_000_000 else contextlib.nullcontext():
+        with self._large:
             return message.read()
 
     def base(self, request: Request) -> str:
@@ -4945,7 +4949,7 @@ def _link(attributes: List[Tuple[str, str]], base: str) -> str:
 def _with_links(source: str) -> str:
     """The HTML with its links made safe to follow."""
     # A longer base is none, since each link would repeat it.
-    match = re.search(r"<base\s[^>]{0,2000}?href\s*=\s*[\"']?"
+    match = re.search(r"<base\s[^<>]{0,2000}?href\s*=\s*[\"']?"
                       r"(https?://[^\s\"'>]{1,500})(?=[\s\"'>])", source, re.I)
     base = html.unescape(match.group(1)) if match else ""
     pieces, end = [], 0
@@ -5062,7 +5066,7 @@ class Call:
     def _smtp(self) -> str:
         """Where mail is to be sent, as this client knows the host."""
         host, _, port = self.policy.smtp.rpartition(":")
-        if host in ("0.0.0.0", "[::]"):
+        if self.policy.any_host:
             host = re.sub(r":[0-9]*$", "", self.request.headers.get("host", host))
         return f"{host}:{port}"
 
@@ -5171,7 +5175,7 @@ class Call:
         """Server-Sent Events: what arrives, ends, is refused; resumes by Last-Event-ID"""
         last = _argument(self.api.parameters["event"]._replace(name="Last-Event-ID"),
                          [self.request.headers.get("last-event-id")]) or event
-        inboxes = [] if inbox is None else inbox or [""]
+        inboxes = [] if inbox is None else inbox or ["\0"]       # no inbox has such a name
         stream = self._events(int(last) if last else self.store.number, inboxes)
         next(stream)                     # raises Full if there are too many
         return Response(type="text/event-stream; charset=utf-8", stream=stream)
@@ -5881,7 +5885,7 @@ def _respond(api: Api, request: Request) -> Response:
     route, values = find_route(request.method, request.path)
     _check_origin(api, request, route)
     given, limits = _pairs(request.query), api.store.limits
-    if route.access == "known" and "inbox" in given:
+    if "inbox" in given and "inbox" in route.query.split():
         values["inbox"] = given["inbox"]
     _check_access(api, request, route, values)
     known = [api.parameters[word.rstrip("!")].name for word in route.query.split()]
@@ -6816,6 +6820,7 @@ class Mailtest:
             self._open("smtps", SmtpServer, self.store, rules, tls, True)
         api = self._api = Api(self.store, self._policy._replace(
             password=next(iter(self._users.values()), ""), smtp=self.smtp, files=self.page,
+            any_host=self.host.strip("[]") in ("", "*", "0.0.0.0", "::"),
             certificate=self._pem,
             state=lambda: {name: each.state() for name, each in self._followers.items()}))
         self._open("http", HttpServer, api, tls, self._https)
@@ -7268,6 +7273,9 @@ def ready(arguments: List[str]) -> int:
         except (OSError, http.client.HTTPException) as error:
             if str(error).startswith("220 "):
                 parser.error(f"{url} is an SMTP port; expected that of HTTP")
+            if getattr(error, "code", 0) == 421:     # it says which Host fields it takes
+                error = OSError(json.load(error)["detail"])
+                until = 0.0
             if time.monotonic() >= until:
                 print(f"mailtest: {url} does not answer within {options.timeout:g} s: {error}",
                       file=sys.stderr)

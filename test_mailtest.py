@@ -1744,8 +1744,8 @@ def test_events_are_numbered_from_one_and_tell_what_happened():
     ]
     assert store.events(0, 0.0) == (told, 7, False)
     assert (message.number, other.number, store.number) == (2, 3, 7)
-    assert [event.number for event in store.events(0, 0.0, ["B@x.example"])[0]] == [3, 4, 5, 6]
-    assert [event.number for event in store.events(0, 0.0, [address])[0]] == [1, 2, 5, 7]
+    assert [event.number for event in store.events(0, 0.0, ["B@x.example"])[0]] == [3, 4, 6]
+    assert [event.number for event in store.events(0, 0.0, [address])[0]] == [1, 2, 7]
 
 
 # events seen, then the numbers that follow and whether some were lost; 3 of 6 are kept
@@ -6028,14 +6028,44 @@ def test_watch_awaits_the_next_call():
         assert ask(api, "GET", f"/v1/watch/{address}{query}").status == 400
 
 
-@pytest.mark.parametrize("smtp, host, told", rows({
-    "one address": ("127.0.0.1:25", "10.0.0.7:8080", "127.0.0.1:25"),
-    "all addresses": ("0.0.0.0:25", "10.0.0.7:8080", "10.0.0.7:25"),
-    "all, of version 6": ("[::]:25", "[fe80::1]:8080", "[fe80::1]:25")}))
-def test_acquire_names_the_host_by_which_it_was_reached(smtp, host, told):
-    _, api = api_on_clock(smtp=smtp)
+@pytest.mark.parametrize("any_host, host, told", rows({
+    "one address": (False, "10.0.0.7:8080", "127.0.0.1:25"),
+    "all addresses": (True, "10.0.0.7:8080", "10.0.0.7:25"),
+    "all, of version 6": (True, "[fe80::1]:8080", "[fe80::1]:25")}))
+def test_acquire_names_the_host_by_which_it_was_reached(any_host, host, told):
+    _, api = api_on_clock(smtp="127.0.0.1:25", any_host=any_host)
     found = said(ask(api, "GET", "/v1/acquire", host=host, accept="application/json"))
     assert found[1]["smtp"] == told
+
+
+def test_all_addresses_are_told_from_one():
+    for host, named in (("0.0.0.0", "mail"), ("127.0.0.1", "127.0.0.1")):
+        with mailtest.Mailtest(host=host) as server:
+            request = urllib.request.Request(server.url + "/healthz", headers={"Host": "mail"})
+            with urllib.request.urlopen(request, timeout=10) as answer:
+                assert json.load(answer)["smtp"] == f"{named}:{server.smtp_port}"
+
+
+def test_events_of_an_inbox_are_not_those_of_others():
+    _, api = api_on_clock(hosted=True)
+    store = api.store
+    mine = store.acquire().address
+    before = store.number
+    store.empty("private")
+    store.add_session(mailtest.SessionRecord(0, "127.0.0.1", "x", "", False, 0.0, 0.0, 0,
+                                             "550 5.1.1 secret@corp.example", "quit", b""))
+    for inboxes in ([mine], ["\0"]):
+        assert store.events(before, 0, inboxes)[0] == []
+    assert len(store.events(before, 0)[0]) == 2
+    delivered(store, mine)
+    store.empty("mailtest")
+    assert [event.kind for event in store.events(before, 0, [mine])[0]] == ["message", "emptied"]
+
+
+def test_parameter_that_a_route_does_not_have_opens_nothing():
+    _, api = api_on_clock(hosted=True)
+    for path in ("/api/messages/search?inbox=x", "/api/messages/some-id?inbox=x"):
+        assert ask(api, "GET", path).status in (403, 404, 405)
 
 
 def test_defect_is_told_as_one_and_no_more(monkeypatch):
@@ -8168,6 +8198,8 @@ def test_ready(program, running):
     status, out, err = program("ready", where, "--timeout", "0.01")
     assert (status, out) == (1, "")
     assert err.startswith(f"mailtest: {where} does not answer within 0.01 s: ")
+    assert program("ready", "http://" + running.smtp)[2].endswith(
+        f"http://{running.smtp} is an SMTP port; expected that of HTTP\n")
 
 
 def test_start_without_a_thread_is_told_in_a_line(program, monkeypatch):
