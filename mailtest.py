@@ -5080,7 +5080,7 @@ class Call:
             store.inbox(address)
         found = collect(store, wanted.match, count, timeout, number, self.request.gone,
                         address=address)
-        waited = round(time.monotonic() - began, 3)
+        waited = round(time.monotonic() - began, 3) if timeout else 0.0
         mails = (message_value(self.api, message, self.base) for message in found)
         if nothing and found:
             raise ApiError(409, "unexpected", f"Expected no such mail for {address}, got "
@@ -5096,7 +5096,8 @@ class Call:
             closed = self.policy.hosted or self.policy.api_key
             raise ApiError(404, "timeout" if timeout else "empty",
                            f"Expected {count} message{'s' * (count > 1)} for {address}{kind}, got "
-                           f"{len(found)} in {waited:g} s; the inbox holds {len(there)} in all",
+                           f"{len(found)}{f' in {waited:g} s' * bool(timeout)}; "
+                           f"the inbox holds {len(there)} in all",
                            waited=waited, hints=[] if closed else silence(store, address, since),
                            received=(item(self.api, message) for message in there[:50]))
         return {**head, "message_count": len(found), "messages": mails}
