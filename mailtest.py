@@ -3105,6 +3105,11 @@ def _end_of_data(data: bytearray, start: int) -> Tuple[int, bool]:
     return data.find(_END, start), True
 
 
+def _without_bare_dots(octets: bytes) -> bytes:
+    """Mail data without the dots that smtplib doubles after a bare LF, too."""
+    return re.sub(rb"(?<!\r)\n\.\.", b"\n.", octets) if b"\n.." in octets else octets
+
+
 def _too_large(limits: Limits) -> Refuse:
     return Refuse(552, "5.3.4", f"Message too large: expected at most {limits.max_size} octets "
                                 "(--max-size)")
@@ -3378,7 +3383,7 @@ class Session:
                 octets[0] != 46):        # as a rule: the whole mail, and no line begins with a dot
             self._buffer = b""
             transaction.size = len(octets) - 3
-            return self._finish(octets[:-3])
+            return self._finish(_without_bare_dots(octets[:-3]))
         data += octets
         end, has_dots = _end_of_data(data, max(0, before - 4))
         transaction.has_dots = transaction.has_dots or has_dots
@@ -3388,10 +3393,10 @@ class Session:
             return None
         self._buffer = bytes(data[end + 5:])
         transaction.size += end + 2 - before         # the CRLF belongs to the last line
+        del data[end + 2:]
         if transaction.has_dots:         # RFC 5321 4.5.2: the client doubled leading dots
-            return self._finish(bytes(data[:end + 2].replace(b"\r\n.", b"\r\n")[2:]))
-        del data[end + 2:], data[:2]
-        return self._finish(bytes(data))
+            data = data.replace(b"\r\n.", b"\r\n")
+        return self._finish(_without_bare_dots(bytes(data[2:])))
 
     def _take_chunk(self) -> Optional[bytes]:
         """Takes octets of a BDAT chunk (RFC 3030 2), also of one that is refused."""

@@ -2519,6 +2519,15 @@ def test_doubled_dots_do_not_count_as_size():
     assert stored(store) == [b".\r\n" * 26]
 
 
+@pytest.mark.parametrize("cut", CUTS.values(), ids=list(CUTS))
+def test_dot_doubled_after_a_bare_lf_is_undone_like_others(cut):
+    _, store, session = new_session()
+    session.receive(b"EHLO x\r\nMAIL FROM:<>\r\nRCPT TO:<b@x.example>\r\nDATA\r\n")
+    for piece in cut(b"a\n..env\n.z\n.\n\r\n..y\r\n.\r\n"):       # smtplib doubles after either
+        session.receive(piece)
+    assert stored(store) == [b"a\n.env\n.z\n.\n\r\n.y\r\n"]
+
+
 def test_every_octet_is_kept_through_data_and_bdat():
     octets = bytes(range(256)) * 4
     for said in (b"DATA\r\n" + octets + b"\r\n.\r\n",
